@@ -1,0 +1,3 @@
+"""Transfer learning for image classification from the command line."""
+
+__version__ = "0.1.0"

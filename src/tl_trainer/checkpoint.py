@@ -1,0 +1,91 @@
+"""The checkpoint format: plain data and tensors only, loaded without unpickling code, always."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+import tl_trainer
+from tl_trainer.errors import CheckpointError
+from tl_trainer.files import load_plain, write_atomically
+
+FORMAT = "tl-trainer checkpoint"
+VERSION = 1
+
+
+@dataclass
+class Checkpoint:
+    """Everything that tl-eval and tl-predict need, and for last.pth what --resume needs.
+
+    config: the resolved configuration. classes: names in index order. preprocessing: the evaluation pipeline spelled
+    out. backbone: {name, weights, tap, sha256 of the frozen state}. trained: the tensors that training changed.
+    frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation figures of these
+    weights. val_names: the validation split, where the run drew it. resume: the optimizer and so on, only in last.pth.
+    """
+
+    config: dict[str, Any]
+    classes: list[str]
+    preprocessing: list[dict[str, Any]]
+    backbone: dict[str, Any]
+    trained: dict[str, Tensor]
+    frozen: dict[str, Tensor] | None
+    epoch: int
+    metrics: dict[str, Any] | None
+    val_names: list[str] | None
+    resume: dict[str, Any] | None = None
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "config": (dict,),
+    "classes": (list,),
+    "preprocessing": (list,),
+    "backbone": (dict,),
+    "trained": (dict,),
+    "frozen": (dict, type(None)),
+    "epoch": (int,),
+    "metrics": (dict, type(None)),
+    "val_names": (list, type(None)),
+    "resume": (dict, type(None)),
+}
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint atomically. Raises RunError where it cannot be written."""
+    content = {"format": FORMAT, "version": VERSION, "libraries": library_versions()}
+    content |= {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, its tensors memory-mapped.
+
+    Raises CheckpointError where it is damaged, another program's, from a newer version, or not plain data.
+    """
+    content = load_plain(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give the best.pth or last.pth of one of its runs")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: format version {content.get('version')}, this tl-trainer reads {VERSION}; install the version "
+            f"that wrote it ({content.get('libraries', {}).get('tl-trainer')})"
+        )
+    for name, types in _TYPES.items():
+        if not isinstance(content.get(name), types):
+            raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")
+    return Checkpoint(**{name: content[name] for name in _TYPES})
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "tl-trainer": tl_trainer.__version__,
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,278 @@
+"""Find a configuration, read YAML and overrides, and name every mistake at once with its file and line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tl_trainer.config.schema import Config
+from tl_trainer.errors import ConfigError, InputError, SettingError, unknown
+
+MAX_BYTES = 100_000
+MAX_DEPTH = 32
+MAX_NODES = 10_000
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid configuration, its name, and where each key was set ("demo.yaml:12", "the command line")."""
+
+    config: Config
+    name: str
+    origins: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    def located(self, errors: Iterable[SettingError]) -> ConfigError:
+        """The complaints of the rooms that only know a key, with the file and the line in front."""
+        return ConfigError(_lines(self.origins, [(_parse_key(error.key), error.message) for error in errors]))
+
+
+def load(name: str | None, overrides: Iterable[tuple[str, Any]] = ()) -> Loaded:
+    """The configuration called `name` (a path, else a bundled one; None: the defaults) with dotted-key overrides.
+
+    Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
+    """
+    origins: dict[KeyPath, str] = {}
+    data: Any = {}
+    if name is not None:
+        path = find(name)
+        data, lines = _read(path)
+        origins.update({key: f"{path}:{line}" for key, line in lines.items()})
+    for key, value in overrides:
+        _set(data, key, value, origins)
+    return validated(data, Path(name).stem if name else "run", origins)
+
+
+def validated(data: Any, name: str, origins: Mapping[KeyPath, str]) -> Loaded:
+    """Plain data, e.g. from a checkpoint, as a Config; ConfigError as in `load`."""
+    try:
+        return Loaded(Config.model_validate(data), name, origins)
+    except ValidationError as error:
+        raise ConfigError(_lines(origins, _problems(error))) from None
+
+
+def find(name: str) -> Path:
+    """The file that `--config name` means: a path, else a bundled configuration with or without its ending."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    bundled = {file.name: file for file in bundled_folder().glob("*.yaml")}
+    if file := bundled.get(name) or bundled.get(f"{name}.yaml"):
+        return file
+    if path.exists():
+        raise InputError(f"--config {name} is not a file")
+    raise InputError(f"--config {name}: no such file, and {unknown('bundled configuration', name, bundled)}")
+
+
+def bundled_folder() -> Path:
+    """The folder of the configurations that are installed with the package."""
+    installed = Path(str(resources.files("tl_trainer"))) / "configs"
+    # An editable install keeps the package in src/ and the configurations at the top of the repository.
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "configs"
+
+
+def parse_override(word: str) -> tuple[str, Any]:
+    """`train.epochs=5` as (key, value), the value read as YAML; InputError where it is not of that form."""
+    key, equals, text = word.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        raise InputError(f"{word!r} is not an override; write key=value, e.g. train.epochs=5")
+    try:
+        return key, _Reader(text).read()
+    except _Refused as refusal:
+        raise InputError(f"{word!r}: the value is not valid YAML: {refusal.reason}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the schema."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def to_json_schema(names: Mapping[str, list[str]]) -> str:
+    """The JSON Schema for editors; `names` gives the known names of `backbone` and `transforms` as examples."""
+    schema = Config.model_json_schema()
+    schema["title"] = "tl-trainer configuration"
+    schema["$defs"]["ModelSection"]["properties"]["backbone"]["examples"] = names["backbone"]
+    schema["$defs"]["TransformsSection"]["properties"]["train"]["examples"] = names["transforms"]
+    return json.dumps(schema, indent=2)
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, line: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.line = line
+
+
+class _Scalars(yaml.SafeLoader):
+    """YAML 1.2's core schema: `1e-3` is a number, `off` and `no` are words, 010 is ten."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way to say it)
+
+
+_SCALARS: dict[str, tuple[str, Any]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
+    "str": (r"", str),
+}
+_TAG = "tag:yaml.org,2002:"
+for _name, (_pattern, _) in _SCALARS.items():
+    if _name != "str":
+        _Scalars.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), None)
+
+
+class _Reader:
+    """One YAML document -> plain data, refusing tags, duplicate keys and documents that explode."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines: dict[KeyPath, int] = {}
+        self._nodes = 0
+
+    def read(self) -> Any:
+        try:
+            node = yaml.compose(self.text, Loader=_Scalars)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise _Refused(str(error.problem or error.context), mark.line + 1 if mark else 0) from None
+        except yaml.YAMLError as error:
+            raise _Refused(str(error).splitlines()[0]) from None
+        except RecursionError:
+            raise _Refused(f"nested deeper than {MAX_DEPTH} levels") from None
+        return None if node is None else self._convert(node, ())
+
+    def _convert(self, node: yaml.Node, path: KeyPath) -> Any:
+        line = node.start_mark.line + 1
+        self.lines.setdefault(path, line)
+        self._nodes += 1
+        if len(path) > MAX_DEPTH:
+            raise _Refused(f"nested deeper than {MAX_DEPTH} levels", line)
+        if self._nodes > MAX_NODES:
+            raise _Refused(f"more than {MAX_NODES:,} values after expanding its aliases", line)
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self._convert(item, (*path, index)) for index, item in enumerate(node.value)]
+        kind = node.tag.removeprefix(_TAG)
+        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
+            raise _Refused(f"the tag {node.tag} is not allowed; write a plain value", line)
+        try:
+            return _SCALARS[kind][1](node.value)
+        except ValueError:
+            raise _Refused(f"{node.value!r} is not a valid {kind}", line) from None
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _Refused("a key must be a word", line)
+            if key in mapping:
+                first = self.lines[(*path, key)]
+                raise _Refused(f"duplicate key {key!r}, first given on line {first}; keep one", line)
+            self.lines[(*path, key)] = line
+            mapping[key] = self._convert(value_node, (*path, key))
+        return mapping
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES:,} bytes; is this a configuration?")
+        reader = _Reader(raw.decode("utf-8"))
+        data = reader.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except _Refused as refusal:
+        where = f"{path}:{refusal.line}" if refusal.line else str(path)
+        raise ConfigError(f"{where}: {refusal.reason}") from None
+    if data is None:
+        return {}, {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: the top level must be keys and values such as `seed: 0`")
+    return data, reader.lines
+
+
+def _set(data: dict[str, Any], key: str, value: Any, origins: dict[KeyPath, str]) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        child = data.get(part)
+        if not isinstance(child, dict):
+            child = data[part] = {}
+        data = child
+    data[last] = value
+    path = tuple(key.split("."))
+    for inside in [known for known in origins if known[: len(path)] == path]:
+        del origins[inside]
+    origins[path] = "the command line"
+
+
+def _problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
+    """pydantic's errors as (key, sentence); the branches of a union become one sentence."""
+    merged: dict[KeyPath, list[str]] = {}
+    for item in error.errors():
+        path, section = _key_path(item["loc"])
+        message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if item["type"] == "extra_forbidden" and section is not None:
+            message = unknown("key", path[-1], section.model_fields)
+        elif item["type"] == "literal_error" and isinstance(item["input"], str):
+            choices = re.findall(r"'([^']+)'", item["ctx"]["expected"])
+            message = unknown("value", item["input"], choices)
+        elif item["type"] != "value_error" or not isinstance(item["input"], dict):
+            message = f"{message}, not {item['input']!r}"
+        merged.setdefault(path, []).append(message)
+    return [(path, _joined(messages)) for path, messages in merged.items()]
+
+
+def _joined(messages: list[str]) -> str:
+    if len(messages) == 1:
+        return messages[0]
+    return " or ".join(message.split(", not ")[0] for message in messages[:-1]) + " or " + messages[-1]
+
+
+def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel] | None]:
+    """pydantic's location without the names of union branches, and the section the last key was looked for in."""
+    path: list[str | int] = []
+    section: type[BaseModel] | None = Config
+    for part in location:
+        if section is not None:
+            path.append(part)
+            known = section.model_fields.get(str(part))
+            if known is None:
+                return tuple(path), section
+            annotation = known.annotation
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        elif isinstance(part, int):
+            path.append(part)
+    return tuple(path), section
+
+
+def _parse_key(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", key))
+
+
+def _lines(origins: Mapping[KeyPath, str], problems: Iterable[tuple[KeyPath, str]]) -> str:
+    """One line per problem, in the order of the file where that is known."""
+    rows = []
+    for path, message in problems:
+        known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+        where = origins[known] if known is not None else "the defaults"
+        dotted = ".".join(str(part) for part in path).replace(".[", "[")
+        dotted = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
+        rows.append(f"{where}: {dotted}: {message}")
+    return "\n".join(rows)

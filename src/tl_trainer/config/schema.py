@@ -1,0 +1,180 @@
+"""The whole configuration as typed models: every key, its range, its default and its one-line description.
+
+The descriptions feed the JSON Schema of `--print-schema`, so they are written for the person who edits the YAML.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Source = Literal["imagefolder", "csv", "cifar10", "cifar100", "flowers102", "demo"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["constant", "cosine", "step", "plateau"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TransformItem = str | dict[str, Any]
+Transforms = Literal["default"] | list[TransformItem]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and values of another type are refused, nothing is coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+def _only_for(section: Section, choice: str, **owners: tuple[str, ...]) -> None:
+    """Refuse a key that was given although the section's chosen `name` has no use for it."""
+    for key, names in owners.items():
+        if key in section.model_fields_set and choice not in names:
+            raise ValueError(f"{key} is only for {' and '.join(names)}, and name is {choice}")
+
+
+class CsvSection(Section):
+    labels: str = Field("labels.csv", description="The CSV file with one row per image, relative to data.root.")
+    images: str = Field(".", description="The folder of the images, relative to data.root.")
+    image_column: str = Field("id", description="The column with the image's file name, relative to data.csv.images.")
+    label_column: str = Field("label", description="The column with the class name.")
+    split_column: str | None = Field(
+        None, description="The column that says train, val (or valid, validation) or test; null draws a val split."
+    )
+    suffix: str = Field("", description="What is added to image_column to make the file name, e.g. .jpg")
+
+
+class DataSection(Section):
+    source: Source | Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$")] = Field(
+        "imagefolder",
+        description="imagefolder, csv, cifar10, cifar100, flowers102, demo, or torchvision:<Class> for another of its "
+        "classification datasets.",
+    )
+    root: str = Field("data", description="The folder of the dataset; ~ is your home folder.")
+    download: bool = Field(True, description="Whether torchvision may download its datasets into data.root.")
+    val_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="The fraction of each class held out where the source has no validation split (seeded, stratified).",
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
+        "auto", description="Processes that load images; 0 loads in the main process."
+    )
+    csv: CsvSection = Field(default_factory=CsvSection, description="Where source: csv finds its columns.")
+
+
+class TransformsSection(Section):
+    train: Transforms = Field(
+        "default",
+        description="default (the eval preprocessing with RandomResizedCrop and a flip) or a list of names of "
+        "torchvision.transforms.v2, each alone or with its arguments: [{RandomRotation: 45}, RandomHorizontalFlip].",
+    )
+    eval: Transforms = Field("default", description="default (the weights' own preprocessing) or a list as in train.")
+
+
+class HeadSection(Section):
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list, description="Widths of hidden layers: [256, 256] is Linear-ReLU-Linear-ReLU-Linear."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="The dropout probability before each Linear of the head.")
+
+
+class ModelSection(Section):
+    backbone: str = Field("resnet152", description="The name of a torchvision classification model.")
+    weights: str = Field(
+        "DEFAULT",
+        description="A torchvision weights name (IMAGENET1K_V1), DEFAULT (its best), none (random), or a state_dict's path.",
+    )
+    tap: str = Field(
+        "penultimate",
+        description="Where the features are taken: penultimate (input of the last Linear), pooled (after the last "
+        "pooling, flattened), logits (the 1000 ImageNet scores), or a stage name such as layer3.",
+    )
+    trainable: str = Field(
+        "head", description="Where training starts: head (the backbone is frozen), a stage name (it and all after), or all."
+    )
+    head: HeadSection = Field(default_factory=HeadSection, description="The new classifier on top of the features.")
+
+
+class OptimizerSection(Section):
+    name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
+    lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    nesterov: bool = Field(False, description="Nesterov momentum for sgd.")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSection:
+        _only_for(self, self.name, momentum=("sgd",), nesterov=("sgd",))
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class ScheduleSection(Section):
+    name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of the val loss).")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the rate rises linearly from near 0.")
+    step_epochs: int = Field(10, ge=1, description="Epochs between two cuts of step.")
+    patience: int = Field(3, ge=0, description="Epochs without a lower val loss before plateau cuts the rate.")
+    factor: float = Field(0.1, gt=0, lt=1, description="What step and plateau multiply the rate by.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSection:
+        _only_for(self, self.name, step_epochs=("step",), patience=("plateau",), factor=("step", "plateau"))
+        return self
+
+
+class LossSection(Section):
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Mass of the target spread evenly over all classes.")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced weighs each class by the inverse of its number of training images."
+    )
+
+
+class TrainSection(Section):
+    epochs: int = Field(10, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(48, ge=1, description="Images per optimizer step.")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
+    loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
+    precision: Precision = Field(
+        "auto", description="Of the forward pass: auto (bf16 where the device has it natively), fp32, bf16 or fp16 (CUDA)."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ValueError(f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})")
+        return self
+
+
+class OutputSection(Section):
+    dir: str = Field("runs", description="The folder in which each run gets its own folder.")
+    tensorboard: bool = Field(True, description="Whether to write TensorBoard event files into the run folder.")
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the split, the head's weights, the order and augmentation.")
+    device: str = Field("auto", description="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.")
+    data: DataSection = Field(default_factory=DataSection, description="The images and their labels.")
+    transforms: TransformsSection = Field(
+        default_factory=TransformsSection, description="From an image to the network's input."
+    )
+    model: ModelSection = Field(default_factory=ModelSection, description="The backbone and the head.")
+    train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
+    output: OutputSection = Field(default_factory=OutputSection, description="What a run writes, and where.")
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str, info: ValidationInfo) -> str:
+        kind, _, index = device.partition(":")
+        if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and index.isdecimal()):
+            raise ValueError("use auto, cpu, cuda, cuda:N or mps")
+        return device
+
+
+def expand(path: str) -> Path:
+    """A path as the user wrote it, with ~ expanded."""
+    return Path(path).expanduser()

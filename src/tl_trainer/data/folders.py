@@ -1,0 +1,82 @@
+"""A folder of class folders, with or without split folders around them -> classes and splits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Split, enforce_classes
+from tl_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def open_folders(root: Path, classes: list[str] | None) -> Dataset:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data.root or --data-dir to the folder with your images")
+    folders = _split_folders(root)
+    fixed_by = "the checkpoint" if classes is not None else str(folders.get("train", root))
+    if classes is None:
+        if "train" not in folders and "all" not in folders:
+            raise DataError(f"{root} has {', '.join(folders)} but no train folder")
+        classes = _class_names(folders.get("train", root))
+    left_out: list[str] = []
+    splits = {}
+    for name, folder in folders.items():
+        enforce_classes(classes, _class_names(folder), folder, fixed_by)
+        splits[name] = _scan(folder, classes, root, left_out)
+    if left_out:
+        endings = ", ".join(sorted({Path(name).suffix.lower() or "no ending" for name in left_out}))
+        log.warning("%s: %d file(s) left out for their ending (%s), e.g. %s", root, len(left_out), endings, left_out[0])
+    return Dataset(classes, splits, str(root))
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The split folders under `root`; {"all": root} where there are none and the classes are directly below it."""
+    folders = {}
+    for split, names in SPLIT_NAMES.items():
+        present = [root / name for name in names if (root / name).is_dir()]
+        if len(present) > 1:
+            raise DataError(f"{root} has {' and '.join(path.name for path in present)}; keep one of them as its {split} split")
+        if present:
+            folders[split] = present[0]
+    return folders or {"all": root}
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder}: no class folders in it; put the images of each class into a folder with its name")
+    return names
+
+
+def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> Split:
+    """All images below the class folders, in sorted order; what has another ending goes into `left_out`."""
+    paths, targets = [], []
+    for label, name in enumerate(classes):
+        before = len(paths)
+        for path in walk(folder / name):
+            if path.suffix.lower() in IMG_EXTENSIONS:
+                paths.append(path)
+                targets.append(label)
+            else:
+                left_out.append(str(path.relative_to(root)))
+        if len(paths) == before:
+            raise DataError(f"{folder / name}: no images in this class folder; add some or remove it from every split")
+    return Split([path.relative_to(root).as_posix() for path in paths], targets, paths)
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, following links but never round a loop."""
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        found += [Path(parent, name) for name in files]
+    return sorted(found)

@@ -1,0 +1,86 @@
+"""Any image file -> RGB, upright. The only place that opens an image."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tl_trainer.errors import ImageError
+
+# The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# Pillow warns above 89 megapixels and raises above 179. Both mean that a small file asks for gigabytes, so both are
+# refused. The filter is global because `warnings.catch_warnings` is not safe in the threads that decode.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def load(path: Path) -> Image.Image:
+    """The image in a file as an upright RGB image with values in [0, 255]. Raises ImageError, naming the file."""
+    return decode(read(path), path)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of an image file. Raises ImageError where there are none, or where reading could wait for ever."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError(f"{path}: not an ordinary file; remove it from the dataset")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise ImageError(f"{path}: empty file (0 bytes); replace or remove it")
+    return data
+
+
+def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Image:
+    """The image in a file's bytes as an upright RGB image; `name` is what an error calls it.
+
+    `check_only` reads every byte but lets the JPEG decoder make an image of an eighth of the size, which is enough to
+    find a truncated file and is several times faster.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if check_only:
+                image.draft("RGB", (1, 1))
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}: too many pixels to be a photograph: {error}") from None
+    except Exception as error:  # a decoder fed with broken bytes raises anything from OSError to IndexError
+        raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB with values in [0, 255]; what is transparent becomes white.
+
+    Modes without a nominal range (I and F) are scaled by the smallest of 1 (F only), 255, 65535 and 2^32 - 1 that
+    holds their largest value.
+    """
+    if image.mode == "RGB":
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I;16"):
+        return _from_grey(np.asarray(image), 65535)
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        ceilings = [1, 255, 65535] if image.mode == "F" else [255, 65535]
+        return _from_grey(values, next((limit for limit in ceilings if values.max() <= limit), 2**32 - 1))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(rgba, mask=rgba.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _from_grey(values: np.ndarray, ceiling: int) -> Image.Image:
+    """Grey values in [0, ceiling] -> RGB; 65535 maps to 255 by dividing by 257, so 16-bit ramps keep 256 levels."""
+    grey = np.clip(np.rint(values.astype(np.float64) * (255 / ceiling)), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey, "L").convert("RGB")

@@ -1,0 +1,150 @@
+"""Splits -> batches: order, seeding, workers.
+
+All randomness belongs to (seed, epoch, image): the order of an epoch and each image's augmentation are the same with
+any number of workers, and an epoch can be entered at any batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tl_trainer.data import images
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import DataError, ImageError
+
+log = logging.getLogger(__name__)
+
+_PRIME = 1_000_003
+
+
+class Batch(NamedTuple):
+    """inputs (N, ...), targets (N,) of class indices, indices (N,) into the split."""
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
+class ImageBatches:
+    """Batches of images in a seeded order per epoch (`shuffle`), or in the split's own.
+
+    Iterating over `epoch(e)` gives every image once, the last batch being smaller where it must.
+    """
+
+    def __init__(
+        self, split: Split, pipeline: Pipeline, *, batch_size: int, workers: int, seed: int = 0, shuffle: bool = False
+    ) -> None:
+        self.split = split
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self.workers = workers
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.split) // self.batch_size)
+
+    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, on `device` and ready for the network."""
+        chunks = batch_order(len(self.split), self.batch_size, self.seed, epoch, self.shuffle)[start:]
+        loader = DataLoader(
+            _Images(self.split, self.pipeline, self.seed, epoch),
+            batch_sampler=chunks,
+            num_workers=min(self.workers, len(chunks)),
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
+        )
+        for batch in loader:
+            inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
+            yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
+
+
+def batch_order(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+    """The indices of each batch of an epoch: a permutation that depends on seed and epoch only."""
+    if shuffle:
+        generator = torch.Generator().manual_seed((seed * _PRIME + epoch) % 2**63)
+        order = torch.randperm(count, generator=generator).tolist()
+    else:
+        order = list(range(count))
+    return [order[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
+def worker_count(setting: int | str) -> int:
+    """`auto` is a process per core up to 8, or none on a machine with a single core."""
+    if isinstance(setting, int):
+        return setting
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if cores > 1 else 0
+
+
+def readable(split: Split, what: str, on_bad_image: str) -> Split:
+    """The split without images that cannot be read: they raise DataError (`error`) or are counted and named (`skip`).
+
+    Every file is read and decoded once, at the eighth of the size for JPEG, before the first epoch: a truncated image
+    must not end a run at its last hour.
+    """
+    if split.paths is None:
+        return split
+    bad: dict[int, str] = {}
+    with ThreadPoolExecutor(worker_count("auto") or 1) as pool:  # Pillow releases the GIL while it decodes
+        checks = pool.map(lambda index: _complaint(split, index), range(len(split)))
+        bar = tqdm(checks, f"checking {what} images", len(split), unit="img", leave=False, disable=None)
+        bad = {index: complaint for index, complaint in enumerate(bar) if complaint}
+    if not bad:
+        return split
+    listing = "\n".join(list(bad.values())[:2])
+    if on_bad_image == "error":
+        raise DataError(
+            f"{len(bad)} of {len(split)} {what} images cannot be used; repair them or set data.on_bad_image: skip\n{listing}"
+        )
+    log.warning("skipped %d of %d %s images that cannot be read, e.g.\n%s", len(bad), len(split), what, listing)
+    kept = [index for index in range(len(split)) if index not in bad]
+    if not kept:
+        raise DataError(f"none of the {len(split)} {what} images can be read")
+    return split.subset(kept)
+
+
+def _complaint(split: Split, index: int) -> str | None:
+    assert split.paths is not None
+    path = split.paths[index]
+    try:
+        images.decode(images.read(path), path, check_only=True)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+class _Images(Dataset[tuple[Tensor, int, int]]):
+    def __init__(self, split: Split, pipeline: Pipeline, seed: int, epoch: int) -> None:
+        self.split, self.pipeline, self.seed, self.epoch = split, pipeline, seed, epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        picture = self.split.open(index)
+        if self.pipeline.deterministic:
+            return self.pipeline.image(picture), self.split.targets[index], index
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
+            return self.pipeline.image(picture), self.split.targets[index], index
+
+
+def _collate(samples: list[tuple[Tensor, int, int]]) -> Batch:
+    inputs, targets, indices = zip(*samples, strict=True)
+    shapes = sorted({tuple(item.shape) for item in inputs})
+    if len(shapes) > 1:
+        raise DataError(
+            f"the transforms give images of different sizes ({shapes[0]} and {shapes[-1]}); "
+            "end them with a crop or a Resize to [height, width], e.g. {CenterCrop: 224}"
+        )
+    return Batch(torch.stack(inputs), torch.tensor(targets), torch.tensor(indices))

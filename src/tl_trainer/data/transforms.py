@@ -1,0 +1,180 @@
+"""Names in YAML -> torchvision v2 pipelines.
+
+A pipeline is kept as plain data with everything spelled out (`[{Resize: {size: 232}}, ..., {Normalize: {mean: ...}}]`),
+so that a checkpoint can carry it and prediction cannot preprocess differently from training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from tl_trainer.errors import SettingError, unknown
+
+Step = tuple[str, Any]
+PlainSteps = list[dict[str, Any]]
+
+# They need boxes, clips or labels, return several images, or take code.
+_UNUSABLE = {
+    "Transform", "Lambda", "CutMix", "MixUp", "FiveCrop", "TenCrop", "UniformTemporalSubsample", "ToPILImage",
+    "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "RandomIoUCrop", "SanitizeBoundingBoxes",
+    "SanitizeKeyPoints", "SetClampingMode",
+}  # fmt: skip
+TRANSFORMS: dict[str, type[v2.Transform]] = {
+    name: value
+    for name, value in vars(v2).items()
+    if inspect.isclass(value) and issubclass(value, v2.Transform) and name not in _UNUSABLE
+}
+_DETERMINISTIC = {
+    "CenterCrop", "Compose", "ConvertImageDtype", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad",
+    "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor",
+}  # fmt: skip
+_CONTAINERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}
+_TO_TENSOR = {"ToImage", "PILToTensor"}
+_TO_FLOAT = {"ToDtype", "ConvertImageDtype"}
+_NEED_FLOAT = {"Normalize", "GaussianNoise", "LinearTransformation"}
+_NEED_TENSOR = _NEED_FLOAT | _TO_FLOAT | {"RandomErasing", "ToPureTensor"}
+_FLOAT: Step = ("ToDtype", {"dtype": "float32", "scale": True})
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a backbone's weights were trained with; sizes in pixels, mean and std of channels in [0, 1]."""
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+class Pipeline:
+    """A transforms pipeline in two halves: `image` per picture, `batch` for what is cheaper on a whole batch.
+
+    image: PIL RGB -> tensor (3, H, W), uint8 wherever only the float conversion and Normalize are left for `batch`.
+    batch: (N, 3, H, W) -> float32 (N, 3, H, W), on whatever device the batch is on.
+    """
+
+    def __init__(self, steps: PlainSteps, key: str) -> None:
+        self.steps = steps
+        named = [_named(item) for item in steps]
+        built = [_build(name, arguments, f"{key}[{index}]") for index, (name, arguments) in enumerate(named)]
+        # Only the tail that treats every pixel alike can wait for the batch.
+        split = len(named) - 2 if [name for name, _ in named[-2:]] == ["ToDtype", "Normalize"] else len(named)
+        self.image = v2.Compose(built[:split])
+        self.batch = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
+        self.mean, self.std = _normalisation(named)
+        self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
+
+    def denormalise(self, batch: Tensor) -> Tensor:
+        """The batch as it was before Normalize, clipped to [0, 1], for pictures. (N, 3, H, W) float."""
+        mean, std = (torch.tensor(values, device=batch.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (batch * std + mean).clamp(0, 1)
+
+
+def spell_out(items: str | Sequence[Any], preprocessing: Preprocessing, *, train: bool) -> PlainSteps:
+    """The configured list (or `default`) with sizes, tensor conversion, dtype and Normalize added where not given."""
+    steps = _default(preprocessing, train) if isinstance(items, str) else []
+    for item in [] if isinstance(items, str) else items:
+        name, arguments = _named(item)
+        # The familiar name of the first version of torchvision's transforms; v2 deprecates it for these two.
+        steps += [("ToImage", None), _FLOAT] if name == "ToTensor" else [(name, arguments)]
+    _insert_if_missing(steps, ("ToImage", None), _TO_TENSOR, before=_NEED_TENSOR)
+    _insert_if_missing(steps, _FLOAT, _TO_FLOAT, before=_NEED_FLOAT)
+    normalise = ("Normalize", {"mean": list(preprocessing.mean), "std": list(preprocessing.std)})
+    _insert_if_missing(steps, normalise, {"Normalize"}, before=set())
+    return [{name: arguments} for name, arguments in steps]
+
+
+def check(items: str | Sequence[Any], key: str) -> None:
+    """Raise SettingError for the first item of a configured list that cannot be built."""
+    for index, item in enumerate([] if isinstance(items, str) else items):
+        name, arguments = _named(item, f"{key}[{index}]")
+        if name != "ToTensor":
+            _build(name, arguments, f"{key}[{index}]")
+
+
+def _default(preprocessing: Preprocessing, train: bool) -> list[Step]:
+    interpolation = preprocessing.interpolation
+    if train:
+        crop = {"size": preprocessing.crop, "interpolation": interpolation}
+        return [("RandomResizedCrop", crop), ("RandomHorizontalFlip", None)]
+    resize = {"size": preprocessing.resize, "interpolation": interpolation}
+    return [("Resize", resize), ("CenterCrop", {"size": preprocessing.crop})]
+
+
+def _insert_if_missing(steps: list[Step], step: Step, present: set[str], before: set[str]) -> None:
+    names = [name for name, _ in steps]
+    if not present.intersection(names):
+        steps.insert(next((i for i, name in enumerate(names) if name in before), len(steps)), step)
+
+
+def _named(item: Any, key: str = "transforms") -> Step:
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, dict) and len(item) == 1:
+        return next(iter(item.items()))
+    raise SettingError(key, f"write a name or {{name: arguments}}, not {item!r}")
+
+
+def _build(name: str, arguments: Any, key: str) -> v2.Transform:
+    if name not in TRANSFORMS:
+        raise SettingError(key, unknown("transform", name, [*TRANSFORMS, "ToTensor"]))
+    cls = TRANSFORMS[name]
+    try:
+        positional, named = _arguments(cls, name, arguments, key)
+        inspect.signature(cls).bind(*positional, **named)
+        if name == "ToDtype" and not named.get("scale"):
+            raise ValueError("add scale: true, or the pixels stay in 0-255 instead of 0-1")
+        return cls(*positional, **named)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        parameters = ", ".join(inspect.signature(cls).parameters)
+        raise SettingError(key, f"{name} does not take {arguments!r}: {error} (arguments: {parameters})") from None
+
+
+def _arguments(cls: type[v2.Transform], name: str, arguments: Any, key: str) -> tuple[list[Any], dict[str, Any]]:
+    """YAML's scalar, list or mapping as the call's positional and named arguments.
+
+    A list of one or two plain values is the first argument where that takes a sequence (`CenterCrop: [224, 200]`,
+    `RandomRotation: [-45, 45]`); any other list is the positional arguments (`ColorJitter: [0.2, 0.1, 0.1, 0.1]`).
+    """
+    if arguments is None:
+        return [], {}
+    if name in _CONTAINERS:
+        named = dict(arguments) if isinstance(arguments, dict) else {"transforms": arguments}
+        inner = [_named(item, key) for item in named.get("transforms", [])]
+        named["transforms"] = [_build(inner_name, value, key) for inner_name, value in inner]
+        return [], named
+    if isinstance(arguments, dict):
+        return [], {key: _value(key, value) for key, value in arguments.items()}
+    if not isinstance(arguments, list):
+        return [_value(next(iter(inspect.signature(cls).parameters)), arguments)], {}
+    first = next(iter(inspect.signature(cls).parameters.values()))
+    plain = not any(isinstance(value, list) for value in arguments)
+    if plain and len(arguments) <= 2 and "Sequence" in str(first.annotation):
+        return [arguments], {}
+    return arguments, {}
+
+
+def _value(parameter: str, value: Any) -> Any:
+    if parameter == "interpolation":
+        return InterpolationMode(value)
+    if parameter == "dtype":
+        dtype = getattr(torch, str(value), None)
+        if dtype is not torch.float32:
+            raise ValueError(f"dtype is float32, not {value!r}")
+        return dtype
+    return value
+
+
+def _normalisation(named: list[Step]) -> tuple[list[float], list[float]]:
+    for name, arguments in reversed(named):
+        if name == "Normalize":
+            return (arguments["mean"], arguments["std"]) if isinstance(arguments, dict) else (arguments[0], arguments[1])
+    return [0.0] * 3, [1.0] * 3

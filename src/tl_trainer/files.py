@@ -1,0 +1,110 @@
+"""Files on disk: atomic writes, content hashes, the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from tl_trainer.errors import CheckpointError, InputError, RunError
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Replace `path` by what `write` puts into the file it is given, wholly or not at all.
+
+    The order is fsync(file) < rename < fsync(folder), so that after a power cut either the old or the new content is
+    there. Raises RunError, with the old file untouched and no temporary file left, where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save on a full disk
+            raise RunError(f"cannot write {path}: the disk is full or a quota is used up") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, atomically."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode("utf-8"))
+
+    write_atomically(path, write)
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote to `path`, memory-mapped where the format allows it; never runs code from the file.
+
+    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors.
+    """
+    import torch  # here, so that a command's --help does not wait for it
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: refused: it holds more than plain data and tensors, which could run code when loaded"
+            ) from error
+        raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
+    except Exception as error:  # torch's readers raise anything on broken bytes, RuntimeError to KeyError
+        raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: $TL_CACHE, else `tl-trainer` in the platform's cache folder."""
+    if given := os.environ.get("TL_CACHE"):
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "tl-trainer"
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Create a folder that will be written to; InputError, naming the setting `key`, where that cannot work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {key}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle on a folder to sync
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""The network: a frozen prefix of the chain, its trainable suffix, and the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tl_trainer.models.backbones import Backbone, Stage
+
+State = dict[str, Tensor]
+
+
+class Classifier(nn.Module):
+    """`trainable` says where training starts: head, a stage name, or all. Everything before is frozen.
+
+    A frozen stage stays in eval mode also while the rest trains: no dropout, BatchNorm statistics fixed.
+    Raises SettingError for an unknown stage.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, trainable: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        stages = backbone.stages
+        start = {"head": len(stages), "all": 0}.get(trainable)
+        start = backbone.index(trainable) if start is None else start
+        self.frozen: list[Stage] = stages[:start]
+        self.trained: list[Stage] = stages[start:]
+        for stage in self.frozen:
+            stage.module.requires_grad_(False)
+        self.train(self.training)
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> the output of the last frozen stage, without a gradient."""
+        with torch.no_grad():
+            for stage in self.frozen:
+                images = stage.module(images)
+        return images
+
+    def suffix(self, features: Tensor) -> Tensor:
+        """The prefix's output -> logits (N, classes)."""
+        for stage in self.trained:
+            features = stage.module(features)
+        logits: Tensor = self.head(features.flatten(1))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, classes)."""
+        return self.suffix(self.prefix(images))
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        for stage in self.frozen:
+            stage.module.eval()
+        return self
+
+    def trained_state(self) -> State:
+        """The tensors that training changes: the suffix, its BatchNorm statistics, and the head."""
+        return {key: value for key, value in self.state_dict().items() if not self._is_frozen(key)}
+
+    def frozen_state(self) -> State:
+        """The tensors that training leaves as they are."""
+        return {key: value for key, value in self.state_dict().items() if self._is_frozen(key)}
+
+    def load_trained_state(self, state: State) -> None:
+        """Fill what `trained_state` gives; AssertionError where the keys are not the same."""
+        assert state.keys() == self.trained_state().keys()
+        self.load_state_dict(state, strict=False)
+
+    def _is_frozen(self, key: str) -> bool:
+        name = key.removeprefix("backbone.model.")
+        return name != key and any(stage.name == "body" or name.startswith(f"{stage.name}.") for stage in self.frozen)
