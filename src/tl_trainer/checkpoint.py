@@ -69,7 +69,7 @@ def load(path: Path) -> Checkpoint:
     """
     content = load_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give the best.pth or last.pth of one of its runs")
+        raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: format version {content.get('version')}, this tl-trainer reads {VERSION}; install the version "

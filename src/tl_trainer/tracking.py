@@ -6,7 +6,7 @@ import csv
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from tqdm import tqdm
 
 from tl_trainer.metrics import Figures
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Graph = list[tuple[str, str, bool]]
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
 CAPTION_HEIGHT = 14
 
@@ -42,13 +40,13 @@ class Tracker:
         rows = _rows(self.path)[:done]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        self.writer: SummaryWriter | None = None
+        self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
             self.writer = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
 
-    def start(self, config: str, graph: Sequence[tuple[str, str, bool]]) -> None:
+    def start(self, config: str, graph: Graph) -> None:
         """Log what does not change: the configuration as text and the chain of stages as a graph."""
         if self.writer is not None:
             self.writer.add_text("config", "```yaml\n" + config + "```")
@@ -59,14 +57,16 @@ class Tracker:
         if self.writer is not None:
             self.writer.add_image("train/images", functional.pil_to_tensor(picture_grid(batch, captions)), 0)
 
-    def epoch(self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, n: int) -> None:
-        """Log an epoch, counted from 1; n images were trained on in `seconds`, validation not included."""
+    def epoch(
+        self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, images: int
+    ) -> None:
+        """Log an epoch, counted from 1; `images` were trained on in `seconds`, validation not included."""
         row = (epoch, train_loss, val.loss, val.top1, val.top5, lr, round(seconds, 3))
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow(row)
         if self.writer is not None:
             scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
-            for tag, value in {**scalars, "lr": lr, "time/images_per_second": n / seconds}.items():
+            for tag, value in {**scalars, "lr": lr, "time/images_per_second": images / seconds}.items():
                 self.writer.add_scalar(tag, value, epoch)
         log.info(
             "epoch %*d/%d  train loss %.4f  val loss %.4f  top-1 %5.1f%%  top-5 %5.1f%%  lr %.2g  %.1f s",
@@ -79,10 +79,9 @@ class Tracker:
             self.writer.close()
 
 
-def graph_of(frozen: Iterable[tuple[str, nn.Module]], trained: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, str, bool]]:
+def graph_of(stages: Iterable[tuple[str, nn.Module]], *, trained: bool) -> Graph:
     """(name, what it is, whether it trains) of each stage, for `Tracker.start`."""
-    return [(name, module.extra_repr() and repr(module).splitlines()[0] or type(module).__name__, trains)
-            for part, trains in ((frozen, False), (trained, True)) for name, module in part]  # fmt: skip
+    return [(name, f"{type(module).__name__}({module.extra_repr()})", trained) for name, module in stages]
 
 
 def picture_grid(batch: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:
@@ -105,7 +104,7 @@ def _rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))[1:]
 
 
-def _add_graph(writer: SummaryWriter, graph: Sequence[tuple[str, str, bool]]) -> None:
+def _add_graph(writer: Any, graph: Graph) -> None:
     """The chain as TensorBoard's graph: a node per stage, so that no network has to be traced or run."""
     from tensorboard.compat.proto.attr_value_pb2 import AttrValue
     from tensorboard.compat.proto.config_pb2 import RunMetadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ MAX_DEPTH = 32
 MAX_NODES = 10_000
 
 KeyPath = tuple[str | int, ...]
+Overrides = Iterable[tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,26 @@ class Loaded:
         return ConfigError(_lines(self.origins, [(_parse_key(error.key), error.message) for error in errors]))
 
 
-def load(name: str | None, overrides: Iterable[tuple[str, Any]] = ()) -> Loaded:
+def load(name: str | None, overrides: Overrides = ()) -> Loaded:
     """The configuration called `name` (a path, else a bundled one; None: the defaults) with dotted-key overrides.
 
     Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
     """
-    origins: dict[KeyPath, str] = {}
-    data: Any = {}
-    if name is not None:
-        path = find(name)
-        data, lines = _read(path)
-        origins.update({key: f"{path}:{line}" for key, line in lines.items()})
+    if name is None:
+        return _validated({}, "run", {}, overrides)
+    path = find(name)
+    data, lines = _read(path)
+    return _validated(data, path.stem, {key: f"{path}:{line}" for key, line in lines.items()}, overrides)
+
+
+def from_checkpoint(data: dict[str, Any], path: Path, overrides: Overrides = ()) -> Loaded:
+    """The configuration that a checkpoint carries, with dotted-key overrides; ConfigError as in `load`."""
+    return _validated(copy.deepcopy(data), path.parent.name, {(): str(path)}, overrides)
+
+
+def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], overrides: Overrides) -> Loaded:
     for key, value in overrides:
         _set(data, key, value, origins)
-    return validated(data, Path(name).stem if name else "run", origins)
-
-
-def validated(data: Any, name: str, origins: Mapping[KeyPath, str]) -> Loaded:
-    """Plain data, e.g. from a checkpoint, as a Config; ConfigError as in `load`."""
     try:
         return Loaded(Config.model_validate(data), name, origins)
     except ValidationError as error:
@@ -175,14 +179,15 @@ class _Reader:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
+            inside = (*path, key)
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _Refused("a key must be a word", line)
             if key in mapping:
-                first = self.lines[(*path, key)]
+                first = self.lines[inside]
                 raise _Refused(f"duplicate key {key!r}, first given on line {first}; keep one", line)
-            self.lines[(*path, key)] = line
-            mapping[key] = self._convert(value_node, (*path, key))
+            self.lines[inside] = line
+            mapping[key] = self._convert(value_node, inside)
         return mapping
 
 
@@ -267,10 +272,10 @@ def _parse_key(key: str) -> KeyPath:
 
 
 def _lines(origins: Mapping[KeyPath, str], problems: Iterable[tuple[KeyPath, str]]) -> str:
-    """One line per problem, in the order of the file where that is known."""
+    """One line per problem: where the key was set, its dotted path, and what is wrong with it."""
     rows = []
     for path, message in problems:
-        known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in origins), None)
+        known = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in origins), None)
         where = origins[known] if known is not None else "the defaults"
         dotted = ".".join(str(part) for part in path).replace(".[", "[")
         dotted = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)

@@ -6,16 +6,24 @@ The descriptions feed the JSON Schema of `--print-schema`, so they are written f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Source = Literal["imagefolder", "csv", "cifar10", "cifar100", "flowers102", "demo"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "step", "plateau"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TransformItem = str | dict[str, Any]
-Transforms = Literal["default"] | list[TransformItem]
+Transforms = Literal["default", "eval"] | list[TransformItem]
 
 
 class Section(BaseModel):
@@ -24,11 +32,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-def _only_for(section: Section, choice: str, **owners: tuple[str, ...]) -> None:
-    """Refuse a key that was given although the section's chosen `name` has no use for it."""
-    for key, names in owners.items():
-        if key in section.model_fields_set and choice not in names:
-            raise ValueError(f"{key} is only for {' and '.join(names)}, and name is {choice}")
+class NamedSection(Section):
+    """A section whose `name` decides which of its keys mean anything; the others are refused, and never dumped."""
+
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {}
+    name: str
+
+    @model_validator(mode="after")
+    def _refuse_meaningless(self) -> NamedSection:
+        for key, names in self.only_for.items():
+            if key in self.model_fields_set and self.name not in names:
+                raise ValueError(f"{key} is only for {' and '.join(names)}, and name is {self.name}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_meaningless(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if self.name in self.only_for.get(key, (self.name,))}
 
 
 class CsvSection(Section):
@@ -54,7 +73,7 @@ class DataSection(Section):
         0.2,
         gt=0,
         lt=1,
-        description="The fraction of each class held out where the source has no validation split (seeded, stratified).",
+        description="The fraction of each class held out where there is no validation split (seeded, stratified).",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
@@ -68,10 +87,13 @@ class DataSection(Section):
 class TransformsSection(Section):
     train: Transforms = Field(
         "default",
-        description="default (the eval preprocessing with RandomResizedCrop and a flip) or a list of names of "
-        "torchvision.transforms.v2, each alone or with its arguments: [{RandomRotation: 45}, RandomHorizontalFlip].",
+        description="default (the weights' preprocessing with RandomResizedCrop and a flip), eval (the same as for "
+        "evaluation), or a list of names of torchvision.transforms.v2, each alone or with its arguments: "
+        "[{RandomRotation: 45}, RandomHorizontalFlip].",
     )
-    eval: Transforms = Field("default", description="default (the weights' own preprocessing) or a list as in train.")
+    eval: Literal["default"] | list[TransformItem] = Field(
+        "default", description="default (the weights' own preprocessing) or a list as in train."
+    )
 
 
 class HeadSection(Section):
@@ -85,7 +107,7 @@ class ModelSection(Section):
     backbone: str = Field("resnet152", description="The name of a torchvision classification model.")
     weights: str = Field(
         "DEFAULT",
-        description="A torchvision weights name (IMAGENET1K_V1), DEFAULT (its best), none (random), or a state_dict's path.",
+        description="A torchvision weights name, DEFAULT (its best), none (random), or a state_dict file.",
     )
     tap: str = Field(
         "penultimate",
@@ -93,12 +115,14 @@ class ModelSection(Section):
         "pooling, flattened), logits (the 1000 ImageNet scores), or a stage name such as layer3.",
     )
     trainable: str = Field(
-        "head", description="Where training starts: head (the backbone is frozen), a stage name (it and all after), or all."
+        "head",
+        description="Where training starts: head (the backbone is frozen), a stage name (it and all after), or all.",
     )
     head: HeadSection = Field(default_factory=HeadSection, description="The new classifier on top of the features.")
 
 
-class OptimizerSection(Section):
+class OptimizerSection(NamedSection):
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {"momentum": ("sgd",), "nesterov": ("sgd",)}
     name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
     lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
@@ -107,23 +131,22 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSection:
-        _only_for(self, self.name, momentum=("sgd",), nesterov=("sgd",))
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
 
-class ScheduleSection(Section):
+class ScheduleSection(NamedSection):
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "step_epochs": ("step",),
+        "patience": ("plateau",),
+        "factor": ("step", "plateau"),
+    }
     name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of the val loss).")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the rate rises linearly from near 0.")
     step_epochs: int = Field(10, ge=1, description="Epochs between two cuts of step.")
     patience: int = Field(3, ge=0, description="Epochs without a lower val loss before plateau cuts the rate.")
     factor: float = Field(0.1, gt=0, lt=1, description="What step and plateau multiply the rate by.")
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleSection:
-        _only_for(self, self.name, step_epochs=("step",), patience=("plateau",), factor=("step", "plateau"))
-        return self
 
 
 class LossSection(Section):
@@ -140,13 +163,16 @@ class TrainSection(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
     precision: Precision = Field(
-        "auto", description="Of the forward pass: auto (bf16 where the device has it natively), fp32, bf16 or fp16 (CUDA)."
+        "auto",
+        description="Of the forward pass: auto (bf16 where the device has it natively), fp32, bf16 or fp16 (CUDA).",
     )
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
         if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})")
+            raise ValueError(
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})"
+            )
         return self
 
 
@@ -156,7 +182,7 @@ class OutputSection(Section):
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the split, the head's weights, the order and augmentation.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the split, the head, the order and augmentation.")
     device: str = Field("auto", description="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.")
     data: DataSection = Field(default_factory=DataSection, description="The images and their labels.")
     transforms: TransformsSection = Field(
@@ -168,7 +194,7 @@ class Config(Section):
 
     @field_validator("device")
     @classmethod
-    def _check_device(cls, device: str, info: ValidationInfo) -> str:
+    def _check_device(cls, device: str) -> str:
         kind, _, index = device.partition(":")
         if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and index.isdecimal()):
             raise ValueError("use auto, cpu, cuda, cuda:N or mps")

@@ -83,7 +83,9 @@ def with_validation(dataset: Dataset, fraction: float, seed: int, val_names: Ite
     else:
         position = {name: index for index, name in enumerate(source.names)}
         if missing := [name for name in val_names if name not in position]:
-            raise DataError(f"{dataset.where}: {len(missing)} images of the run's val split are gone, e.g. {missing[0]}")
+            raise DataError(
+                f"{dataset.where}: {len(missing)} images of the run's val split are gone, e.g. {missing[0]}"
+            )
         held_out = {position[name] for name in val_names}
     splits["train"] = source.subset([i for i in range(len(source)) if i not in held_out])
     splits["val"] = source.subset(sorted(held_out))
@@ -94,10 +96,10 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
     """Raise DataError naming the classes that are missing from or extra in `found`."""
     found = set(found)
     missing, extra = [name for name in expected if name not in found], sorted(found.difference(expected))
-    if missing or extra:
-        parts = [f"{word} {', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
-                 for word, names in (("without", missing), ("with an extra", extra)) if names]  # fmt: skip
-        raise DataError(f"{where}: {' and '.join(parts)}; the classes are fixed by {fixed_by} ({len(expected)} classes)")
+    for word, names in (("has no", missing), ("has an extra", extra)):
+        if names:
+            listing = ", ".join(map(repr, names[:5])) + (" and more" if len(names) > 5 else "")
+            raise DataError(f"{where} {word} class {listing}; the {len(expected)} classes are fixed by {fixed_by}")
 
 
 def _draw(split: Split, fraction: float, seed: int, classes: list[str]) -> set[int]:
@@ -108,7 +110,9 @@ def _draw(split: Split, fraction: float, seed: int, classes: list[str]) -> set[i
     held_out: set[int] = set()
     for label, indices in by_class.items():
         if len(indices) < 2:
-            raise DataError(f"class {classes[label]!r} has {len(indices)} image(s); a val split needs at least 2 of each")
+            raise DataError(
+                f"class {classes[label]!r} has {len(indices)} image(s); a val split needs at least 2 of each"
+            )
         count = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
         held_out.update(rng.sample(indices, count))
     return held_out

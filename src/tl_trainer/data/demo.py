@@ -106,7 +106,9 @@ SHAPES: dict[str, Shape] = {
     "cross": _cross,
     "disc": lambda rng: _polar(lambda angle: 1.0),
     "flower": lambda rng: _polar(lambda angle: 0.7 + 0.3 * math.cos(5 * angle)),
-    "heart": lambda rng: _polar(lambda angle: 0.45 * (2 - 1.6 * math.sin(angle)) * (0.75 + 0.25 * abs(math.cos(angle)))),
+    "heart": lambda rng: _polar(
+        lambda angle: 0.45 * (2 - 1.6 * math.sin(angle)) * (0.75 + 0.25 * abs(math.cos(angle)))
+    ),
     "square": lambda rng: _regular(4),
     "star": lambda rng: _regular(5, rng.uniform(0.35, 0.5)),
     "triangle": lambda rng: _regular(3),

@@ -40,7 +40,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
     for split, names in SPLIT_NAMES.items():
         present = [root / name for name in names if (root / name).is_dir()]
         if len(present) > 1:
-            raise DataError(f"{root} has {' and '.join(path.name for path in present)}; keep one of them as its {split} split")
+            raise DataError(
+                f"{root} has {' and '.join(path.name for path in present)}; keep one of them as its {split} split"
+            )
         if present:
             folders[split] = present[0]
     return folders or {"all": root}
@@ -55,7 +57,8 @@ def _class_names(folder: Path) -> list[str]:
 
 def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> Split:
     """All images below the class folders, in sorted order; what has another ending goes into `left_out`."""
-    paths, targets = [], []
+    paths: list[Path] = []
+    targets: list[int] = []
     for label, name in enumerate(classes):
         before = len(paths)
         for path in walk(folder / name):

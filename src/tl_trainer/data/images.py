@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import stat
 import warnings
 from pathlib import Path
@@ -29,7 +28,7 @@ def load(path: Path) -> Image.Image:
 def read(path: Path) -> bytes:
     """The bytes of an image file. Raises ImageError where there are none, or where reading could wait for ever."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{path}: not an ordinary file; remove it from the dataset")
         data = path.read_bytes()
     except OSError as error:

@@ -107,7 +107,8 @@ def readable(split: Split, what: str, on_bad_image: str) -> Split:
     listing = "\n".join(list(bad.values())[:2])
     if on_bad_image == "error":
         raise DataError(
-            f"{len(bad)} of {len(split)} {what} images cannot be used; repair them or set data.on_bad_image: skip\n{listing}"
+            f"{len(bad)} of {len(split)} {what} images cannot be used; repair them or set data.on_bad_image: skip\n"
+            f"{listing}"
         )
     log.warning("skipped %d of %d %s images that cannot be read, e.g.\n%s", len(bad), len(split), what, listing)
     kept = [index for index in range(len(split)) if index not in bad]

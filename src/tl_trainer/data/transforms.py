@@ -176,5 +176,7 @@ def _value(parameter: str, value: Any) -> Any:
 def _normalisation(named: list[Step]) -> tuple[list[float], list[float]]:
     for name, arguments in reversed(named):
         if name == "Normalize":
-            return (arguments["mean"], arguments["std"]) if isinstance(arguments, dict) else (arguments[0], arguments[1])
+            return (
+                (arguments["mean"], arguments["std"]) if isinstance(arguments, dict) else (arguments[0], arguments[1])
+            )
     return [0.0] * 3, [1.0] * 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import re
 import socket
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module, stages: list[Stage]) -> None:
         super().__init__()
         self.model = model
-        self.stages = stages
+        self.stages = stages  # a plain list: the modules are registered once, in `model`
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, features): the tapped output, flattened."""
@@ -117,21 +118,33 @@ def build_backbone(name: str, weights: WeightsEnum | Path | None, tap: str, seed
     if weights is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _tapped(_construct(name, pretrained=False), name, None, tap)
-    backbone = empty_backbone(name, weights, tap)
+            return _tapped(_construct(name, pretrained=False), name, tap)
+    if isinstance(weights, WeightsEnum) and weights.meta["categories"] is None and tap != "pooled":
+        raise SettingError(
+            "model.tap", f"{name} {weights.name} has no usable classifier; set model.tap: pooled, not {tap!r}"
+        )
+    backbone = empty_backbone(name, True, tap)
     path = fetch(weights) if isinstance(weights, WeightsEnum) else weights
     _load(backbone.model, path, name)
     return backbone
 
 
-def empty_backbone(name: str, weights: WeightsEnum | Path | None, tap: str) -> Backbone:
+def empty_backbone(name: str, pretrained: bool, tap: str) -> Backbone:
     """The backbone without memory for its weights, to be filled by `load_state_dict(..., assign=True)`."""
     try:
         with torch.device("meta"):
-            model = _construct(name, pretrained=weights is not None)
+            model = _construct(name, pretrained)
     except NotImplementedError:  # the RegNets compute their widths with tensors, which meta tensors cannot
-        model = _construct(name, pretrained=weights is not None)
-    return _tapped(model, name, weights, tap)
+        model = _construct(name, pretrained)
+    return _tapped(model, name, tap)
+
+
+def feature_size(name: str, tap: str, height: int, width: int) -> int:
+    """The number of features at the tap for images of that size, found without computing any."""
+    backbone = empty_backbone(name, True, tap)
+    place = next(backbone.parameters()).device
+    with torch.no_grad():
+        return int(backbone(torch.empty(1, 3, height, width, device=place)).shape[1])
 
 
 def fetch(weights: WeightsEnum) -> Path:
@@ -180,13 +193,8 @@ def _construct(name: str, pretrained: bool) -> nn.Module:
     return model.eval()
 
 
-def _tapped(model: nn.Module, name: str, weights: WeightsEnum | Path | None, tap: str) -> Backbone:
+def _tapped(model: nn.Module, name: str, tap: str) -> Backbone:
     stages = _chain(model)
-    no_classifier = isinstance(weights, WeightsEnum) and weights.meta["categories"] is None
-    if no_classifier and tap != "pooled":
-        raise SettingError(
-            "model.tap", f"{name} {weights.name} has no usable classifier; set model.tap: pooled, not {tap!r}"
-        )
     end = _tap_index(stages, name, tap)
     if stages[0].module is model and end == len(stages):
         return Backbone(model, stages[:1])  # not a chain, so its last Linear is inside the body unless it is cut off
@@ -204,7 +212,7 @@ def _chain(model: nn.Module) -> list[Stage]:
         nodes = list(_TopLevel().trace(model).nodes)
     except (fx.proxy.TraceError, TypeError, RuntimeError):  # a forward whose control flow depends on its input
         return _body_and_linear(model)
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in itertools.pairwise(nodes):
         if node.op == "output":
             break
         if node.all_input_nodes != [before] or node.args[0] is not before:
@@ -212,11 +220,17 @@ def _chain(model: nn.Module) -> list[Stage]:
         if node.op == "call_module":
             stages += _flattened(str(node.target), model.get_submodule(str(node.target)))
         elif node.op == "call_method":
-            stages.append(Stage(str(node.target), Function(getattr(Tensor, str(node.target)), *node.args[1:], **node.kwargs)))
+            stages.append(
+                Stage(str(node.target), Function(getattr(Tensor, str(node.target)), *node.args[1:], **node.kwargs))
+            )
         else:
             function: Any = node.target
             stages.append(Stage(function.__name__, Function(function, *node.args[1:], **node.kwargs)))
     return stages
+
+
+def _function(function: Any, node: fx.Node) -> Stage:
+    return Stage(function.__name__, Function(function, *node.args[1:], **node.kwargs))
 
 
 class _TopLevel(fx.Tracer):
@@ -273,7 +287,9 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     state = {_modern(key.removeprefix("module.")): value for key, value in state.items()}
     wanted = model.state_dict()
     if missing := [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]:
-        raise CheckpointError(f"{path}: not weights of {name}: {len(missing)} tensors are missing, the first {missing[0]}")
+        raise CheckpointError(
+            f"{path}: not weights of {name}: {len(missing)} tensors are missing, the first {missing[0]}"
+        )
     for key, value in wanted.items():
         if key in state and state[key].shape != value.shape:
             raise CheckpointError(f"{path}: {key} is {tuple(state[key].shape)}, {name} has {tuple(value.shape)}")

@@ -1,0 +1,52 @@
+"""tl-eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tl_trainer.cli.main import new_parser, run_command
+
+EPILOG = """\
+examples:
+  tl-eval --checkpoint runs/flowers102-1/best.pth
+  tl-eval --checkpoint best.pth --data-dir new-photos --split all --json
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of tl-eval."""
+    parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="the best.pth of a run")
+    add("--data-dir", metavar="DIR", help="another folder with the same classes (default: the one it was trained on)")
+    add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
+        "folder of class folders without splits")  # fmt: skip
+    add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
+    add("-b", "--batch-size", type=int, metavar="N", help="images at a time (default: as trained)")
+    add("-j", "--workers", type=int, metavar="N", help="processes that load images")
+    add("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console entry point."""
+    return run_command(build_parser(), _eval, argv)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from tl_trainer.run import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        Path(args.checkpoint), args.data_dir, args.split, args.device, args.batch_size, args.workers
+    )
+    if args.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        sys.stdout.write(
+            f"{result['split']}: top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  "
+            f"loss {result['loss']:.4f}  ({result['n']} images)\n"
+        )
+    return 0

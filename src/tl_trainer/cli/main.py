@@ -1,0 +1,94 @@
+"""What the three commands share: common flags, logging, version floors, and how an error is shown."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+
+from tl_trainer import __version__
+from tl_trainer.errors import InputError, TrainerError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def new_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every command has."""
+    parser = argparse.ArgumentParser(
+        name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"tl-trainer {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[str] | None) -> int:
+    """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
+    args = parser.parse_intermixed_args(argv)
+    _set_up_logging(args)
+    try:
+        _check_floors()
+        return command(args)
+    except KeyboardInterrupt:
+        return _fail(parser.prog, "interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        if isinstance(error, TrainerError):
+            return _fail(parser.prog, str(error), error.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
+        return _fail(
+            parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
+        )
+
+
+def _fail(program: str, message: str, code: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _set_up_logging(args: argparse.Namespace) -> None:
+    level = logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO
+    handler = _BarSafeHandler()
+    handler.setFormatter(_Formatter())
+    package = logging.getLogger("tl_trainer")
+    package.handlers[:] = [handler]
+    package.setLevel(level)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+class _BarSafeHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _check_floors() -> None:
+    """Refuse library versions below those that pyproject.toml asks for; the floors are there for security."""
+    from packaging.requirements import Requirement
+
+    for text in metadata.requires("tl-trainer") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None:  # an extra, needed by developers only
+            continue
+        installed = metadata.version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            raise InputError(
+                f"{requirement.name} {installed} is installed, {requirement.specifier} is needed; "
+                f"run: pip install --upgrade '{requirement.name}{requirement.specifier}'"
+            )

@@ -1,0 +1,74 @@
+"""tl-predict."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tl_trainer.cli.main import new_parser, run_command
+from tl_trainer.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+EPILOG = """\
+examples:
+  tl-predict photo.jpg
+  tl-predict holiday/ 'more/*.png' --checkpoint runs/flowers102-1/best.pth --topk 3
+  find . -name '*.jpg' | tl-predict - --format jsonl --output labels.jsonl
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of tl-predict."""
+    parser = new_parser("tl-predict", "Say what is on images.", EPILOG)
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
+    add("--checkpoint", metavar="FILE", help="default: $TL_CHECKPOINT, else best.pth of the newest run under ./runs")
+    add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
+    add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
+    add("--output", metavar="FILE", help="write the rows to this file instead of stdout")
+    add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
+    add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console entry point."""
+    return run_command(build_parser(), _predict, argv)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    for flag in ("topk", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be 1 or more")
+    path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
+    from tl_trainer.predict import expand_inputs, predict, write_rows
+    from tl_trainer.restore import restore
+
+    rows = predict(restore(path, args.device), expand_inputs(args.paths, sys.stdin), args.topk, args.batch_size)
+    if args.output is None:
+        failed = write_rows(rows, args.format, sys.stdout)
+    else:
+        try:
+            with Path(args.output).open("w", newline="", encoding="utf-8") as file:
+                failed = write_rows(rows, args.format, file)
+        except OSError as error:
+            raise RunError(f"--output {args.output}: {error.strerror}") from error
+    if failed:
+        log.warning("%d image(s) could not be read", failed)
+    return 1 if failed else 0
+
+
+def _default_checkpoint() -> Path:
+    if given := os.environ.get("TL_CHECKPOINT"):
+        path = Path(given)
+    else:
+        found = sorted(Path("runs").glob("*/best.pth"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise InputError("no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no best.pth")
+        path = found[-1]
+    log.info("checkpoint: %s", path)
+    return path

@@ -1,0 +1,92 @@
+"""Which run --resume goes on with, and whether it may with this configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tl_trainer import checkpoint
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
+from tl_trainer.config.schema import expand
+from tl_trainer.errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
+
+# What may differ without making another run of it. The rest would mix two experiments in one set of curves.
+CHANGEABLE = (
+    "train.epochs",
+    "device",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "output.dir",
+    "output.tensorboard",
+)
+
+
+@dataclass
+class Resumption:
+    """A run to go on with: its folder, its last.pth and its best.pth (None where no epoch has ended)."""
+
+    run_dir: Path
+    last: Checkpoint
+    best: Checkpoint | None
+
+
+def resume(target: str | None, config: str | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
+    """The run at `target` (a run directory or its last.pth), or the newest unfinished one of the configuration.
+
+    Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, or where the
+    configuration differs in more than CHANGEABLE.
+    """
+    overrides = list(overrides)
+    if target is None:
+        loaded = load(config, overrides)
+        path = _newest_unfinished(loaded)
+    else:
+        path = Path(target).expanduser()
+        path = path / "last.pth" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
+    last = checkpoint.load(path)
+    if last.resume is None:
+        raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
+    loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
+    _compare(loaded, last, path)
+    if last.epoch >= loaded.config.train.epochs:
+        raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
+    best = path.with_name("best.pth")
+    return loaded, Resumption(path.parent, last, checkpoint.load(best) if best.exists() else None)
+
+
+def _newest_unfinished(loaded: Loaded) -> Path:
+    output, wanted = expand(loaded.config.output.dir), yaml.safe_load(to_yaml(loaded.config))
+    for path in sorted(output.glob(f"{loaded.name}-*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True):
+        description = path.with_name("config.yaml")
+        same = description.is_file() and yaml.safe_load(description.read_text(encoding="utf-8")) == wanted
+        if same and checkpoint.load(path).epoch < loaded.config.train.epochs:
+            return path
+    raise InputError(f"no unfinished run of this configuration under {output}; start one without --resume")
+
+
+def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:
+    before, now = dict(_flat(last.config)), dict(_flat(loaded.config.model_dump()))
+    changes = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    for key, old, new in changes:
+        if key not in CHANGEABLE:
+            raise InputError(f"{path}: this run has {key}: {old!r}, not {new!r}; start a new run without --resume")
+        log.warning("resuming with %s: %r instead of %r", key, new, old)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,133 @@
+"""How far a run has come, and how that survives: last.pth, best.pth."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from tl_trainer.checkpoint import Checkpoint, save
+from tl_trainer.errors import Interrupted
+from tl_trainer.metrics import Figures
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.optim import Schedule
+from tl_trainer.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+# An epoch on cached features takes milliseconds, a save with its fsync more. A run that is killed in between resumes
+# from the last save and arrives at the same weights.
+SECONDS_BETWEEN_SAVES = 5.0
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights, the optimizer and the random state it is all that a resume needs."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # of the epoch under way: batches done, their summed loss, images and seconds
+    loss: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best: dict[str, Any] | None = None
+
+    def epoch_ended(self, figures: Figures) -> bool:
+        """Count the epoch; True where its top-1 is the best so far, or as good with a lower loss."""
+        self.epoch, self.batch, self.loss, self.images, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
+        better = self.best is None or (figures.top1, -figures.loss) > (self.best["top1"], -self.best["loss"])
+        if better:
+            self.best_epoch, self.best = self.epoch, asdict(figures)
+        return better
+
+
+@dataclass
+class State:
+    """The objects that change while a run trains."""
+
+    classifier: Classifier
+    optimizer: optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    def resume_data(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data."""
+        random_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "progress": asdict(self.progress),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": dict(self.schedule.plateau),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state,
+        }
+
+    def restore(self, trained: dict[str, Tensor], resume: dict[str, Any]) -> None:
+        """The reverse of `resume_data`, bit for bit."""
+        self.classifier.load_trained_state(trained)
+        self.optimizer.load_state_dict(resume["optimizer"])
+        self.schedule.plateau.update(resume["plateau"])
+        self.scaler.load_state_dict(resume["scaler"])
+        for name, value in resume["progress"].items():
+            setattr(self.progress, name, value)
+        torch.set_rng_state(resume["random"]["cpu"])
+        if "cuda" in resume["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(resume["random"]["cuda"])
+
+
+class Saver:
+    """Writes last.pth and best.pth into the run directory. `template` has what stays the same in every checkpoint."""
+
+    def __init__(self, run_dir: Path, template: Checkpoint, state: State, stop: StopRequest) -> None:
+        self.run_dir = run_dir
+        self.template = template
+        self.state = state
+        self.stop = stop
+        self.best: Checkpoint | None = None
+        self._best_on_disk = False
+        self._saved_at = time.monotonic()
+
+    def tick(self) -> None:
+        """Save when the last time is long ago; after a signal save, finish and raise Interrupted."""
+        if self.stop.signal is not None:
+            self.finish()
+            raise Interrupted(self.stop.signal, f"stopped; continue with --resume {self.run_dir}")
+        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def improved(self) -> None:
+        """Keep the weights as they are now for best.pth."""
+        progress = self.state.progress
+        trained = {key: value.detach().cpu().clone() for key, value in self.state.classifier.trained_state().items()}
+        self.best = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best)
+        self._best_on_disk = False
+
+    def adopt(self, best: Checkpoint | None) -> None:
+        """Take over the best.pth of the run that is resumed."""
+        self.best = best
+        self._best_on_disk = best is not None
+
+    def save(self) -> None:
+        """Write best.pth where it changed, then last.pth, which counts on it."""
+        if self.best is not None and not self._best_on_disk:
+            save(self.best, self.run_dir / "best.pth")
+            self._best_on_disk = True
+        resume, progress = self.state.resume_data(), self.state.progress
+        trained = self.state.classifier.trained_state()
+        last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)
+        save(last, self.run_dir / "last.pth")
+        self._saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Save, with the backbone in best.pth so that the one file is enough."""
+        if self.best is not None and self.best.frozen is None:
+            self.best = replace(self.best, frozen=self.state.classifier.frozen_state())
+            self._best_on_disk = False
+        self.save()
