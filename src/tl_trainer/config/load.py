@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from tl_trainer.config.schema import Config
 from tl_trainer.errors import ConfigError, InputError, SettingError, unknown
@@ -20,6 +21,7 @@ from tl_trainer.errors import ConfigError, InputError, SettingError, unknown
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
 MAX_NODES = 10_000
+COMMAND_LINE = "the command line"
 
 KeyPath = tuple[str | int, ...]
 Overrides = Iterable[tuple[str, Any]]
@@ -214,40 +216,38 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 
 
 def _set(data: dict[str, Any], key: str, value: Any, origins: dict[KeyPath, str]) -> None:
-    *parents, last = key.split(".")
-    for part in parents:
-        child = data.get(part)
-        if not isinstance(child, dict):
-            child = data[part] = {}
-        data = child
-    data[last] = value
     path = tuple(key.split("."))
+    for depth, part in enumerate(path[:-1], start=1):
+        if not isinstance(data.get(part), dict):
+            data[part] = {}
+            origins[path[:depth]] = COMMAND_LINE
+        data = data[part]
+    data[path[-1]] = value
     for inside in [known for known in origins if known[: len(path)] == path]:
         del origins[inside]
-    origins[path] = "the command line"
+    origins[path] = COMMAND_LINE
 
 
 def _problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
-    """pydantic's errors as (key, sentence); the branches of a union become one sentence."""
-    merged: dict[KeyPath, list[str]] = {}
+    """pydantic's errors as (key, sentence); the branches of a union are one sentence."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for item in error.errors():
-        path, section = _key_path(item["loc"])
-        message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        if item["type"] == "extra_forbidden" and section is not None:
-            message = unknown("key", path[-1], section.model_fields)
-        elif item["type"] == "literal_error" and isinstance(item["input"], str):
-            choices = re.findall(r"'([^']+)'", item["ctx"]["expected"])
-            message = unknown("value", item["input"], choices)
-        elif item["type"] != "value_error" or not isinstance(item["input"], dict):
-            message = f"{message}, not {item['input']!r}"
-        merged.setdefault(path, []).append(message)
-    return [(path, _joined(messages)) for path, messages in merged.items()]
+        by_path.setdefault(_key_path(item["loc"])[0], []).append(item)
+    return [(path, _sentence(items)) for path, items in by_path.items()]
 
 
-def _joined(messages: list[str]) -> str:
-    if len(messages) == 1:
-        return messages[0]
-    return " or ".join(message.split(", not ")[0] for message in messages[:-1]) + " or " + messages[-1]
+def _sentence(items: list[ErrorDetails]) -> str:
+    first, given = items[0], items[0]["input"]
+    if first["type"] == "extra_forbidden":
+        path, section = _key_path(first["loc"])
+        assert section is not None
+        return unknown("key", path[-1], section.model_fields)
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {given!r}")
+    if first["type"] == "literal_error" and len(items) == 1 and isinstance(given, str):
+        return unknown("value", given, re.findall(r"'([^']+)'", first["ctx"]["expected"]))
+    allowed = " or ".join(item["msg"].removeprefix("Input should ").removeprefix("be ") for item in items)
+    return f"should be {allowed}, not {given!r}"
 
 
 def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel] | None]:

@@ -1,0 +1,95 @@
+"""What the tests share: pictures made on the spot, the commands, a file server on this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "hymenoptera_data"
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's caches, and each works in a folder of its own."""
+    monkeypatch.setenv("TL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("TL_CHECKPOINT", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def draw_split(folder: Path, count: int, size: int = 40, classes: dict[str, tuple[int, int, int]] = COLOURS) -> None:
+    """`count` JPEG files per class, each nearly its class's colour, so that a linear head learns them at once."""
+    for name, colour in classes.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            shade = tuple(max(0, min(255, value + 7 * (index % 5) - 14)) for value in colour)
+            Image.new("RGB", (size + index, size), shade).save(folder / name / f"{index:02}.jpg")
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """An ImageFolder with train and val: three classes of nearly uniform colour, 8 and 4 images each."""
+    draw_split(tmp_path / "colours" / "train", 8)
+    draw_split(tmp_path / "colours" / "val", 4)
+    return tmp_path / "colours"
+
+
+@pytest.fixture
+def photos() -> Path:
+    """Real photographs, which are not part of the project."""
+    if not PHOTOS.is_dir():
+        pytest.skip(f"the hymenoptera photographs are not at {PHOTOS}")
+    return PHOTOS
+
+
+@pytest.fixture
+def tl() -> Run:
+    """Run a console command as a user would: `tl("train", "--config", ...)`."""
+
+    def run(command: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        program = Path(sys.executable).with_name(f"tl-{command}")
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", **options.pop("env", {})}
+        words = [str(program), *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+    return run
+
+
+def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object that a command printed; fails with its stderr where it did not end with 0."""
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1, result.stdout
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """(URL, folder) of an HTTP server on 127.0.0.1 that serves the folder."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_QuietHandler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+        thread.join()
