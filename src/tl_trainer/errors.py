@@ -7,6 +7,7 @@ the commands end with: 2 for a wrong input, 1 for a run that failed, 128 + the s
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -62,12 +63,21 @@ class Interrupted(TrainerError):
         self.exit_code = 128 + signal_number
 
 
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 120
+
+
+def shown(given: object) -> str:
+    """A value as a message quotes it: cut to a line, however long it is."""
+    return "nothing" if given is None else _QUOTE.repr(given)
+
+
 def unknown(what: str, given: object, valid: Iterable[str]) -> str:
     """Say that `given` is not a valid `what`: the nearest valid names, and all of them where they fit on a line."""
     names = sorted(valid)
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(given)[:200], names, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listing = ", ".join(names)
     if len(listing) > 400:
         listing = f"{len(names)} names, listed by `tl-train --print-schema`"
-    return f"unknown {what} {given!r}{hint} (valid: {listing})"
+    return f"unknown {what} {shown(given)}{hint} (valid: {listing})"

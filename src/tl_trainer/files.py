@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +32,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be what is missing
+            temporary.unlink()
         if isinstance(error, OSError):
-            raise RunError(f"cannot write {path}: {error.strerror}") from error
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save on a full disk
             raise RunError(f"cannot write {path}: the disk is full or a quota is used up") from error
         raise
@@ -64,11 +67,13 @@ def load_plain(path: Path) -> Any:
     import torch  # here, so that a command's --help does not wait for it
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on a file that is about to be refused
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+        if "Unsupported operand" not in str(error):  # that is a byte which is no pickle at all
             raise CheckpointError(
                 f"{path}: refused: it holds more than plain data and tensors, which could run code when loaded"
             ) from error
@@ -97,7 +102,7 @@ def make_folder(path: Path, key: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {key}") from error
+        raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another folder with {key}") from error
 
 
 def _sync_folder(folder: Path) -> None:

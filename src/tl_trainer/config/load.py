@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tl_trainer.config.schema import Config
-from tl_trainer.errors import ConfigError, InputError, SettingError, unknown
+from tl_trainer.config.schema import Config, expand
+from tl_trainer.errors import ConfigError, InputError, SettingError, shown, unknown
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
@@ -68,13 +69,17 @@ def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], ove
 
 def find(name: str) -> Path:
     """The file that `--config name` means: a path, else a bundled configuration with or without its ending."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    path = expand(name)
+    try:
+        if path.is_file():
+            return path
+        exists = path.exists()
+    except OSError as error:
+        raise InputError(f"--config {name}: cannot be read: {error.strerror}") from error
     bundled = {file.name: file for file in bundled_folder().glob("*.yaml")}
     if file := bundled.get(name) or bundled.get(f"{name}.yaml"):
         return file
-    if path.exists():
+    if exists:
         raise InputError(f"--config {name} is not a file")
     raise InputError(f"--config {name}: no such file, and {unknown('bundled configuration', name, bundled)}")
 
@@ -99,7 +104,7 @@ def parse_override(word: str) -> tuple[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_json_schema(names: Mapping[str, list[str]]) -> str:
@@ -111,11 +116,19 @@ def to_json_schema(names: Mapping[str, list[str]]) -> str:
     return json.dumps(schema, indent=2)
 
 
+# Where pydantic's own words would not help; the only pattern is that of data.source.
+_PHRASES = {"model_type": "keys and values", "string_pattern_mismatch": "torchvision:<Class>"}
+
+
 class _Refused(Exception):
     def __init__(self, reason: str, line: int = 0) -> None:
         super().__init__(reason)
         self.reason = reason
         self.line = line
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that YAML 1.1 or _Scalars would read as something else."""
 
 
 class _Scalars(yaml.SafeLoader):
@@ -124,17 +137,25 @@ class _Scalars(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way to say it)
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("too large")
+    return number
+
+
 _SCALARS: dict[str, tuple[str, Any]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     "int": (r"[-+]?[0-9]+", int),
-    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", float),
-    "str": (r"", str),
+    "float": (r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", _finite),
+    "str": (r"(?s:.*)", str),
 }
 _TAG = "tag:yaml.org,2002:"
 for _name, (_pattern, _) in _SCALARS.items():
     if _name != "str":
-        _Scalars.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), None)
+        for _class in (_Scalars, _Dumper):
+            _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), None)
 
 
 class _Reader:
@@ -151,7 +172,7 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise _Refused(str(error.problem or error.context), mark.line + 1 if mark else 0) from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" is a ValueError
             raise _Refused(str(error).splitlines()[0]) from None
         except RecursionError:
             raise _Refused(f"nested deeper than {MAX_DEPTH} levels") from None
@@ -172,10 +193,13 @@ class _Reader:
         kind = node.tag.removeprefix(_TAG)
         if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
             raise _Refused(f"the tag {node.tag} is not allowed; write a plain value", line)
+        pattern, convert = _SCALARS[kind]
         try:
-            return _SCALARS[kind][1](node.value)
+            if not re.fullmatch(pattern, node.value):  # a tag such as !!int on another kind of value
+                raise ValueError("another kind of value")
+            return convert(node.value)
         except ValueError:
-            raise _Refused(f"{node.value!r} is not a valid {kind}", line) from None
+            raise _Refused(f"{shown(node.value)} is not a valid {kind}", line) from None
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
@@ -183,11 +207,11 @@ class _Reader:
             key = key_node.value
             inside = (*path, key)
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.removeprefix(_TAG) not in _SCALARS:
                 raise _Refused("a key must be a word", line)
             if key in mapping:
                 first = self.lines[inside]
-                raise _Refused(f"duplicate key {key!r}, first given on line {first}; keep one", line)
+                raise _Refused(f"duplicate key {shown(key)}, first given on line {first}; keep one", line)
             self.lines[inside] = line
             mapping[key] = self._convert(value_node, inside)
         return mapping
@@ -233,7 +257,8 @@ def _problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for item in error.errors():
         by_path.setdefault(_key_path(item["loc"])[0], []).append(item)
-    return [(path, _sentence(items)) for path, items in by_path.items()]
+    inner = {path[:depth] for path in by_path for depth in range(len(path))}
+    return [(path, _sentence(items)) for path, items in by_path.items() if path not in inner]
 
 
 def _sentence(items: list[ErrorDetails]) -> str:
@@ -243,11 +268,18 @@ def _sentence(items: list[ErrorDetails]) -> str:
         assert section is not None
         return unknown("key", path[-1], section.model_fields)
     if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {given!r}")
-    if first["type"] == "literal_error" and len(items) == 1 and isinstance(given, str):
-        return unknown("value", given, re.findall(r"'([^']+)'", first["ctx"]["expected"]))
-    allowed = " or ".join(item["msg"].removeprefix("Input should ").removeprefix("be ") for item in items)
-    return f"should be {allowed}, not {given!r}"
+        return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {shown(given)}")
+    allowed = [choice for item in items for choice in _choices(item)]
+    if isinstance(given, str) and any(item["type"] == "literal_error" for item in items):
+        return unknown("value", given, allowed)
+    return f"should be {' or '.join(allowed)}, not {shown(given)}"
+
+
+def _choices(item: ErrorDetails) -> list[str]:
+    """What would have been right instead, in words."""
+    if item["type"] == "literal_error":
+        return re.findall(r"'([^']+)'", item["ctx"]["expected"])
+    return [_PHRASES.get(item["type"]) or item["msg"].removeprefix("Input should ").removeprefix("be ")]
 
 
 def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel] | None]:

@@ -29,7 +29,7 @@ Transforms = Literal["default", "eval"] | list[TransformItem]
 class Section(BaseModel):
     """A part of the configuration: unknown keys and values of another type are refused, nothing is coerced."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class NamedSection(Section):
@@ -202,5 +202,8 @@ class Config(Section):
 
 
 def expand(path: str) -> Path:
-    """A path as the user wrote it, with ~ expanded."""
-    return Path(path).expanduser()
+    """A path as the user wrote it, with ~ expanded where that is somebody's home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

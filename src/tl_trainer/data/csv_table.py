@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,16 +55,20 @@ def _rows(table: Path, section: CsvSection) -> list[Row]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            header = reader.fieldnames or []
+            header = reader.fieldnames
+            if header is None:
+                raise DataError(f"{table}: empty file; its first line must name the columns")
             for column in columns:
                 if column not in header:
                     raise DataError(f"{table}:1: {unknown('column', column, header)}; set the columns in data.csv")
             for record in reader:
-                values = [record[column] for column in columns]
+                if None in record:
+                    raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a comma")
+                values = [(record[column] or "").strip() for column in columns]
                 if not all(values):
                     missing = columns[[bool(value) for value in values].index(False)]
                     raise DataError(f"{table}:{reader.line_num}: no {missing} in this row")
-                split = aliases.get(values[2].strip().lower()) if section.split_column else "all"
+                split = aliases.get(values[2].lower()) if section.split_column else "all"
                 if split is None:
                     raise DataError(f"{table}:{reader.line_num}: {unknown('split', values[2], aliases)}")
                 rows.append(Row(reader.line_num, values[0] + section.suffix, values[1], split))
@@ -75,7 +78,9 @@ def _rows(table: Path, section: CsvSection) -> list[Row]:
         raise DataError(f"{table}: not a CSV file in UTF-8: {error}") from error
     if not rows:
         raise DataError(f"{table}: no rows below the header")
-    for image, count in Counter(row.image for row in rows).items():
-        if count > 1:
-            raise DataError(f"{table}: {image!r} is listed {count} times; keep one row per image")
+    first: dict[str, int] = {}
+    for row in rows:
+        if row.image in first:
+            raise DataError(f"{table}:{row.line}: {row.image!r} is in line {first[row.image]} too; keep one of the two")
+        first[row.image] = row.line
     return rows

@@ -15,7 +15,7 @@ from tl_trainer.files import cache_folder
 
 VERSION = 1
 SIZE = 64
-PER_CLASS = {"train": 40, "val": 15, "test": 15}
+PER_CLASS = {"train": 80, "val": 15, "test": 15}
 
 Point = tuple[float, float]
 Shape = Callable[[random.Random], list[Point]]
@@ -45,28 +45,26 @@ def _draw_all(folder: Path) -> None:
 
 
 def _draw(shape: Shape, rng: random.Random) -> Image.Image:
-    """One object on a spotted background, with its size, angle, colours, place and an occluder at random."""
+    """One object on a spotted background, with its size, angle, colours and place at random."""
     scale = 4  # drawn large and reduced, for smooth edges
     side = SIZE * scale
     hue = rng.random()
     picture = Image.new("RGB", (side, side), _colour(rng, hue))
     draw = ImageDraw.Draw(picture)
-    for _ in range(40):
-        x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.02, 0.12) * side
+    for _ in range(15):
+        x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.05, 0.15) * side
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(rng, hue))
     picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
     draw = ImageDraw.Draw(picture)
-    angle, size = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.42) * side
+    angle, size = rng.uniform(0, 2 * math.pi), rng.uniform(0.3, 0.42) * side
     centre = (side * rng.uniform(0.4, 0.6), side * rng.uniform(0.4, 0.6))
     outline = [_turned(point, angle, size, centre) for point in shape(rng)]
     draw.polygon(outline, fill=_colour(rng, hue + rng.uniform(0.3, 0.7)))
-    x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.05, 0.15) * side
-    draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=_colour(rng, rng.random()))
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def _colour(rng: random.Random, hue: float) -> str:
-    return f"hsv({(hue + rng.uniform(-0.06, 0.06)) % 1 * 360:.0f},{rng.randint(30, 100)}%,{rng.randint(35, 100)}%)"
+    return f"hsv({(hue + rng.uniform(-0.06, 0.06)) % 1 * 360:.0f},{rng.randint(40, 100)}%,{rng.randint(40, 100)}%)"
 
 
 def _turned(point: Point, angle: float, size: float, centre: Point) -> Point:
@@ -105,10 +103,8 @@ SHAPES: dict[str, Shape] = {
     "crescent": _crescent,
     "cross": _cross,
     "disc": lambda rng: _polar(lambda angle: 1.0),
+    "drop": lambda rng: _polar(lambda angle: 0.45 + 0.75 * abs(angle / math.pi - 1) ** 4),
     "flower": lambda rng: _polar(lambda angle: 0.7 + 0.3 * math.cos(5 * angle)),
-    "heart": lambda rng: _polar(
-        lambda angle: 0.45 * (2 - 1.6 * math.sin(angle)) * (0.75 + 0.25 * abs(math.cos(angle)))
-    ),
     "square": lambda rng: _regular(4),
     "star": lambda rng: _regular(5, rng.uniform(0.35, 0.5)),
     "triangle": lambda rng: _regular(3),

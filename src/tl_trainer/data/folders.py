@@ -81,5 +81,6 @@ def walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(place)
+        folders.sort()  # the same order everywhere, so that of two links to a folder the same one counts
         found += [Path(parent, name) for name in files]
     return sorted(found)

@@ -8,12 +8,23 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tl_trainer.errors import ImageError
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# EXIF orientation -> what makes the image upright; 1 is upright already.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pillow warns above 89 megapixels and raises above 179. Both mean that a small file asks for gigabytes, so both are
 # refused. The filter is global because `warnings.catch_warnings` is not safe in the threads that decode.
@@ -48,7 +59,7 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if check_only:
                 image.draft("RGB", (1, 1))
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(_upright(image))
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -57,13 +68,24 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says.
+
+    Not ImageOps.exif_transpose: it also writes the EXIF block anew, which fails for a photograph whose other tags are
+    not as the standard wants them.
+    """
+    image.load()  # a PNG may have its EXIF block after the pixels
+    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if method is None else image.transpose(method)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB with values in [0, 255]; what is transparent becomes white.
 
     Modes without a nominal range (I and F) are scaled by the smallest of 1 (F only), 255, 65535 and 2^32 - 1 that
     holds their largest value.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if image.readonly else image
     if image.mode.startswith("I;16"):
         return _from_grey(np.asarray(image), 65535)

@@ -59,14 +59,16 @@ class ImageBatches:
         """The batches of an epoch from number `start` on, on `device` and ready for the network."""
         chunks = batch_order(len(self.split), self.batch_size, self.seed, epoch, self.shuffle)[start:]
         loader = DataLoader(
-            _Images(self.split, self.pipeline, self.seed, epoch),
-            batch_sampler=chunks,
+            _Batches(self.split, self.pipeline, self.seed, epoch),
+            sampler=chunks,
+            batch_size=None,  # each item of the sampler is a batch already
             num_workers=min(self.workers, len(chunks)),
-            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
         )
         for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
             inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
             yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
 
@@ -127,25 +129,34 @@ def _complaint(split: Split, index: int) -> str | None:
     return None
 
 
-class _Images(Dataset[tuple[Tensor, int, int]]):
+class _Batches(Dataset[Batch | DataError]):
+    """The batches of an epoch, by the indices of their images."""
+
     def __init__(self, split: Split, pipeline: Pipeline, seed: int, epoch: int) -> None:
         self.split, self.pipeline, self.seed, self.epoch = split, pipeline, seed, epoch
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, indices: list[int]) -> Batch | DataError:
+        """The batch; an error is returned, since one raised in a worker would reach the user as a traceback."""
+        try:
+            inputs = _stack([self._image(index) for index in indices])
+        except DataError as error:
+            return error
+        return Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
+
+    def _image(self, index: int) -> Tensor:
         picture = self.split.open(index)
         if self.pipeline.deterministic:
-            return self.pipeline.image(picture), self.split.targets[index], index
+            return self.pipeline.image(picture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(((self.seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
-            return self.pipeline.image(picture), self.split.targets[index], index
+            return self.pipeline.image(picture)
 
 
-def _collate(samples: list[tuple[Tensor, int, int]]) -> Batch:
-    inputs, targets, indices = zip(*samples, strict=True)
+def _stack(inputs: list[Tensor]) -> Tensor:
     shapes = sorted({tuple(item.shape) for item in inputs})
     if len(shapes) > 1:
         raise DataError(
             f"the transforms give images of different sizes ({shapes[0]} and {shapes[-1]}); "
             "end them with a crop or a Resize to [height, width], e.g. {CenterCrop: 224}"
         )
-    return Batch(torch.stack(inputs), torch.tensor(targets), torch.tensor(indices))
+    return torch.stack(inputs)

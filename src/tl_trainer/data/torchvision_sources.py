@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -68,17 +69,19 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
         arguments = {**arguments, "loader": Path}
     try:
         return cls(root, **arguments)
-    except ValueError as error:
-        if "split" in arguments and "split" in str(error):
-            return None
-        raise DataError(f"{cls.__name__} in {root}: {error}") from error
-    except URLError as error:
+    except (URLError, HTTPException, ConnectionError) as error:
         raise InputError(
-            f"{cls.__name__} cannot be downloaded: {error.reason}\n"
+            f"{cls.__name__} cannot be downloaded: {getattr(error, 'reason', None) or error}\n"
             f"Put the files where torchvision expects them below {root}, or set data.root to where they are."
         ) from error
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{cls.__name__} in {root}: {error} (data.download is {str(download).lower()})") from error
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "split" in arguments and "split" in str(error):
+            return None
+        reason = str(error).removesuffix(". You can use download=True to download it").rstrip(".")
+        remedy = "run again, or put the files there and set data.download: false"
+        if not download:
+            remedy = "set data.download: true, or set data.root to where the files are"
+        raise DataError(f"{cls.__name__} in {root}: {reason}; {remedy}") from error
 
 
 def _split(dataset: Any, root: Path) -> Split:
@@ -87,7 +90,7 @@ def _split(dataset: Any, root: Path) -> Split:
         paths = [path for path, _ in pairs]
         return Split([_relative(path, root) for path in paths], [int(label) for _, label in pairs], paths)
     labels: Sequence[Any] = next(
-        (getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), ()
+        (getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name)), ()
     )
     targets = [int(label) for label in labels] or [int(dataset[index][1]) for index in range(len(dataset))]
     return Split([str(index) for index in range(len(dataset))], targets, None, dataset, range(len(dataset)))
@@ -99,7 +102,7 @@ def _relative(path: Path, root: Path) -> str:
 
 def _classes(dataset: Any, split: Split) -> list[str]:
     """The dataset's class names in index order; the numbers where it has none. Of synonyms the first counts."""
-    names = getattr(dataset, "classes", None)
+    names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None)  # Caltech's word
     if names is None:
         return [str(label) for label in range(max(split.targets) + 1)]
     return [name if isinstance(name, str) else name[0] for name in names]

@@ -7,11 +7,12 @@ so that a checkpoint can carry it and prediction cannot preprocess differently f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -20,11 +21,11 @@ from tl_trainer.errors import SettingError, unknown
 Step = tuple[str, Any]
 PlainSteps = list[dict[str, Any]]
 
-# They need boxes, clips or labels, return several images, or take code.
+# They need boxes, clips or labels, return several images, or take code; ToTensor is deprecated and built here.
 _UNUSABLE = {
     "Transform", "Lambda", "CutMix", "MixUp", "FiveCrop", "TenCrop", "UniformTemporalSubsample", "ToPILImage",
     "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "RandomIoUCrop", "SanitizeBoundingBoxes",
-    "SanitizeKeyPoints", "SetClampingMode",
+    "SanitizeKeyPoints", "SetClampingMode", "ToTensor",
 }  # fmt: skip
 TRANSFORMS: dict[str, type[v2.Transform]] = {
     name: value
@@ -32,7 +33,7 @@ TRANSFORMS: dict[str, type[v2.Transform]] = {
     if inspect.isclass(value) and issubclass(value, v2.Transform) and name not in _UNUSABLE
 }
 _DETERMINISTIC = {
-    "CenterCrop", "Compose", "ConvertImageDtype", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad",
+    "CenterCrop", "ConvertImageDtype", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad",
     "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor",
 }  # fmt: skip
 _CONTAINERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}
@@ -41,6 +42,8 @@ _TO_FLOAT = {"ToDtype", "ConvertImageDtype"}
 _NEED_FLOAT = {"Normalize", "GaussianNoise", "LinearTransformation"}
 _NEED_TENSOR = _NEED_FLOAT | _TO_FLOAT | {"RandomErasing", "ToPureTensor"}
 _FLOAT: Step = ("ToDtype", {"dtype": "float32", "scale": True})
+# What ToTensor, the familiar name of torchvision's first transforms, stands for.
+_TENSOR: list[Step] = [("ToImage", None), _FLOAT]
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Pipeline:
         built = [_build(name, arguments, f"{key}[{index}]") for index, (name, arguments) in enumerate(named)]
         # Only the tail that treats every pixel alike can wait for the batch.
         split = len(named) - 2 if [name for name, _ in named[-2:]] == ["ToDtype", "Normalize"] else len(named)
-        self.image = v2.Compose(built[:split])
-        self.batch = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
+        self.image: Callable[[Image.Image], Tensor] = v2.Compose(built[:split])
+        self.batch: Callable[[Tensor], Tensor] = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
         self.mean, self.std = _normalisation(named)
         self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
 
@@ -80,11 +83,7 @@ class Pipeline:
 
 def spell_out(items: str | Sequence[Any], preprocessing: Preprocessing, *, train: bool) -> PlainSteps:
     """The configured list (or `default`) with sizes, tensor conversion, dtype and Normalize added where not given."""
-    steps = _default(preprocessing, train) if isinstance(items, str) else []
-    for item in [] if isinstance(items, str) else items:
-        name, arguments = _named(item)
-        # The familiar name of the first version of torchvision's transforms; v2 deprecates it for these two.
-        steps += [("ToImage", None), _FLOAT] if name == "ToTensor" else [(name, arguments)]
+    steps = _default(preprocessing, train) if isinstance(items, str) else _flat(items)
     _insert_if_missing(steps, ("ToImage", None), _TO_TENSOR, before=_NEED_TENSOR)
     _insert_if_missing(steps, _FLOAT, _TO_FLOAT, before=_NEED_FLOAT)
     normalise = ("Normalize", {"mean": list(preprocessing.mean), "std": list(preprocessing.std)})
@@ -96,8 +95,20 @@ def check(items: str | Sequence[Any], key: str) -> None:
     """Raise SettingError for the first item of a configured list that cannot be built."""
     for index, item in enumerate([] if isinstance(items, str) else items):
         name, arguments = _named(item, f"{key}[{index}]")
-        if name != "ToTensor":
-            _build(name, arguments, f"{key}[{index}]")
+        _build(name, arguments, f"{key}[{index}]")
+
+
+def _flat(items: Sequence[Any]) -> list[Step]:
+    """The steps with each Compose replaced by what is in it, so that what is given is seen and not added again."""
+    steps: list[Step] = []
+    for name, arguments in map(_named, items):
+        if name == "ToTensor":
+            steps += _TENSOR
+        elif name == "Compose":
+            steps += _flat(arguments["transforms"] if isinstance(arguments, dict) else arguments)
+        else:
+            steps.append((name, arguments))
+    return steps
 
 
 def _default(preprocessing: Preprocessing, train: bool) -> list[Step]:
@@ -124,6 +135,10 @@ def _named(item: Any, key: str = "transforms") -> Step:
 
 
 def _build(name: str, arguments: Any, key: str) -> v2.Transform:
+    if name == "ToTensor":
+        if arguments is not None:
+            raise SettingError(key, f"ToTensor takes no arguments, not {arguments!r}")
+        return v2.Compose([_build(*step, key) for step in _TENSOR])
     if name not in TRANSFORMS:
         raise SettingError(key, unknown("transform", name, [*TRANSFORMS, "ToTensor"]))
     cls = TRANSFORMS[name]
@@ -134,30 +149,33 @@ def _build(name: str, arguments: Any, key: str) -> v2.Transform:
             raise ValueError("add scale: true, or the pixels stay in 0-255 instead of 0-1")
         return cls(*positional, **named)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        parameters = ", ".join(inspect.signature(cls).parameters)
+        parameters = ", ".join(inspect.signature(cls).parameters) or "none"
         raise SettingError(key, f"{name} does not take {arguments!r}: {error} (arguments: {parameters})") from None
 
 
 def _arguments(cls: type[v2.Transform], name: str, arguments: Any, key: str) -> tuple[list[Any], dict[str, Any]]:
     """YAML's scalar, list or mapping as the call's positional and named arguments.
 
-    A list of one or two plain values is the first argument where that takes a sequence (`CenterCrop: [224, 200]`,
+    A list of one or two numbers is the first argument where that takes a sequence (`CenterCrop: [224, 200]`,
     `RandomRotation: [-45, 45]`); any other list is the positional arguments (`ColorJitter: [0.2, 0.1, 0.1, 0.1]`).
     """
     if arguments is None:
         return [], {}
     if name in _CONTAINERS:
-        named = dict(arguments) if isinstance(arguments, dict) else {"transforms": arguments}
-        inner = [_named(item, key) for item in named.get("transforms", [])]
-        named["transforms"] = [_build(inner_name, value, key) for inner_name, value in inner]
-        return [], named
+        options = dict(arguments) if isinstance(arguments, dict) else {"transforms": arguments}
+        inner = options.get("transforms", [])
+        if not isinstance(inner, list):
+            raise TypeError("write the transforms as a list")
+        return [], {**options, "transforms": [_build(*_named(item, key), key) for item in inner]}
     if isinstance(arguments, dict):
-        return [], {key: _value(key, value) for key, value in arguments.items()}
+        return [], {parameter: _value(parameter, value) for parameter, value in arguments.items()}
+    first = next(iter(inspect.signature(cls).parameters.values()), None)
+    if first is None:
+        raise TypeError("it takes none")
     if not isinstance(arguments, list):
-        return [_value(next(iter(inspect.signature(cls).parameters)), arguments)], {}
-    first = next(iter(inspect.signature(cls).parameters.values()))
-    plain = not any(isinstance(value, list) for value in arguments)
-    if plain and len(arguments) <= 2 and "Sequence" in str(first.annotation):
+        return [_value(first.name, arguments)], {}
+    numbers = all(isinstance(value, (int, float)) for value in arguments)
+    if numbers and len(arguments) <= 2 and "Sequence" in str(first.annotation):
         return [arguments], {}
     return arguments, {}
 

@@ -1,0 +1,297 @@
+"""The three commands as a user runs them: train, the files it leaves, evaluate, predict, resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import COLOURS, Run, console, draw_split, last_json
+from tl_trainer import checkpoint
+
+# Pretrained weights cannot be had here; the first layers of a random network tell three colours apart all the same.
+SMALL = (
+    "model.backbone=shufflenet_v2_x0_5",
+    "model.weights=none",
+    "model.tap=maxpool",
+    "data.workers=0",
+    "transforms.train=eval",
+    "transforms.eval=[{Resize: [64, 64]}]",
+    "train.batch_size=8",
+    "train.optimizer.lr=0.02",
+)
+FILES = {"best.pth", "classes.txt", "config.yaml", "last.pth", "metrics.csv"}
+
+
+def _files(run_dir: str | Path) -> set[str]:
+    return {path.name for path in Path(run_dir).iterdir() if not path.name.startswith("events.out.tfevents")}
+
+
+def _trained(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path).trained
+
+
+def _table(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_train_evaluate_predict(colours: Path) -> None:
+    draw_split(colours / "test", 3)
+    result = last_json(console("train", "--data-dir", colours, "--epochs", 4, "--json", *SMALL))
+    run_dir = Path(result["run_dir"])
+    assert run_dir == Path("runs/run-1")
+    assert _files(run_dir) == FILES
+    assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
+    assert result["checkpoint"] == str(run_dir / "best.pth")
+    assert result["epochs"] == 4
+    assert result["val"]["n"] == 12
+    assert result["test"]["n"] == 9
+    assert result["val"]["top1"] > 0.9
+    assert result["val"]["top5"] == 1.0
+    assert (run_dir / "classes.txt").read_text() == "blue\ngreen\nred\n"
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["backbone"] == "shufflenet_v2_x0_5"
+
+    header, *rows = _table(run_dir / "metrics.csv")
+    assert header == ["epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(cell) for cell in rows[result["best_epoch"] - 1][2:5]] == [
+        result["val"][name] for name in ("loss", "top1", "top5")
+    ]
+
+    evaluated = last_json(console("eval", "--checkpoint", run_dir / "best.pth", "--split", "val", "--json"))
+    assert evaluated == {"split": "val", **result["val"]}
+    assert last_json(console("eval", "--checkpoint", run_dir / "best.pth", "--json")) == {
+        "split": "test",
+        **result["test"],
+    }
+
+    picture = colours / "test" / "green" / "00.jpg"
+    predicted = console("predict", picture, "--format", "jsonl")
+    assert predicted.returncode == 0, predicted.stderr
+    assert f"checkpoint: {run_dir / 'best.pth'}" in predicted.stderr
+    row = json.loads(predicted.stdout)
+    assert row["path"] == str(picture)
+    assert row["error"] is None
+    assert row["predictions"][0]["label"] == "green"
+    assert row["predictions"][0]["index"] == 1
+    assert sum(guess["probability"] for guess in row["predictions"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_checkpoint_alone_is_enough(
+    tl: Run, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    moved = tmp_path / "elsewhere" / "model.pth"
+    moved.parent.mkdir()
+    Path("runs/run-1/best.pth").rename(moved)
+    picture = Image.open(colours / "val" / "red" / "00.jpg")
+    picture.save(tmp_path / "elsewhere" / "red.png")
+    for folder in ("runs", "colours"):
+        (tmp_path / folder).rename(tmp_path / f"{folder}-gone")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
+    result = tl("predict", tmp_path / "elsewhere" / "red.png", "--checkpoint", moved, "--topk", 1)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path / 'elsewhere' / 'red.png'}  red ")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_runs_with_one_seed_have_identical_weights(tl: Run, colours: Path, workers: int) -> None:
+    random = "transforms.train=[{RandomResizedCrop: 64}, RandomHorizontalFlip, {ColorJitter: 0.2}]"
+    tuned = ("model.tap=penultimate", "model.trainable=conv5", "model.head.dropout=0.3", random)
+    arguments = ("--data-dir", colours, "--epochs", 2, "--json", *SMALL, *tuned)
+    first = last_json(tl("train", *arguments))
+    second = last_json(tl("train", *arguments, f"data.workers={workers}"))
+    assert first["val"] == second["val"]
+    one, two = (_trained(Path(result["checkpoint"])) for result in (first, second))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    other = last_json(tl("train", *arguments, "--seed", 1))
+    assert not torch.equal(one["head.1.weight"], _trained(Path(other["checkpoint"]))["head.1.weight"])
+
+
+def test_resume_after_sigterm_ends_where_an_uninterrupted_run_ends(tl: Run, colours: Path) -> None:
+    arguments = ["--data-dir", str(colours), "--epochs", "30", *SMALL, "model.head.dropout=0.3",
+                 "transforms.train=[{RandomResizedCrop: 64}]", "output.tensorboard=false"]  # fmt: skip
+    whole = last_json(tl("train", *arguments, "--json", "--output", "whole"))
+    program = Path(sys.executable).with_name("tl-train")
+    process = subprocess.Popen([program, *arguments, "--output", "cut"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch  3/30"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "continue with --resume cut/run-1" in rest
+    stopped = checkpoint.load(Path("cut/run-1/last.pth"))
+    assert 3 <= stopped.epoch < 30
+
+    resumed = last_json(tl("train", *arguments, "--json", "--output", "cut", "--resume"))
+    assert resumed["run_dir"] == "cut/run-1"
+    assert {**resumed, "seconds": 0} == {
+        **whole,
+        "seconds": 0,
+        "run_dir": "cut/run-1",
+        "checkpoint": "cut/run-1/best.pth",
+    }
+    one, two = (_trained(Path(name) / "run-1" / "last.pth") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    logged = [[row[:-1] for row in _table(Path(name, "run-1/metrics.csv"))] for name in ("whole", "cut")]
+    assert logged[0] == logged[1]
+
+
+def test_resume_refuses_another_experiment_and_a_finished_run(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    finished = tl("train", "--resume", "runs/run-1")
+    assert finished.returncode == 2
+    assert "all 1 epochs are done; set train.epochs higher" in finished.stderr
+    changed = tl("train", "--resume", "runs/run-1", "--epochs", 2, "train.optimizer.lr=0.5")
+    assert changed.returncode == 2
+    assert "train.optimizer.lr: 0.02, not 0.5" in changed.stderr
+    longer = last_json(tl("train", "--resume", "runs/run-1", "--epochs", 2, "--json"))
+    assert longer["epochs"] == 2
+    assert len(_table(Path("runs/run-1/metrics.csv"))) == 3
+
+
+def test_a_folder_without_splits_is_split_and_the_split_is_kept(tl: Run, tmp_path: Path) -> None:
+    draw_split(tmp_path / "flat", 10)
+    before = sorted(path for path in (tmp_path / "flat").rglob("*"))
+    result = last_json(tl("train", "--data-dir", "flat", "--epochs", 2, "--json", *SMALL))
+    assert result["val"]["n"] == 6
+    splits = [split for _, split in _table(Path("runs/run-1/split.csv"))[1:]]
+    assert (splits.count("train"), splits.count("val")) == (24, 6)
+    assert sorted(path for path in (tmp_path / "flat").rglob("*")) == before
+    draw_split(tmp_path / "more", 1, classes={"blue": COLOURS["blue"]})
+    (tmp_path / "more" / "blue" / "00.jpg").rename(tmp_path / "flat" / "blue" / "added.jpg")
+    again = last_json(tl("eval", "--checkpoint", "runs/run-1/best.pth", "--json"))
+    assert again == {"split": "val", **result["val"]}
+    everything = last_json(tl("eval", "--checkpoint", "runs/run-1/best.pth", "--split", "all", "--json"))
+    assert everything["n"] == 31
+
+
+def test_predict_takes_files_folders_globs_and_stdin_and_reports_bad_images(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    (colours / "broken.jpg").write_bytes(b"not a picture")
+    listed = f"{colours / 'broken.jpg'}\n{colours / 'val' / 'red' / '01.jpg'}\n"
+    inputs = (colours / "val" / "red" / "00.jpg", colours / "val" / "green", f"{colours}/val/blue/0[01].jpg", "-")
+    result = tl("predict", *inputs, "--format", "jsonl", "--batch-size", 2, stdin=listed)
+    assert result.returncode == 1
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    names = ["red/00", "green/00", "green/01", "green/02", "green/03", "blue/00", "blue/01", "broken", "red/01"]
+    assert [row["path"] for row in rows] == [
+        str(colours / ("val" if "/" in name else "") / f"{name}.jpg") for name in names
+    ]
+    assert [row["error"] is None for row in rows] == [True] * 7 + [False, True]
+    assert rows[7]["predictions"] == []
+    assert "broken.jpg" in rows[7]["error"]
+
+    table = tl("predict", *inputs[:2], "--format", "csv", "--topk", 2, "--output", "rows.csv")
+    assert table.returncode == 0, table.stderr
+    assert table.stdout == ""
+    assert len(_table(Path("rows.csv"))) == 11
+    whole = json.loads(tl("predict", inputs[1], "--format", "json").stdout)
+    assert [row["path"] for row in whole] == [row["path"] for row in rows[1:5]]
+    monkeypatch.setenv("TL_CHECKPOINT", "runs/run-1/best.pth")
+    text = tl("predict", inputs[0], "--topk", 1)
+    assert text.stdout.startswith(f"{inputs[0]}  ")
+    assert list(csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout)))[1][0] == "nofile.jpg"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--config", "flowers"], "did you mean 'flowers102.yaml'"),
+        (["train", "--data-dir", "nowhere"], "nowhere: no such folder; set data.root or --data-dir"),
+        (["train", "model.backbone=resnet512"], "did you mean"),
+        (["train", "transforms.train=[RandomRotate]"], "did you mean 'RandomRotation'"),
+        (["train", "train.epochs=0"], "the command line: train.epochs: should be greater than or equal to 1, not 0"),
+        (["train", "--device", "cuda:7"], "CUDA devices; use --device cpu"),
+        (["train", "--resume", "nowhere"], "--resume nowhere: no such file; give a run directory or its last.pth"),
+        (["train", "--resume"], "no unfinished run of this configuration under runs"),
+        (["train", "oops"], "'oops' is not an override; write key=value"),
+        (["eval", "--checkpoint", "colours/val/red/00.jpg"], "damaged or not a PyTorch file"),
+        (["eval", "--checkpoint", "nofile.pth"], "nofile.pth: cannot be read: No such file or directory"),
+        (["predict", "colours/val"], "no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT"),
+    ],
+)
+def test_a_wrong_input_is_named_in_three_lines_at_most(
+    tl: Run, colours: Path, command: list[str], message: str
+) -> None:
+    result = tl(*command)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert result.stdout == ""
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+def test_bad_images_stop_a_run_before_its_first_epoch_or_are_skipped(tl: Run, colours: Path) -> None:
+    whole = (colours / "train" / "red" / "00.jpg").read_bytes()
+    (colours / "train" / "red" / "00.jpg").write_bytes(whole[: len(whole) // 2])
+    (colours / "train" / "red" / "01.jpg").write_bytes(b"")
+    stopped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL)
+    assert stopped.returncode == 2
+    assert "2 of 24 train images cannot be used" in stopped.stderr
+    assert "00.jpg: damaged image" in stopped.stderr
+    assert "01.jpg: empty file" in stopped.stderr
+    assert not list(Path("runs").iterdir())
+    skipped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL, "data.on_bad_image=skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "skipped 2 of 24 train images" in skipped.stderr
+
+
+def test_unwritable_output_is_refused_before_anything_is_loaded(tl: Run, colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = tl("train", "--data-dir", colours, "--output", "file/runs", *SMALL)
+    assert result.returncode == 2
+    assert "cannot write to file/runs" in result.stderr
+
+
+def test_dry_run_writes_nothing(tl: Run, colours: Path) -> None:
+    result = tl("train", "--data-dir", colours, "--dry-run", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "(8, 3, 64, 64)" in result.stdout
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+def test_checkpoint_classes_are_enforced_in_eval(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    (colours / "val" / "red").rename(colours / "val" / "rouge")
+    (colours / "train" / "red").rename(colours / "train" / "rouge")
+    result = tl("eval", "--checkpoint", "runs/run-1/best.pth")
+    assert result.returncode == 2
+    assert "'red'" in result.stderr
+    assert "fixed by the checkpoint" in result.stderr
+    missing = tl("eval", "--checkpoint", "runs/run-1/best.pth", "--split", "test", "--data-dir", "colours-gone")
+    assert missing.returncode == 2
+
+
+@pytest.mark.parametrize("backbone", ["alexnet", "efficientnet_v2_s"])
+def test_real_photographs(tl: Run, photos: Path, backbone: str) -> None:
+    arguments = ("--config", "imagefolder-alexnet.yaml", "--data-dir", photos, f"model.backbone={backbone}")
+    trained = tl(
+        "train", *arguments, "model.weights=none", "train.epochs=1", "--json", "transforms.eval=[{Resize: [96, 96]}]"
+    )
+    result = last_json(trained)
+    assert "1 file(s) left out for their ending (.gif)" in trained.stderr
+    assert result["val"]["n"] == 153
+    assert result["val"]["top5"] == 1.0
+    evaluated = last_json(tl("eval", "--checkpoint", result["checkpoint"], "--json"))
+    assert evaluated["top1"] == result["val"]["top1"]
+    picture = photos / "val" / "ants" / "10308379_1b6c72e180.jpg"
+    assert tl("predict", picture).returncode == 0
