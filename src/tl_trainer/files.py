@@ -67,18 +67,20 @@ def load_plain(path: Path) -> Any:
     import torch  # here, so that a command's --help does not wait for it
 
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on a file that is about to be refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         if "Unsupported operand" not in str(error):  # that is a byte which is no pickle at all
             raise CheckpointError(
                 f"{path}: refused: it holds more than plain data and tensors, which could run code when loaded"
             ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
-    except Exception as error:  # torch's readers raise anything on broken bytes, RuntimeError to KeyError
+    except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
 
 
@@ -102,7 +104,7 @@ def make_folder(path: Path, key: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}; choose another folder with {key}") from error
+        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {key}") from error
 
 
 def _sync_folder(folder: Path) -> None:

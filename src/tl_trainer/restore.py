@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tl_trainer.errors import CheckpointError, InputError, SettingError
 from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights, state_hash
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
+from tl_trainer.network import Network
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,9 +27,8 @@ class Restored:
 
     checkpoint: Checkpoint
     loaded: Loaded
-    classifier: Classifier
+    network: Network
     pipeline: Pipeline
-    device: torch.device
 
     @property
     def classes(self) -> list[str]:
@@ -50,8 +53,13 @@ def restore(path: Path, device: str | None = None) -> Restored:
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1]}"
         ) from error
-    place = resolve_device(device or loaded.config.device)
-    return Restored(saved, loaded, classifier.to(place).eval(), pipeline, place)
+    config, place = loaded.config, resolve_device(device or loaded.config.device)
+    precision = config.train.precision
+    if precision == "fp16" and place.type != "cuda":
+        log.warning("trained in fp16, which needs CUDA; computing in fp32 on %s", place.type)
+        precision = "fp32"
+    network = Network(classifier.eval(), place, precision, config.features, saved.backbone)
+    return Restored(saved, loaded, network, pipeline)
 
 
 def _classifier(saved: Checkpoint, loaded: Loaded) -> Classifier:

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import RunError
 from tl_trainer.metrics import Figures
+from tl_trainer.network import Feed
 from tl_trainer.saver import Saver, State
 from tl_trainer.tracking import Tracker, bar
 
 
-class Batches(Protocol):
-    """Training batches, whether of images or of cached features."""
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-
-    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on."""
-
-
 @dataclass
 class Training:
-    """What `fit` works with. `forward` takes a batch's inputs, images or features, to logits."""
+    """What `fit` works with. `feed.forward` takes the inputs of `feed.batches`, images or features, to logits."""
 
     state: State
-    forward: Callable[[Tensor], Tensor]
-    batches: Batches
+    feed: Feed
     validate: Callable[[], Figures]
     criterion: nn.Module
     device: torch.device
@@ -46,17 +34,17 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
 
     Raises RunError as soon as a loss is not finite, and Interrupted after a signal, when everything is saved.
     """
-    state, progress, steps = training.state, training.state.progress, len(training.batches)
+    state, progress, steps = training.state, training.state.progress, len(training.feed.batches)
     while progress.epoch < training.epochs:
         name = f"epoch {progress.epoch + 1}/{training.epochs}"
         first_step = progress.epoch * steps
         started = time.perf_counter() - progress.seconds
         lr = state.schedule.set_rate(first_step + progress.batch)
         state.classifier.train()
-        batches = training.batches.epoch(progress.epoch, training.device, progress.batch)
+        batches = training.feed.batches.epoch(progress.epoch, training.device, progress.batch)
         for batch in bar(batches, name, steps, start=progress.batch):
             lr = state.schedule.set_rate(first_step + progress.batch)
-            loss = training.criterion(training.forward(batch.inputs), batch.targets)
+            loss = training.criterion(training.feed.forward(batch.inputs), batch.targets)
             value = loss.item()
             if not math.isfinite(value):
                 raise RunError(

@@ -121,6 +121,28 @@ class ModelSection(Section):
     head: HeadSection = Field(default_factory=HeadSection, description="The new classifier on top of the features.")
 
 
+class FeaturesSection(Section):
+    cache: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto computes what the frozen backbone makes of an image once and keeps it, wherever the "
+        "transform is not random or views is above 1; off never does.",
+    )
+    views: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="How many random views of each training image are kept; epoch e uses view e mod views.",
+    )
+    dir: str | None = Field(None, description="The cache folder; null is the user's own.")
+    limit_gb: float = Field(20.0, gt=0, description="The size of the cache in GB; what was not used for longest goes.")
+
+
+class PerformanceSection(Section):
+    compile: Literal["auto", "off"] = Field(
+        "off", description="auto compiles the frozen backbone (torch.compile) where enough images have to be computed."
+    )
+
+
 class OptimizerSection(NamedSection):
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {"momentum": ("sgd",), "nesterov": ("sgd",)}
     name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
@@ -164,7 +186,8 @@ class TrainSection(Section):
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
     precision: Precision = Field(
         "auto",
-        description="Of the forward pass: auto (bf16 where the device has it natively), fp32, bf16 or fp16 (CUDA).",
+        description="fp32, bf16, fp16 (CUDA), or auto: for what is frozen bf16 where the device has it natively, for "
+        "the stages that train bf16 on a GPU.",
     )
 
     @model_validator(mode="after")
@@ -189,6 +212,12 @@ class Config(Section):
         default_factory=TransformsSection, description="From an image to the network's input."
     )
     model: ModelSection = Field(default_factory=ModelSection, description="The backbone and the head.")
+    features: FeaturesSection = Field(
+        default_factory=FeaturesSection, description="What is kept of the frozen backbone's output."
+    )
+    performance: PerformanceSection = Field(
+        default_factory=PerformanceSection, description="What makes a run faster and changes no result."
+    )
     train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
     output: OutputSection = Field(default_factory=OutputSection, description="What a run writes, and where.")
 

@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     holds their largest value.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy() if image.readonly else image
+        return image
     if image.mode.startswith("I;16"):
         return _from_grey(np.asarray(image), 65535)
     if image.mode in ("I", "F"):

@@ -83,12 +83,16 @@ def batch_order(count: int, batch_size: int, seed: int, epoch: int, shuffle: boo
     return [order[first : first + batch_size] for first in range(0, count, batch_size)]
 
 
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(setting: int | str) -> int:
     """`auto` is a process per core up to 8, or none on a machine with a single core."""
     if isinstance(setting, int):
         return setting
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if cores > 1 else 0
+    return min(cores(), 8) if cores() > 1 else 0
 
 
 def readable(split: Split, what: str, on_bad_image: str) -> Split:
@@ -99,14 +103,21 @@ def readable(split: Split, what: str, on_bad_image: str) -> Split:
     """
     if split.paths is None:
         return split
-    bad: dict[int, str] = {}
-    with ThreadPoolExecutor(worker_count("auto") or 1) as pool:  # Pillow releases the GIL while it decodes
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow releases the GIL while it decodes
         checks = pool.map(lambda index: _complaint(split, index), range(len(split)))
         bar = tqdm(checks, f"checking {what} images", len(split), unit="img", leave=False, disable=None)
         bad = {index: complaint for index, complaint in enumerate(bar) if complaint}
+    return without_bad(split, bad, what, on_bad_image)
+
+
+def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str) -> Split:
+    """The split without the images at the indices of `bad`, whose values say what is wrong with each.
+
+    Raises DataError unless they are to be skipped, or where nothing would be left.
+    """
     if not bad:
         return split
-    listing = "\n".join(list(bad.values())[:2])
+    listing = "\n".join(bad[index] for index in sorted(bad)[:2])
     if on_bad_image == "error":
         raise DataError(
             f"{len(bad)} of {len(split)} {what} images cannot be used; repair them or set data.on_bad_image: skip\n"
@@ -138,7 +149,7 @@ class _Batches(Dataset[Batch | DataError]):
     def __getitem__(self, indices: list[int]) -> Batch | DataError:
         """The batch; an error is returned, since one raised in a worker would reach the user as a traceback."""
         try:
-            inputs = _stack([self._image(index) for index in indices])
+            inputs = stacked([self._image(index) for index in indices])
         except DataError as error:
             return error
         return Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
@@ -152,11 +163,12 @@ class _Batches(Dataset[Batch | DataError]):
             return self.pipeline.image(picture)
 
 
-def _stack(inputs: list[Tensor]) -> Tensor:
-    shapes = sorted({tuple(item.shape) for item in inputs})
+def stacked(pictures: list[Tensor]) -> Tensor:
+    """Images (3, H, W) -> (N, 3, H, W); DataError, with the remedy, where their sizes differ."""
+    shapes = sorted({tuple(picture.shape) for picture in pictures})
     if len(shapes) > 1:
         raise DataError(
             f"the transforms give images of different sizes ({shapes[0]} and {shapes[-1]}); "
             "end them with a crop or a Resize to [height, width], e.g. {CenterCrop: 224}"
         )
-    return torch.stack(inputs)
+    return torch.stack(pictures)

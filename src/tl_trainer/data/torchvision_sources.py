@@ -77,7 +77,7 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, ValueError) and "split" in arguments and "split" in str(error):
             return None
-        reason = str(error).removesuffix(". You can use download=True to download it").rstrip(".")
+        reason = str(error).partition(". You can use download=True")[0].rstrip(".")
         remedy = "run again, or put the files there and set data.download: false"
         if not download:
             remedy = "set data.download: true, or set data.root to where the files are"
@@ -85,15 +85,25 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
 
 
 def _split(dataset: Any, root: Path) -> Split:
-    if "loader" in inspect.signature(type(dataset)).parameters:
-        pairs = [dataset[index] for index in range(len(dataset))]
-        paths = [path for path, _ in pairs]
+    if pairs := _files(dataset):
+        paths = [Path(path) for path, _ in pairs]
         return Split([_relative(path, root) for path in paths], [int(label) for _, label in pairs], paths)
     labels: Sequence[Any] = next(
         (getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name)), ()
     )
     targets = [int(label) for label in labels] or [int(dataset[index][1]) for index in range(len(dataset))]
     return Split([str(index) for index in range(len(dataset))], targets, None, dataset, range(len(dataset)))
+
+
+def _files(dataset: Any) -> list[tuple[Path | str, int]]:
+    """The files of a dataset and their labels, so that data/images.py opens them; none where they are not known."""
+    if "loader" in inspect.signature(type(dataset)).parameters:
+        return [dataset[index] for index in range(len(dataset))]
+    if isinstance(dataset, datasets.GTSRB):
+        return list(dataset._samples)
+    if isinstance(dataset, datasets.OxfordIIITPet):
+        return list(zip(dataset._images, dataset._labels, strict=True))
+    return []
 
 
 def _relative(path: Path, root: Path) -> str:

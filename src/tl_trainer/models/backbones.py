@@ -61,9 +61,10 @@ class Backbone(nn.Module):
     The state dict's keys are torchvision's own with the prefix `model.`.
     """
 
-    def __init__(self, model: nn.Module, stages: list[Stage]) -> None:
+    def __init__(self, model: nn.Module, stages: list[Stage], features: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.features = features  # the size of the output, where it does not depend on that of the images
         self.stages = stages  # a plain list: the modules are registered once, in `model`
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,12 +140,14 @@ def empty_backbone(name: str, pretrained: bool, tap: str) -> Backbone:
     return _tapped(model, name, tap)
 
 
-def feature_size(name: str, tap: str, height: int, width: int) -> int:
+def feature_size(backbone: Backbone, name: str, tap: str, height: int, width: int) -> int:
     """The number of features at the tap for images of that size, found without computing any."""
-    backbone = empty_backbone(name, True, tap)
-    place = next(backbone.parameters()).device
+    if backbone.features is not None:
+        return backbone.features
+    empty = empty_backbone(name, True, tap)
+    place = next(empty.parameters()).device
     with torch.no_grad():
-        return int(backbone(torch.empty(1, 3, height, width, device=place)).shape[1])
+        return int(empty(torch.empty(1, 3, height, width, device=place)).shape[1])
 
 
 def fetch(weights: WeightsEnum) -> Path:
@@ -202,7 +205,8 @@ def _tapped(model: nn.Module, name: str, tap: str) -> Backbone:
         if not isinstance(stage.module, Function):
             parent, _, leaf = stage.name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Identity())
-    return Backbone(model, stages[:end])
+    following = [stage.module for stage in stages[end:] if isinstance(stage.module, nn.Linear)]
+    return Backbone(model, stages[:end], following[0].in_features if tap in TAPS and following else None)
 
 
 def _chain(model: nn.Module) -> list[Stage]:

@@ -1,0 +1,101 @@
+"""Images by what is in them: content hashes, remembered for files whose size and time have not changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+from tl_trainer.data import images
+from tl_trainer.data.dataset import Split
+from tl_trainer.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+# A file that was written this recently may be written again within the resolution of its time stamp.
+SETTLED_SECONDS = 2.0
+_CHUNK = 500
+
+Stamp = tuple[int, int]
+
+
+def content_hashes(split: Split, memory: Path, pool: Executor) -> list[bytes | ImageError]:
+    """The SHA-256 of each image's file (of its pixels where it is no file), or why it cannot be read.
+
+    `memory` is a small database of what was hashed before. A file with the same size and modification time is not read
+    again; a file that was touched is read and found to be the same.
+    """
+    if split.paths is None:
+        return list(pool.map(lambda index: _pixel_hash(split, index), range(len(split))))
+    paths = [str(path.absolute()) for path in split.paths]
+    known = _recall(memory, paths)
+    stamps = [_stamp(path) for path in paths]
+    hashes = list(pool.map(lambda index: _file_hash(paths[index], stamps[index], known), range(len(paths))))
+    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    _remember(
+        memory,
+        [
+            (path, *stamp, digest)
+            for path, stamp, digest in zip(paths, stamps, hashes, strict=True)
+            if stamp and isinstance(digest, bytes) and known.get(path) != (stamp, digest) and stamp[1] < settled
+        ],
+    )
+    return hashes
+
+
+def _pixel_hash(split: Split, index: int) -> bytes:
+    picture = split.open(index)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+
+
+def _file_hash(path: str, stamp: Stamp | None, known: dict[str, tuple[Stamp, bytes]]) -> bytes | ImageError:
+    if stamp is not None and path in known and known[path][0] == stamp:
+        return known[path][1]
+    try:
+        return hashlib.sha256(images.read(Path(path))).digest()
+    except ImageError as error:
+        return error
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _database(memory: Path) -> Iterator[sqlite3.Connection]:
+    """The open database; a damaged one is removed, since all it holds can be found again."""
+    try:
+        with contextlib.closing(sqlite3.connect(memory, timeout=30)) as connection, connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size, time, hash)")
+            yield connection
+    except sqlite3.DatabaseError as error:
+        log.warning("%s is damaged (%s); the images are hashed again", memory, error)
+        memory.unlink(missing_ok=True)
+
+
+def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
+    known: dict[str, tuple[Stamp, bytes]] = {}
+    with _database(memory) as connection:
+        for first in range(0, len(paths), _CHUNK):
+            chunk = paths[first : first + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            query = f"SELECT path, size, time, hash FROM files WHERE path IN ({marks})"
+            known.update(
+                (path, ((size, when), digest)) for path, size, when, digest in connection.execute(query, chunk)
+            )
+    return known
+
+
+def _remember(memory: Path, rows: list[tuple[str, int, int, bytes]]) -> None:
+    if rows:
+        with _database(memory) as connection:
+            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)

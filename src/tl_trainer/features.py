@@ -1,0 +1,217 @@
+"""The feature cache: what the frozen prefix makes of an image is computed once and kept.
+
+A row's key is the hash of the image's content and the view; the store it lies in is named by the hash of everything
+else that decides its value: preprocessing, backbone, frozen weights, stages, precision and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_trainer.data.content import content_hashes
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import ImageError, InputError
+from tl_trainer.feature_store import FeatureStore, make_room
+from tl_trainer.models.prefix import FrozenPrefix
+
+log = logging.getLogger(__name__)
+
+# Small enough for the activations to stay in a processor's caches, large enough for a GPU to be busy.
+IMAGES_AT_ONCE = {"cpu": 16, "cuda": 128}
+EVALUATED_AT_ONCE = 1024
+
+
+@dataclass
+class Extractor:
+    """Computes and keeps the features of splits. `make_prefix(n)` gives the network, called only if n rows are missing.
+
+    identity: what decides a feature's value besides the image, as plain data. computed: rows computed so far.
+    """
+
+    make_prefix: Callable[[int], FrozenPrefix]
+    identity: dict[str, Any]
+    folder: Path
+    limit: int
+    device: torch.device
+    computed: int = field(default=0, init=False)
+
+    def features(
+        self, split: Split, what: str, pipeline: Pipeline, on_bad_image: str, views: int = 1, seed: int = 0
+    ) -> Features:
+        """The features of every image of the split, from the cache where they are there.
+
+        With random transforms, `views` of each image are drawn, each from (seed, view, image). Raises DataError for
+        images that cannot be read, unless they are to be skipped.
+        """
+        tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
+        with ThreadPoolExecutor(cores()) as pool:
+            hashes = content_hashes(split, self._prepared_folder() / "files.sqlite", pool)
+            bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}
+            store = self._store(pipeline)
+            wanted = {}
+            for index, digest in enumerate(hashes):
+                if isinstance(digest, bytes):
+                    wanted.update({_key(digest, tag): (index, tag) for tag in tags})
+            missing = [(key, *wanted[key]) for key in store.find(wanted)]
+            if missing:
+                bad.update(self._compute(split, what, pipeline, store, missing, pool))
+        log.info("features of %d %s images: %d computed, the rest cached", len(split), what, len(missing))
+        kept = without_bad(split, bad, what, on_bad_image)
+        good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
+        return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)
+
+    def _prepared_folder(self) -> Path:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder}: {error.strerror}; set features.dir") from error
+        return self.folder
+
+    def _store(self, pipeline: Pipeline) -> FeatureStore:
+        identity = json.dumps({**self.identity, "preprocessing": pipeline.steps}, sort_keys=True)
+        store = FeatureStore(self.folder / hashlib.sha256(identity.encode()).hexdigest()[:32])
+        os.utime(store.folder)  # when it was used last, for make_room
+        return store
+
+    def _compute(
+        self,
+        split: Split,
+        what: str,
+        pipeline: Pipeline,
+        store: FeatureStore,
+        missing: Sequence[tuple[bytes, int, bytes]],
+        pool: Executor,
+    ) -> dict[int, str]:
+        """Compute and append the missing (key, index, tag) rows; the images that cannot be decoded, with the reason."""
+        prefix = self.make_prefix(len(missing))
+        bad: dict[int, str] = {}
+        size = IMAGES_AT_ONCE.get(self.device.type, 16)
+        quiet = not log.isEnabledFor(logging.INFO)
+        with tqdm(total=len(missing), desc=f"{what} features", unit="img", leave=False, disable=quiet or None) as bar:
+            for chunk, decoded in _decoded(split, pipeline, missing, size, pool):
+                good = [
+                    (key, item) for (key, _, _), item in zip(chunk, decoded, strict=True) if isinstance(item, Tensor)
+                ]
+                bad.update(
+                    (index, str(item))
+                    for (_, index, _), item in zip(chunk, decoded, strict=True)
+                    if isinstance(item, ImageError)
+                )
+                if good:
+                    batch = stacked([item for _, item in good])
+                    if self.device.type == "cuda":
+                        batch = batch.pin_memory()
+                    rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=True)))
+                    if not self.computed:
+                        self._check_room(store, rows, len(missing))
+                    store.append([key for key, _ in good], rows)
+                    self.computed += len(good)
+                bar.update(len(chunk))
+        store.close()
+        return bad
+
+    def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
+        needed = rows[0].numel() * rows.element_size() * count
+        if needed > self.limit:
+            raise InputError(
+                f"the features of {count:,} images take {needed / 1e9:.1f} GB, more than features.limit_gb "
+                f"({self.limit / 1e9:.0f}); raise it, tap a later stage, or set features.cache: off"
+            )
+        make_room(self.folder, needed, self.limit, keep=store.folder)
+
+
+class Features:
+    """The features of a split's images that could be read (`split`): in memory where they fit, else memory-mapped."""
+
+    def __init__(self, store: FeatureStore, keys: list[list[bytes]], split: Split) -> None:
+        self.store = store
+        self.keys = keys
+        self.split = split
+        self.targets = torch.tensor(list(split.targets))
+        size = len(keys) * len(split) * store.row_bytes
+        self.tables = [store.take(view) for view in keys] if size < free_memory() / 2 else None
+
+    def take(self, view: int, indices: Sequence[int]) -> Tensor:
+        """The features of one view of the images at `indices`, (N, ...) in the precision they were computed in."""
+        if self.tables is not None:
+            return self.tables[view][list(indices)]
+        return self.store.take([self.keys[view][index] for index in indices])
+
+
+class FeatureBatches:
+    """Batches of cached features in the same order in which the images would come; epoch e uses view e mod K."""
+
+    def __init__(self, features: Features, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> None:
+        self.features = features
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.features.targets) // self.batch_size)
+
+    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, float32, on `device`."""
+        features, view = self.features, epoch % len(self.features.keys)
+        for indices in batch_order(len(features.targets), self.batch_size, self.seed, epoch, self.shuffle)[start:]:
+            inputs = features.take(view, indices).to(device, non_blocking=True)
+            yield Batch(inputs.float(), features.targets[indices].to(device), torch.tensor(indices))
+
+
+def free_memory() -> int:
+    """The bytes of memory that are free for use, caches of the system counted in; 4 GB where that is unknown."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4_000_000_000
+
+
+def _key(digest: bytes, tag: bytes) -> bytes:
+    return hashlib.sha256(digest + tag).digest() if tag else digest
+
+
+def _decoded(
+    split: Split, pipeline: Pipeline, missing: Sequence[tuple[bytes, int, bytes]], size: int, pool: Executor
+) -> Iterator[tuple[Sequence[tuple[bytes, int, bytes]], list[Tensor | ImageError]]]:
+    """Chunks of the missing rows and their images, decoded by threads while the chunk before is computed."""
+
+    def decode(row: tuple[bytes, int, bytes]) -> Any:
+        try:
+            picture = split.open(row[1])
+            return pipeline.image(picture) if pipeline.deterministic else picture
+        except ImageError as error:
+            return error
+
+    chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
+    ahead = [pool.submit(decode, row) for row in chunks[0]]
+    for number, chunk in enumerate(chunks):
+        decoded = [future.result() for future in ahead]
+        ahead = [pool.submit(decode, row) for row in chunks[number + 1]] if number + 1 < len(chunks) else []
+        if not pipeline.deterministic:  # torch has one generator for all threads, so the drawing is done in this one
+            decoded = [_drawn(pipeline, picture, row[0]) for picture, row in zip(decoded, chunk, strict=True)]
+        yield chunk, decoded
+
+
+def _drawn(pipeline: Pipeline, picture: Any, key: bytes) -> Any:
+    if isinstance(picture, ImageError):
+        return picture
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(key[:8], "little") % 2**63)
+        return pipeline.image(picture)

@@ -1,0 +1,136 @@
+"""A classifier on its device with the fast form of its frozen prefix: what training, evaluation and prediction run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tl_trainer.config.schema import FeaturesSection, expand
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch, ImageBatches, readable
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches
+from tl_trainer.files import cache_folder
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Batches(Protocol):
+    """Batches of images or of cached features."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on."""
+
+
+class Feed(NamedTuple):
+    """A split's batches, the function that takes their inputs to logits, and the images that could be read."""
+
+    batches: Batches
+    forward: Forward
+    split: Split
+
+
+class Network:
+    """The classifier and its frozen prefix. `prefix` is made when the first image needs it.
+
+    precision: `auto`, fp32, bf16 or fp16, as in `train.precision`. identity: the backbone's name, weights and hash.
+    Raises SettingError for a precision that the device does not have.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        device: torch.device,
+        precision: str,
+        features: FeaturesSection,
+        identity: dict[str, Any],
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.classifier = classifier.to(device)
+        self.device = device
+        self.precision = prefix_precision(precision, device)
+        # The part that trains follows the prefix to lower precision on a GPU, on a processor only when told to.
+        lower = self.precision != "fp32" and (
+            precision != "auto" or (device.type == "cuda" and classifier.trained != [])
+        )
+        self.autocast = DTYPES[self.precision] if lower else None
+        self.compiled = compiled
+        self._prefix: FrozenPrefix | None = None
+        self.extractor: Extractor | None = None
+        if classifier.frozen and features.cache == "auto":
+            self.extractor = Extractor(
+                make_prefix=self.prefix,
+                identity={
+                    "backbone": identity["name"],
+                    "sha256": identity["sha256"],
+                    "stages": [stage.name for stage in classifier.frozen],
+                    "precision": self.precision,
+                    "device": device.type,
+                },
+                folder=expand(features.dir) if features.dir else cache_folder() / "features",
+                limit=int(features.limit_gb * 1e9),
+                device=device,
+            )
+
+    def prefix(self, images: int = 0) -> FrozenPrefix:
+        """The fast frozen prefix; `images` is how many it will compute, for deciding whether to compile it."""
+        if self._prefix is None:
+            worth = images if self.compiled else 0
+            self._prefix = FrozenPrefix(
+                self.classifier.frozen, self.device, self.precision, images_to_compile_for=worth
+            )
+        return self._prefix
+
+    def images_to_logits(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, classes) float32."""
+        if self.classifier.frozen:
+            # A copy, since autograd cannot save what was made in inference mode.
+            images = self.prefix()(images).to(torch.float32, copy=True)
+        return self.features_to_logits(images)
+
+    def features_to_logits(self, features: Tensor) -> Tensor:
+        """The frozen prefix's output, float32 -> (N, classes) float32."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.classifier.suffix(features).float()
+
+    def training_feed(
+        self,
+        split: Split,
+        pipeline: Pipeline,
+        on_bad_image: str,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        views: int,
+    ) -> Feed:
+        """Shuffled batches for training: cached features where the transform is not random or views are kept."""
+        if self.extractor is not None and (pipeline.deterministic or views > 1):
+            features = self.extractor.features(split, "train", pipeline, on_bad_image, views, seed)
+            batches = FeatureBatches(features, batch_size=batch_size, seed=seed, shuffle=True)
+            return Feed(batches, self.features_to_logits, features.split)
+        split = readable(split, "train", on_bad_image)
+        images = ImageBatches(split, pipeline, batch_size=batch_size, workers=workers, seed=seed, shuffle=True)
+        return Feed(images, self.images_to_logits, split)
+
+    def evaluation_feed(
+        self, split: Split, what: str, pipeline: Pipeline, on_bad_image: str, batch_size: int, workers: int
+    ) -> Feed:
+        """Batches in the split's order for evaluation: cached features where something is frozen."""
+        if self.extractor is not None and pipeline.deterministic:
+            features = self.extractor.features(split, what, pipeline, on_bad_image)
+            return Feed(FeatureBatches(features, batch_size=EVALUATED_AT_ONCE), self.features_to_logits, features.split)
+        split = readable(split, what, on_bad_image)
+        return Feed(ImageBatches(split, pipeline, batch_size=batch_size, workers=workers), self.images_to_logits, split)
