@@ -112,9 +112,10 @@ def plain_epoch(folder: Path, backbone: str, batch: int, weights: Path) -> None:
 
 def _tl_train_seconds(args: argparse.Namespace, weights: Path, scratch: Path) -> float:
     size = _size(args.backbone)
-    words = [Path(sys.executable).with_name("tl-train"), "--data-dir", args.folder, "--epochs", args.epochs, "--quiet",
-             "-b", args.batch, "--output", scratch / "runs", f"model.backbone={args.backbone}",
-             f"model.weights={weights}", "transforms.train=eval", f"transforms.eval=[{{Resize: {size + 32}}}, {{CenterCrop: {size}}}]"]  # fmt: skip
+    words = [Path(sys.executable).with_name("tl-train"), "--data-dir", args.folder, "--quiet"]
+    words += ["--epochs", args.epochs, "-b", args.batch, "--output", scratch / "runs"]
+    words += [f"model.backbone={args.backbone}", f"model.weights={weights}", "transforms.train=eval"]
+    words += [f"transforms.eval=[{{Resize: {size + 32}}}, {{CenterCrop: {size}}}]"]
     started = time.perf_counter()
     environment = {**os.environ, "TL_CACHE": str(scratch / "cache")}
     subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL, env=environment)

@@ -267,6 +267,7 @@ def test_dry_run_writes_nothing(tl: Run, colours: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "(8, 3, 64, 64)" in result.stdout
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
+    assert not Path("cache").exists()
 
 
 def test_checkpoint_classes_are_enforced_in_eval(tl: Run, colours: Path) -> None:

@@ -8,7 +8,7 @@ import io
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,14 @@ def _threads_for(parts: Parts) -> Iterator[None]:
 
 
 def dry_run(loaded: Loaded) -> str:
-    """Check everything up to the loss of the first batch, without a run directory; what was found, in a sentence."""
-    parts = assemble(loaded)
+    """Check everything up to the loss of the first batch, writing nothing; what was found, in a sentence."""
+    uncached = loaded.config.features.model_copy(update={"cache": "off"})
+    parts = assemble(replace(loaded, config=loaded.config.model_copy(update={"features": uncached})))
     log.info("%s", _summary(parts))
     training = new_training(parts, new_state(parts))
     batch = next(iter(training.feed.batches.epoch(0, training.device)))
     loss = training.criterion(training.feed.forward(batch.inputs), batch.targets).item()
-    return f"the first batch is {tuple(batch.inputs.shape)}, its loss {loss:.4f}; no run directory was made"
+    return f"the first batch is {tuple(batch.inputs.shape)}, its loss {loss:.4f}; nothing was written"
 
 
 def evaluate_checkpoint(

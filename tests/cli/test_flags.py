@@ -1,0 +1,353 @@
+"""The commands' public surface, held still: flags, exit codes, what an error looks like, what --help costs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tl_trainer.resume
+from conftest import Run
+from tl_trainer import __version__, errors
+from tl_trainer.cli import eval as tl_eval
+from tl_trainer.cli import predict as tl_predict
+from tl_trainer.cli import train as tl_train
+from tl_trainer.cli.main import new_parser, run_command
+from tl_trainer.config.load import load
+from tl_trainer.config.schema import Config
+
+COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
+COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
+FLAGS = {
+    "train": [
+        "--batch-size", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json", "--lr", "--output",
+        "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j", "overrides",
+    ],
+    "eval": [
+        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--split", "--workers", "-b", "-j",
+    ],
+    "predict": ["--batch-size", "--checkpoint", "--device", "--format", "--output", "--topk", "-b", "paths"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    package = logging.getLogger("tl_trainer")
+    handlers, level = package.handlers[:], package.level
+    yield
+    package.handlers[:] = handlers
+    package.setLevel(level)
+
+
+# What there is
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_are_these(command: str) -> None:
+    actions = COMMANDS[command].build_parser()._actions
+    names = [name for action in actions for name in action.option_strings or [action.dest]]
+    assert sorted(names) == sorted(COMMON + FLAGS[command])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_explained(command: str) -> None:
+    parser = COMMANDS[command].build_parser()
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert parser.description and parser.epilog
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_can_be_parsed(command: str) -> None:
+    parser = COMMANDS[command].build_parser()
+    lines = [line for line in (parser.epilog or "").splitlines() if f"tl-{command} " in line]
+    assert lines
+    for line in lines:
+        words = re.findall(r"'[^']*'|\S+", line.partition(f"tl-{command} ")[2])
+        parser.parse_intermixed_args([word.strip("'") for word in words])
+
+
+def test_every_short_flag_of_tl_train_is_a_key_of_the_configuration() -> None:
+    options = vars(tl_train.build_parser().parse_args([]))
+    for flag, key in tl_train.FLAGS.items():
+        assert flag in options
+        value: Any = Config()
+        for part in key.split("."):
+            value = getattr(value, part)
+
+
+def test_choices_and_defaults() -> None:
+    args = tl_predict.build_parser().parse_args(["a.jpg", "b.jpg"])
+    assert (args.paths, args.topk, args.format, args.output) == (["a.jpg", "b.jpg"], 5, "text", None)
+    for value in ("text", "json", "jsonl", "csv"):
+        assert tl_predict.build_parser().parse_args(["-", "--format", value]).format == value
+    for value in ("train", "val", "test", "all"):
+        assert tl_eval.build_parser().parse_args(["--checkpoint", "x", "--split", value]).split == value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_installed_commands_say_their_version_and_help(command: str, tl: Run) -> None:
+    assert tl(command, "--version").stdout == f"tl-trainer {__version__}\n"
+    result = tl(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: tl-{command} ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_does_not_import_what_is_slow(command: str) -> None:
+    code = f"""if True:
+        import sys
+        from tl_trainer.cli.{command} import main
+        try:
+            main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        print(sorted({{"torch", "torchvision", "pydantic", "numpy", "PIL"}} & set(sys.modules)))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", ["--nonsense"]),
+        ("train", ["--epochs", "many"]),
+        ("train", ["--lr"]),
+        ("train", ["--config"]),
+        ("eval", []),
+        ("eval", ["--checkpoint", "best.pth", "--split", "dev"]),
+        ("eval", ["--checkpoint", "best.pth", "stray"]),
+        ("predict", []),
+        ("predict", ["a.jpg", "--format", "xml"]),
+        ("predict", ["a.jpg", "--topk", "x"]),
+    ],
+)
+def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        COMMANDS[command].main(words)
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"tl-{command}: error: " in output.err
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("train", ["--config", "nope"], "tl-train: --config nope: no such file, and unknown bundled configuration"),
+        ("train", ["photos"], "tl-train: 'photos' is not an override; write key=value, e.g. train.epochs=5\n"),
+        ("train", ["--epochs", "0"], "tl-train: the command line: train.epochs: should be greater than or equal to 1"),
+        ("train", ["--lr", "nan"], "tl-train: the command line: train.optimizer.lr: should be "),
+        (
+            "train",
+            ["--resume", "nope"],
+            "tl-train: --resume nope: no such file; give a run directory or its last.pth\n",
+        ),
+        ("eval", ["--checkpoint", "nope"], "tl-eval: nope: cannot be read: No such file or directory\n"),
+        ("predict", ["a.jpg", "--topk", "0"], "tl-predict: --topk must be 1 or more\n"),
+        ("predict", ["a.jpg", "-b", "0"], "tl-predict: --batch-size must be 1 or more\n"),
+        ("predict", ["a.jpg"], "tl-predict: no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no"),
+    ],
+)
+def test_a_wrong_input_is_a_sentence_and_ends_with_2(
+    command: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert COMMANDS[command].main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(message)
+    assert len(output.err.splitlines()) <= 3
+    assert "Traceback" not in output.err
+
+
+def fail_with(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def command(args: argparse.Namespace) -> int:
+        raise error
+
+    return command
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's has this name too."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (errors.TrainerError("so"), 1, "tl-x: so\n"),
+        (errors.RunError("so"), 1, "tl-x: so\n"),
+        (errors.InputError("so"), 2, "tl-x: so\n"),
+        (errors.DataError("so"), 2, "tl-x: so\n"),
+        (errors.ImageError("so"), 2, "tl-x: so\n"),
+        (errors.CheckpointError("so"), 2, "tl-x: so\n"),
+        (errors.SettingError("model.tap", "so"), 2, "tl-x: model.tap: so\n"),
+        (errors.ConfigError("a: so\nb: so"), 2, "tl-x: a: so\nb: so\n"),
+        (errors.Interrupted(2, "so"), 130, "tl-x: so\n"),
+        (errors.Interrupted(15, "so"), 143, "tl-x: so\n"),
+        (KeyboardInterrupt(), 130, "tl-x: interrupted\n"),
+        (OutOfMemoryError("CUDA"), 1, "tl-x: the GPU is out of memory; lower --batch-size or use --device cpu\n"),
+        (KeyError("x"), 1, "tl-x: unexpected KeyError: 'x'\nrun it again with --debug to see where\n"),
+    ],
+)
+def test_an_error_is_shown_and_ends_with_its_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(new_parser("tl-x", "", ""), fail_with(error), []) == code
+    assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.parametrize("error", [errors.InputError("so"), KeyError("x")])
+def test_debug_shows_the_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_command(new_parser("tl-x", "", ""), fail_with(error), ["--debug"])
+    assert code == (2 if isinstance(error, errors.InputError) else 1)
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):")
+    assert "in command" in shown and "\ntl-x: " in shown
+
+
+def test_a_closed_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert run_command(new_parser("tl-x", "", ""), fail_with(BrokenPipeError()), []) == 141
+    assert stderr.closed
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ([], ["note", "warning: careful"]),
+        (["--quiet"], ["warning: careful"]),
+        (["-v"], ["debug: detail", "note", "warning: careful"]),
+    ],
+)
+def test_how_much_is_said(words: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def command(args: argparse.Namespace) -> int:
+        log = logging.getLogger("tl_trainer.somewhere")
+        log.debug("detail")
+        log.info("note")
+        log.warning("careful")
+        return 0
+
+    assert run_command(new_parser("tl-x", "", ""), command, words) == 0
+    output = capsys.readouterr()
+    assert (output.out, output.err.splitlines()) == ("", shown)
+
+
+# Version floors
+
+
+def test_the_floors_are_those_of_the_advisories() -> None:
+    required = {text.partition(";")[0].strip() for text in metadata.requires("tl-trainer") or []}
+    assert {"torch>=2.10", "pillow>=12.3"} <= required
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("train", ["--print-config"]), ("eval", ["--checkpoint", "x"]), ("predict", ["x.jpg"])],
+)
+@pytest.mark.parametrize(
+    ("library", "version", "message"),
+    [
+        (
+            "torch",
+            "2.9.1+cu128",
+            "torch 2.9.1+cu128 is installed, >=2.10 is needed; run: pip install --upgrade 'torch>=2.10'",
+        ),
+        ("pillow", "12.2.0", "pillow 12.2.0 is installed, >=12.3 is needed; run: pip install --upgrade 'pillow>=12.3'"),
+    ],
+)
+def test_a_library_below_its_floor_is_refused_in_one_line(
+    command: str,
+    words: list[str],
+    library: str,
+    version: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == library else installed(name))
+    assert COMMANDS[command].main(words) == 2
+    assert capsys.readouterr() == ("", f"tl-{command}: {message}\n")
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0+cpu", "2.11.0.dev20260101", "3.0"])
+def test_a_library_at_its_floor_or_above_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "torch" else installed(name))
+    assert run_command(new_parser("tl-x", "", ""), lambda args: 0, []) == 0
+
+
+# tl-train: from words to a configuration
+
+
+def test_print_config_shows_what_the_words_and_flags_make_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.tap=pooled", "--config", "demo", "train.epochs=3", "--epochs", "4", "-b", "7", "--lr", "1e-2"]
+    words += [
+        "--data-dir",
+        "photos",
+        "-j",
+        "2",
+        "--device",
+        "cpu",
+        "--seed",
+        "5",
+        "--output",
+        "out",
+        "model.tap=logits",
+    ]
+    assert tl_train.main([*words, "--print-config"]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    config, demo = load("printed.yaml").config, load("demo").config
+    assert (config.train.epochs, config.train.batch_size, config.train.optimizer.lr) == (4, 7, 1e-2)
+    assert (config.data.root, config.data.workers, config.device) == ("photos", 2, "cpu")
+    assert (config.seed, config.output.dir, config.model.tap) == (5, "out", "logits")
+    assert (config.model.backbone, config.train.schedule) == (demo.model.backbone, demo.train.schedule)
+
+
+def test_print_schema_is_json_with_the_known_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tl_train.main(["--print-schema"]) == 0
+    printed = capsys.readouterr().out
+    for name in ('"resnet152"', '"RandomRotation"', '"additionalProperties": false'):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "overrides"),
+    [
+        (["--resume"], None, []),
+        (["--resume", "runs/demo-1"], "runs/demo-1", []),
+        (["--resume", "train.epochs=3"], None, [("train.epochs", 3)]),
+        (
+            ["device=cpu", "--resume", "train.epochs=3", "--seed", "1"],
+            None,
+            [("device", "cpu"), ("train.epochs", 3), ("seed", 1)],
+        ),
+        (["--resume", "lr=1e-3"], "lr=1e-3", []),
+    ],
+)
+def test_resume_takes_a_run_or_nothing_and_never_an_override(
+    words: list[str], target: str | None, overrides: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def resume(*arguments: object) -> None:
+        calls.append(arguments)
+        raise errors.InputError("seen")
+
+    Path("lr=1e-3").mkdir()
+    monkeypatch.setattr(tl_trainer.resume, "resume", resume)
+    assert tl_train.main(["--config", "demo", *words]) == 2
+    assert calls == [(target, "demo", overrides)]

@@ -1,0 +1,150 @@
+"""A CSV file of images and labels: splits, classes, and every mistake with the file and the line it is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tl_trainer.config.schema import CsvSection, DataSection
+from tl_trainer.data.csv_table import open_csv
+from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.sources import open_dataset
+from tl_trainer.errors import DataError
+
+ROWS = "id,label\n1.jpg,dog\n2.jpg,cat\n3.jpg,dog\n"
+SPLIT_ROWS = "id,label,split\n1.jpg,dog,train\n2.jpg,cat,train\n3.jpg,dog,val\n4.jpg,cat,test\n"
+
+
+def _open(root: Path, text: str | bytes, classes: list[str] | None = None, **columns: str) -> Dataset:
+    (root / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return open_csv(root, CsvSection(**columns), classes)
+
+
+def _complaint(root: Path, text: str | bytes, **columns: str) -> str:
+    """The error's text after the path of the table."""
+    with pytest.raises(DataError) as caught:
+        _open(root, text, **columns)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{root / 'labels.csv'}:")
+    return str(caught.value).removeprefix(f"{root / 'labels.csv'}:")
+
+
+def test_without_a_split_column(tmp_path: Path) -> None:
+    dataset = _open(tmp_path, ROWS)
+    split = dataset.split("all")
+    assert dataset.classes == ["cat", "dog"]
+    assert split.names == ["1.jpg", "2.jpg", "3.jpg"]
+    assert list(split.targets) == [1, 0, 1]
+    assert split.paths == [tmp_path / name for name in split.names]
+
+
+@pytest.mark.parametrize("word", ["val", "valid", "validation", "VAL", " Valid "])
+def test_with_a_split_column(tmp_path: Path, word: str) -> None:
+    dataset = _open(tmp_path, SPLIT_ROWS.replace("val", word), split_column="split")
+    assert {name: split.names for name, split in dataset.splits.items()} == {
+        "train": ["1.jpg", "2.jpg"],
+        "val": ["3.jpg"],
+        "test": ["4.jpg"],
+    }
+
+
+def test_through_the_configuration(tmp_path: Path) -> None:
+    """The dog-breed kind: other columns, file names without their ending, images in a folder of their own."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "photos" / "a.b.png")
+    (tmp_path / "breeds.csv").write_text("breed,weight,name\nbeagle,12,a.b\n")
+    section = CsvSection(labels="breeds.csv", images="photos", image_column="name", label_column="breed", suffix=".png")
+    dataset = open_dataset(DataSection(source="csv", root=str(tmp_path), csv=section))
+    assert dataset.classes == ["beagle"]
+    assert dataset.split("all").names == ["a.b.png"]
+    assert dataset.split("all").open(0).getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf" + ROWS.encode(),
+        ROWS.replace("\n", "\r\n").encode(),
+        ROWS.rstrip().encode(),
+        ROWS.replace("\n", "\n\n").encode(),
+        ROWS.replace("dog", '"dog"').encode(),
+        ROWS.replace(",dog", ", dog ").encode(),
+    ],
+    ids=["BOM", "CRLF", "no newline at the end", "blank lines", "quoted", "spaces"],
+)
+def test_the_same_table_written_otherwise(tmp_path: Path, text: bytes) -> None:
+    dataset = _open(tmp_path, text)
+    assert dataset.classes == ["cat", "dog"]
+    assert list(dataset.split("all").targets) == [1, 0, 1]
+
+
+def test_labels_in_any_script_and_with_commas(tmp_path: Path) -> None:
+    assert _open(tmp_path, 'id,label\n1.jpg,"hound, afghan"\n2.jpg,柴犬\n').classes == ["hound, afghan", "柴犬"]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "complaint"),
+    [
+        ("id,lable\n1,dog\n", {}, "1: unknown column 'label'; did you mean 'lable'? (valid: id, lable)"),
+        ("id,label\n1,dog\n", {"image_column": "file"}, "1: unknown column 'file' (valid: id, label)"),
+        (ROWS, {"split_column": "Split"}, "1: unknown column 'Split'"),
+        ("id;label\n1;dog\n", {}, "1: unknown column 'id'"),
+        ("", {}, " empty file; its first line must name the columns"),
+        ("id,label\n1,dog\n2,\n", {}, "3: no label in this row"),
+        ("id,label\n1,dog\n2\n", {}, "3: no label in this row"),
+        ("id,label\n1,dog\n,cat\n", {}, "3: no id in this row"),
+        ("id,label\n1,dog\n2,  \n", {}, "3: no label in this row"),
+        ("id,label,split\n1,dog,train\n2,cat,\n", {"split_column": "split"}, "3: no split in this row"),
+        ("id,label\n1,dog\n2,hound, afghan\n", {}, "3: more values than columns; quote those with a comma"),
+        (SPLIT_ROWS.replace("3.jpg,dog", "3.jpg,dgo"), {"split_column": "split"}, "4: unknown label 'dgo'; did you"),
+        (SPLIT_ROWS.replace("4.jpg,cat", "4.jpg,cow"), {"split_column": "split"}, "5: unknown label 'cow'"),
+        (SPLIT_ROWS.replace("val", "vla"), {"split_column": "split"}, "4: unknown split 'vla'; did you mean"),
+        (ROWS + "1.jpg,dog\n", {}, "5: '1.jpg' is in line 2 too; keep one of the two"),
+        (SPLIT_ROWS + "4.jpg,cat,val\n", {"split_column": "split"}, "6: '4.jpg' is in line 5 too"),
+        ('id,label\n1,"a\nb"\n2,\n', {}, "4: no label in this row"),
+        ("id,label\n", {}, " no rows below the header"),
+        ("id,label,split\n1,dog,val\n", {"split_column": "split"}, " no row is in the train split"),
+        (ROWS.encode("utf-16"), {}, " not a CSV file in UTF-8"),
+        ("id,label\n1,caf\u00e9\n".encode("latin-1"), {}, " not a CSV file in UTF-8"),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path: Path, text: str | bytes, columns: dict[str, str], complaint: str) -> None:
+    assert _complaint(tmp_path, text, **columns).startswith(complaint)
+
+
+def test_an_unknown_label_says_who_fixed_the_classes(tmp_path: Path) -> None:
+    text = SPLIT_ROWS.replace("3.jpg,dog", "3.jpg,cow")
+    assert _complaint(tmp_path, text, split_column="split").endswith("(valid: cat, dog), fixed by the train rows")
+
+
+def test_a_missing_column_names_the_remedy(tmp_path: Path) -> None:
+    assert _complaint(tmp_path, "image,label\n1,dog\n").endswith("set the columns in data.csv")
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "."], ids=["missing", "a folder"])
+def test_a_table_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_csv(tmp_path, CsvSection(labels=name), None)
+    assert str(caught.value).startswith(f"{tmp_path / name}: cannot be read: ")
+    assert str(caught.value).endswith("; set data.root and data.csv.labels")
+
+
+def test_another_split_may_lack_a_class(tmp_path: Path) -> None:
+    dataset = _open(tmp_path, "id,label,split\n1,a,train\n2,b,train\n3,b,val\n", split_column="split")
+    assert list(dataset.split("val").targets) == [1]
+
+
+def test_classes_of_a_checkpoint_are_enforced(tmp_path: Path) -> None:
+    dataset = _open(tmp_path, ROWS, classes=["ape", "cat", "dog"])
+    assert dataset.classes == ["ape", "cat", "dog"]
+    assert list(dataset.split("all").targets) == [2, 1, 2]
+    with pytest.raises(DataError, match=r"labels\.csv:3: unknown label 'cat'.* fixed by the checkpoint"):
+        _open(tmp_path, ROWS, classes=["dog"])
+
+
+def test_the_test_rows_alone_are_enough_with_a_checkpoint(tmp_path: Path) -> None:
+    text = "id,label,split\n1,dog,test\n"
+    assert list(_open(tmp_path, text, classes=["cat", "dog"], split_column="split").split("test").targets) == [1]

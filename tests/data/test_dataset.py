@@ -1,0 +1,147 @@
+"""The rules that hold for every source: the drawn val split, the class list, splits as sequences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import draw_split
+from tl_trainer.data.dataset import Dataset, Split, enforce_classes, with_validation
+from tl_trainer.data.folders import open_folders
+from tl_trainer.errors import DataError
+
+
+def _dataset(sizes: dict[str, int], split: str = "all") -> Dataset:
+    """A dataset without images: `sizes` of them per class."""
+    names = [f"{name}/{index}.jpg" for name, size in sizes.items() for index in range(size)]
+    targets = [label for label, size in enumerate(sizes.values()) for _ in range(size)]
+    return Dataset(list(sizes), {split: Split(names, targets, [Path(name) for name in names])}, "the pictures")
+
+
+def _val(dataset: Dataset, fraction: float = 0.2, seed: int = 0) -> list[str]:
+    return list(with_validation(dataset, fraction, seed).split("val").names)
+
+
+@pytest.mark.parametrize("split", ["all", "train"])
+def test_the_split_divides_the_images(split: str) -> None:
+    dataset = _dataset({"a": 10, "b": 20}, split)
+    divided = with_validation(dataset, 0.2, 0)
+    assert list(divided.splits) == ["train", "val"]
+    train, val = divided.split("train"), divided.split("val")
+    assert sorted([*train.names, *val.names]) == sorted(dataset.split(split).names)
+    for part in (train, val):
+        assert part.paths == [Path(name) for name in part.names]
+        assert [dataset.classes[label] for label in part.targets] == [name[0] for name in part.names]
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_the_split_is_stratified(sizes: list[int], fraction: float, seed: int) -> None:
+    """Each class gives its fraction, but at least one image and never its last."""
+    dataset = _dataset({f"class{label}": size for label, size in enumerate(sizes)})
+    divided = with_validation(dataset, fraction, seed)
+    held_out, kept = Counter(divided.split("val").targets), Counter(divided.split("train").targets)
+    for label, size in enumerate(sizes):
+        assert held_out[label] + kept[label] == size
+        assert min(held_out[label], kept[label]) >= 1
+        assert abs(held_out[label] - size * fraction) <= 1
+
+
+def test_the_split_depends_on_the_seed_only() -> None:
+    dataset = _dataset({"a": 30, "b": 30})
+    assert _val(dataset, seed=7) == _val(dataset, seed=7)
+    assert _val(dataset, seed=7) != _val(dataset, seed=8)
+    assert sorted(_val(dataset)) != sorted(dataset.split("all").names[:6] + dataset.split("all").names[30:36])
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_class_too_small_to_divide_is_named(size: int) -> None:
+    with pytest.raises(DataError, match=rf"class 'b' has {size} image\(s\); a val split needs at least 2"):
+        with_validation(_dataset({"a": 10, "b": size}), 0.2, 0)
+
+
+def test_a_split_of_its_own_is_left_alone() -> None:
+    split = Split(["1"], [0], [Path("1")])
+    own = Dataset(["a"], {"train": split, "val": split}, "")
+    test_only = Dataset(["a"], {"test": split}, "")
+    assert with_validation(own, 0.5, 0, ["not/there.jpg"]) is own
+    assert with_validation(test_only, 0.5, 0, ["not/there.jpg"]) is test_only
+
+
+def test_the_test_split_is_kept() -> None:
+    dataset = _dataset({"a": 5}, "train")
+    test = Split(["t"], [0], [Path("t")])
+    divided = with_validation(Dataset(["a"], {**dataset.splits, "test": test}, ""), 0.2, 0)
+    assert list(divided.splits) == ["train", "val", "test"]
+    assert divided.split("test") is test
+
+
+def test_a_split_drawn_before_survives_new_files(tmp_path: Path) -> None:
+    draw_split(tmp_path, 6, size=4)
+    drawn = list(with_validation(open_folders(tmp_path, None), 0.3, 3).split("val").names)
+    for name in ("blue/003.jpg", "red/00000.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    grown = open_folders(tmp_path, None)
+    again = with_validation(grown, 0.3, 3, drawn)
+    assert list(again.split("val").names) == drawn
+    assert {"blue/003.jpg", "red/00000.jpg"} < set(again.split("train").names)
+    assert len(again.split("train")) == 6 * 3 + 2 - len(drawn)
+
+
+def test_a_split_drawn_before_complains_when_files_are_gone(tmp_path: Path) -> None:
+    draw_split(tmp_path, 6, size=4)
+    drawn = list(with_validation(open_folders(tmp_path, None), 0.3, 3).split("val").names)
+    for name in drawn[:2]:
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError) as caught:
+        with_validation(open_folders(tmp_path, None), 0.3, 3, drawn)
+    assert str(caught.value) == f"{tmp_path}: 2 images of the run's val split are gone, e.g. {drawn[0]}"
+
+
+def test_no_file_is_copied(tmp_path: Path) -> None:
+    draw_split(tmp_path / "root", 5, size=4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    dataset = with_validation(open_folders(tmp_path / "root", None), 0.2, 0)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    paths = [path for split in dataset.splits.values() for path in split.paths or ()]
+    assert len(paths) == 15
+    assert set(paths) < set(before)
+
+
+def test_an_unknown_split_lists_those_there_are() -> None:
+    with pytest.raises(DataError, match=r"^the pictures has no split 'test'; it has train, val$"):
+        with_validation(_dataset({"a": 4}), 0.5, 0).split("test")
+
+
+@pytest.mark.parametrize(
+    ("found", "complaint"),
+    [
+        (["a", "b"], "here has no class 'c'; the 3 classes are fixed by train"),
+        (["a", "b", "c", "d", "e"], "here has an extra class 'd', 'e'; the 3 classes are fixed by train"),
+        (["a", "b", "C"], "here has no class 'c'; the 3 classes are fixed by train"),
+        ([], "here has no class 'a', 'b', 'c'; the 3 classes are fixed by train"),
+    ],
+)
+def test_enforce_classes(found: list[str], complaint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        enforce_classes(["a", "b", "c"], found, "here", "train")
+    assert str(caught.value) == complaint
+    enforce_classes(["a", "b", "c"], ["c", "b", "a"], "here", "train")
+
+
+def test_a_split_of_pictures_in_memory() -> None:
+    """The kind that CIFAR is: a subset of a subset still opens the right picture."""
+    pictures = [(Image.new("L", (2, 2), 10 * index), index % 3) for index in range(6)]
+    split = Split([str(index) for index in range(6)], [label for _, label in pictures], None, pictures, range(6))
+    part = split.subset([5, 3, 1]).subset([2, 0])
+    assert (part.names, part.targets, len(part)) == (["1", "5"], [1, 2], 2)
+    assert [part.open(index).getpixel((0, 0)) for index in range(2)] == [(10, 10, 10), (50, 50, 50)]

@@ -1,0 +1,91 @@
+"""The demo dataset: drawn once, the same bytes everywhere, in a layout that every other command can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tl_trainer.config.schema import DataSection
+from tl_trainer.data import demo
+from tl_trainer.data.sources import open_dataset
+from tl_trainer.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PER_CLASS", dict.fromkeys(demo.PER_CLASS, 2))
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_open_dataset_reads_it() -> None:
+    dataset = open_dataset(DataSection(source="demo"))
+    assert set(dataset.splits) == {"train", "val", "test"}
+    assert dataset.classes == sorted(dataset.classes)
+    assert len(dataset.classes) > 5  # so that top-1 and top-5 differ
+    for split in dataset.splits.values():
+        assert len(split) == 2 * len(dataset.classes)
+        assert split.open(0).size == (demo.SIZE, demo.SIZE)
+
+
+def test_the_splits_do_not_share_pictures() -> None:
+    pictures = _bytes(demo.demo_folder())
+    assert len(set(pictures.values())) == len(pictures)
+
+
+def test_the_classes_of_a_checkpoint_are_enforced() -> None:
+    classes = open_dataset(DataSection(source="demo")).classes
+    with pytest.raises(DataError, match="has no class 'zebra'"):
+        open_dataset(DataSection(source="demo"), [*classes, "zebra"])
+
+
+def test_the_same_bytes_wherever_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _bytes(demo.demo_folder())
+    monkeypatch.setenv("TL_CACHE", str(tmp_path / "another" / "cache"))
+    assert demo.demo_folder().is_relative_to(tmp_path / "another")
+    assert _bytes(demo.demo_folder()) == first
+
+
+def test_it_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = demo.demo_folder()
+
+    def draw_again(*_: object) -> None:
+        pytest.fail("drawn a second time")
+
+    monkeypatch.setattr(demo, "_draw_all", draw_again)
+    assert demo.demo_folder() == folder
+
+
+def test_an_interrupted_drawing_is_not_taken_for_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = demo._draw
+    calls = iter(range(100))
+
+    def interrupted(*arguments: Any) -> Image.Image:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "_draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            demo.demo_folder()
+    assert len(_bytes(demo.demo_folder())) == 2 * len(demo.PER_CLASS) * len(demo.SHAPES)
+
+
+def test_another_process_may_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drew the same pictures: they are used, and nothing is left beside them."""
+    draw_all = demo._draw_all
+
+    def overtaken(draft: Path) -> None:
+        draw_all(draft)
+        draw_all(draft.with_name(f"demo-v{demo.VERSION}"))
+
+    monkeypatch.setattr(demo, "_draw_all", overtaken)
+    folder = demo.demo_folder()
+    assert len(_bytes(folder)) == 2 * len(demo.PER_CLASS) * len(demo.SHAPES)
+    assert list(folder.parent.iterdir()) == [folder]

@@ -1,0 +1,236 @@
+"""Folders of images: the accepted layouts, the class order, files left out, and every wrong layout by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import ImageFolder
+
+from conftest import draw_split
+from tl_trainer.config.schema import DataSection
+from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.folders import open_folders, walk
+from tl_trainer.data.sources import open_dataset
+from tl_trainer.errors import DataError
+
+ANIMALS = {"bee": (200, 180, 20), "ant": (60, 30, 10)}  # not in lexicographic order
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def _layout(root: Path, layout: dict[str, str]) -> Path:
+    """One empty image per class: {"train": "ant bee"} makes train/ant/0.jpg and train/bee/0.jpg."""
+    for split, classes in layout.items():
+        _touch(*(root / split / name / "0.jpg" for name in classes.split()))
+    return root
+
+
+def _sizes(dataset: Dataset) -> dict[str, int]:
+    return {name: len(split) for name, split in dataset.splits.items()}
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_split_folders(tmp_path: Path, val: str) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant bee", val: "ant bee"})
+    assert _sizes(open_folders(root, None)) == {"train": 2, "val": 2}
+    _layout(root, {"test": "ant bee"})
+    assert list(open_folders(root, None).splits) == ["train", "val", "test"]
+
+
+def test_train_and_test_without_val(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant bee", "test": "ant bee"})
+    assert _sizes(open_folders(root, None)) == {"train": 2, "test": 2}
+
+
+def test_flat_class_folders_are_one_split(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {".": "bee ant cow"})
+    dataset = open_folders(root, None)
+    assert dataset.classes == ["ant", "bee", "cow"]
+    assert _sizes(dataset) == {"all": 3}
+
+
+def test_same_samples_as_imagefolder(tmp_path: Path) -> None:
+    """torchvision's ImageFolder is the reference for which file has which label, in which order."""
+    root = tmp_path / "root"
+    draw_split(root, 3, classes={"b10": (0, 0, 0), "b9": (0, 0, 0), "B9": (0, 0, 0), "_x": (0, 0, 0)})
+    _touch(root / "b9" / "deeper" / "still" / "a.PNG", root / "b9" / "deeper" / "b.webp", root / "_x" / "notes.txt")
+    reference = ImageFolder(str(root))
+    dataset = open_folders(root, None)
+    split = dataset.split("all")
+    assert split.paths is not None
+    assert dataset.classes == reference.classes
+    found = sorted((str(path), label) for path, label in zip(split.paths, split.targets, strict=True))
+    assert found == sorted(reference.samples)
+    assert list(split.targets) == sorted(split.targets)
+    assert split.names[-1] == "b9/deeper/still/a.PNG"
+
+
+def test_images_are_opened_from_their_paths(tmp_path: Path) -> None:
+    draw_split(tmp_path / "root", 2, classes=ANIMALS)
+    split = open_folders(tmp_path / "root", None).split("all")
+    pixel = split.open(1).getpixel((5, 5))
+    assert split.names[1] == "ant/01.jpg"
+    assert isinstance(pixel, tuple)
+    assert torch.allclose(torch.tensor(pixel), torch.tensor([53, 23, 3]), atol=6)
+
+
+def test_classes_come_from_the_train_folder(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"train": "bee ant", "val": "ant bee"})
+    dataset = open_folders(root, None)
+    assert dataset.classes == ["ant", "bee"]
+    assert list(dataset.split("val").targets) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "complaint"),
+    [
+        ({"train": "ant bee cow", "val": "ant cow"}, "val has no class 'bee'; the 3 classes are fixed by"),
+        ({"train": "ant bee", "val": "ant bee cow"}, "val has an extra class 'cow'; the 2 classes are fixed by"),
+        ({"train": "ant bee", "val": "ant bee", "test": "ant"}, "test has no class 'bee'"),
+        ({"train": "ant bee", "val": "Ant bee"}, "val has no class 'ant'"),
+        ({"train": "a b c d e f g", "val": "a"}, "'b', 'c', 'd', 'e', 'f' and more"),
+    ],
+)
+def test_a_class_missing_from_or_extra_in_a_split(tmp_path: Path, layout: dict[str, str], complaint: str) -> None:
+    root = _layout(tmp_path / "root", layout)
+    with pytest.raises(DataError) as caught:
+        open_folders(root, None)
+    assert complaint in str(caught.value)
+    assert str(root) in str(caught.value)
+
+
+def test_classes_of_a_checkpoint_are_enforced(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {".": "ant bee"})
+    assert open_folders(root, ["ant", "bee"]).classes == ["ant", "bee"]
+    with pytest.raises(DataError, match="has no class 'cow'; the 3 classes are fixed by the checkpoint"):
+        open_folders(root, ["ant", "bee", "cow"])
+    with pytest.raises(DataError, match="has an extra class 'bee'; the 1 classes are fixed by the checkpoint"):
+        open_folders(root, ["ant"])
+
+
+def test_the_order_of_a_checkpoint_wins(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {".": "ant bee"})
+    dataset = open_folders(root, ["bee", "ant"])
+    assert dataset.classes == ["bee", "ant"]
+    assert list(zip(dataset.split("all").names, dataset.split("all").targets, strict=True)) == [
+        ("bee/0.jpg", 0),
+        ("ant/0.jpg", 1),
+    ]
+
+
+def test_a_test_folder_alone_is_enough_with_a_checkpoint(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"test": "ant bee"})
+    assert _sizes(open_folders(root, ["ant", "bee"])) == {"test": 2}
+    with pytest.raises(DataError, match="has test but no train folder"):
+        open_folders(root, None)
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant bee", "val": "ant bee"})
+    (root / "val" / "bee" / "0.jpg").rename(root / "val" / "bee" / "0.txt")
+    with pytest.raises(DataError) as caught:
+        open_folders(root, None)
+    assert str(caught.value).startswith(f"{root / 'val' / 'bee'}: no images in this class folder")
+
+
+def test_an_empty_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no class folders in it; put the images of each class into a folder"):
+        open_folders(tmp_path, None)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_missing_root(tmp_path: Path, is_file: bool) -> None:
+    root = tmp_path / "nowhere"
+    if is_file:
+        root.touch()
+    with pytest.raises(DataError) as caught:
+        open_dataset(DataSection(root=str(root)))
+    assert str(caught.value) == f"{root}: no such folder; set data.root or --data-dir to the folder with your images"
+    assert caught.value.exit_code == 2
+
+
+def test_both_val_and_valid(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant", "val": "ant", "valid": "ant"})
+    with pytest.raises(DataError, match="has val and valid; keep one of them as its val split"):
+        open_folders(root, None)
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    _layout(tmp_path / "pets", {".": "ant bee"})
+    assert open_dataset(DataSection(root="~/pets")).classes == ["ant", "bee"]
+
+
+def test_files_with_another_ending_are_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant bee", "val": "ant bee"})
+    _touch(root / "train" / "ant" / "b.gif", root / "val" / "bee" / "LABELS.TXT", root / "val" / "bee" / "readme")
+    dataset = open_folders(root, None)
+    assert _sizes(dataset) == {"train": 2, "val": 2}
+    [warning] = _warnings(caplog)
+    assert "3 file(s) left out for their ending (.gif, .txt, no ending), e.g. " in warning
+    assert warning.endswith(str(Path("train", "ant", "b.gif")))
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = _layout(tmp_path / "root", {".": "ant"})
+    _touch(*(root / "ant" / f"{ending}{ending}" for ending in (".JPEG", ".Bmp", ".tif", ".pgm")))
+    assert _sizes(open_folders(root, None)) == {"all": 5}
+    assert not _warnings(caplog)
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"train": "ant bee .git", "val": "ant bee .ipynb_checkpoints"})
+    assert open_folders(root, None).classes == ["ant", "bee"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_are_followed_but_not_round_a_loop(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {".": "ant bee"})
+    _touch(tmp_path / "elsewhere" / "far.jpg")
+    (root / "ant" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "ant" / "loop").symlink_to(root / "ant")
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "ant")
+    assert open_folders(root, None).split("all").names == ["ant/0.jpg", "ant/linked/far.jpg", "bee/0.jpg"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_links_to_a_folder_the_first_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    """Whatever the order in which the file system lists them."""
+    _touch(tmp_path / "elsewhere" / "0.jpg", tmp_path / "ant" / "1.jpg")
+    for name in "ab":
+        (tmp_path / "ant" / name).symlink_to(tmp_path / "elsewhere")
+    real_walk = os.walk
+
+    def ordered_walk(top: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, files in real_walk(top, followlinks=followlinks):
+            folders.sort(reverse=backwards)
+            yield str(parent), folders, files
+
+    monkeypatch.setattr(os, "walk", ordered_walk)
+    assert walk(tmp_path / "ant") == [tmp_path / "ant" / "1.jpg", tmp_path / "ant" / "a" / "0.jpg"]
+
+
+def test_the_real_photographs(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_dataset(DataSection(root=str(photos)))
+    assert dataset.classes == ["ants", "bees"]
+    assert _sizes(dataset) == {"train": 244, "val": 153}
+    [warning] = _warnings(caplog)
+    assert "1 file(s) left out for their ending (.gif)" in warning

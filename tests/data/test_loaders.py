@@ -1,0 +1,220 @@
+"""Batches: every image once per epoch, an order and an augmentation that depend on (seed, epoch, image) alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch, ImageBatches, batch_order, readable, worker_count
+from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
+from tl_trainer.errors import DataError, ImageError
+
+CPU = torch.device("cpu")
+PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+AUGMENTED = [{"RandomCrop": 8}, "RandomHorizontalFlip", {"ColorJitter": [0.4, 0.4, 0.4, 0.1]}, "RandomErasing"]
+
+# Python 3.12 and later warn of any fork while other threads run, and torch's DataLoader forks on Linux.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Eleven different pictures of different sizes."""
+    return _split(tmp_path, [(16 + index, 14) for index in range(11)])
+
+
+def _split(folder: Path, sizes: list[tuple[int, int]]) -> Split:
+    paths = []
+    for index, (width, height) in enumerate(sizes):
+        generator = torch.Generator().manual_seed(index)
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        paths.append(folder / f"{index}.png")
+        Image.fromarray(pixels.numpy()).save(paths[-1])
+    return Split([path.name for path in paths], [index % 3 for index in range(len(paths))], paths)
+
+
+def _batches(split: Split, items: str | list[Any] = "default", **options: Any) -> ImageBatches:
+    pipeline = Pipeline(spell_out(items, PRESET, train=False), "transforms.train")
+    return ImageBatches(split, pipeline, **{"batch_size": 4, "workers": 0, "seed": 5, "shuffle": True, **options})
+
+
+def _order(batches: list[Batch]) -> list[list[int]]:
+    return [batch.indices.tolist() for batch in batches]
+
+
+def _equal(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_every_image_once_per_epoch(split: Split, batch_size: int, shuffle: bool) -> None:
+    batches = _batches(split, batch_size=batch_size, shuffle=shuffle)
+    found = list(batches.epoch(0, CPU))
+    indices = [index for chunk in _order(found) for index in chunk]
+    assert sorted(indices) == list(range(11))
+    assert (indices == sorted(indices)) == (not shuffle)
+    assert len(found) == len(batches)
+    assert {len(batch.indices) for batch in found[:-1]} <= {batch_size}
+    assert len(found[-1].indices) == (11 % batch_size or batch_size)
+
+
+def test_a_batch_is_what_the_pipeline_makes_of_its_images(split: Split) -> None:
+    batches = _batches(split)
+    for batch in batches.epoch(3, CPU):
+        assert batch.targets.tolist() == [split.targets[index] for index in batch.indices.tolist()]
+        assert batch.inputs.shape == (len(batch.indices), 3, 8, 8)
+        for row, index in zip(batch.inputs, batch.indices.tolist(), strict=True):
+            alone = batches.pipeline.batch(batches.pipeline.image(split.open(index)).unsqueeze(0))
+            assert torch.equal(row, alone[0])
+
+
+def test_the_order_depends_on_seed_and_epoch_only(split: Split) -> None:
+    orders = {
+        (seed, epoch): _order(list(_batches(split, seed=seed).epoch(epoch, CPU)))
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    }
+    assert len({str(order) for order in orders.values()}) == 6
+    torch.manual_seed(99)
+    assert _order(list(_batches(split, AUGMENTED, seed=1).epoch(2, CPU))) == orders[1, 2]
+    assert orders[1, 2] == batch_order(11, 4, 1, 2, True)
+
+
+def test_large_seeds_are_seeds_too(split: Split) -> None:
+    orders = {str(batch_order(11, 4, seed, epoch, True)) for seed in (0, 2**63 - 1) for epoch in range(3)}
+    assert len(orders) == 6
+    assert len(list(_batches(split, AUGMENTED, seed=2**63 - 1).epoch(10**6, CPU))) == 3
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_epoch_can_be_entered_at_any_batch(split: Split, start: int) -> None:
+    batches = _batches(split, AUGMENTED)
+    assert _equal(list(batches.epoch(1, CPU, start=start)), list(batches.epoch(1, CPU))[start:])
+
+
+def test_augmentation_depends_on_seed_epoch_and_image(split: Split) -> None:
+    """Not on the batch that the image is in, and not on what was drawn before."""
+
+    def first_image(seed: int, epoch: int, batch_size: int) -> torch.Tensor:
+        torch.manual_seed(batch_size)
+        for batch in _batches(split, AUGMENTED, seed=seed, batch_size=batch_size).epoch(epoch, CPU):
+            if 0 in batch.indices:
+                return batch.inputs[batch.indices.tolist().index(0)]
+        raise AssertionError("the image is in no batch")
+
+    assert torch.equal(first_image(0, 0, 3), first_image(0, 0, 8))
+    assert not torch.equal(first_image(0, 0, 3), first_image(0, 1, 3))
+    assert not torch.equal(first_image(0, 0, 3), first_image(1, 0, 3))
+
+
+def test_images_of_one_epoch_are_augmented_differently(tmp_path: Path) -> None:
+    twins = _split(tmp_path, [(16, 14)])
+    [batch] = _batches(twins.subset([0] * 4), AUGMENTED, shuffle=False).epoch(0, CPU)
+    assert len({str(image) for image in batch.inputs}) == 4
+
+
+def test_any_number_of_workers_gives_the_same_batches(split: Split) -> None:
+    expected = list(_batches(split, AUGMENTED).epoch(1, CPU))
+    for workers in (1, 2):
+        assert _equal(list(_batches(split, AUGMENTED, workers=workers).epoch(1, CPU)), expected)
+
+
+@pytest.mark.parametrize("items", ["default", AUGMENTED], ids=["deterministic", "augmented"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_is_left_alone(split: Split, items: str | list[Any], workers: int) -> None:
+    """Else dropout would differ with the number of images that were augmented before."""
+    state = torch.get_rng_state()
+    for _ in _batches(split, items, workers=workers).epoch(0, CPU):
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_different_sizes(split: Split, workers: int) -> None:
+    with pytest.raises(DataError) as caught:
+        list(_batches(split, [{"Resize": 12}], workers=workers).epoch(0, CPU))
+    message = str(caught.value)
+    assert message.startswith("the transforms give images of different sizes ((3, 12, ")
+    assert message.endswith("end them with a crop or a Resize to [height, width], e.g. {CenterCrop: 224}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_is_named_in_one_line(split: Split, workers: int) -> None:
+    assert split.paths is not None
+    split.paths[7].unlink()
+    with pytest.raises(ImageError) as caught:
+        list(_batches(split, AUGMENTED, workers=workers).epoch(0, CPU))
+    assert str(caught.value).startswith(f"{split.paths[7]}: cannot be read: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 0), (2, 2), (8, 8), (64, 8)])
+def test_worker_count(monkeypatch: pytest.MonkeyPatch, cores: int, expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert worker_count("auto") == expected
+    assert [worker_count(0), worker_count(3), worker_count(100)] == [0, 3, 100]
+
+
+@pytest.fixture
+def damaged(split: Split) -> Iterator[Split]:
+    """The same with an empty and a truncated file."""
+    assert split.paths is not None
+    split.paths[2].write_bytes(b"")
+    split.paths[5].write_bytes(split.paths[5].read_bytes()[:200])
+    yield split
+
+
+def test_readable_images_are_passed_on(split: Split) -> None:
+    assert readable(split, "train", "error") is split
+
+
+def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) -> None:
+    assert damaged.paths is not None
+    with pytest.raises(DataError) as caught:
+        readable(damaged, "train", "error")
+    first, *rest = str(caught.value).splitlines()
+    assert first == "2 of 11 train images cannot be used; repair them or set data.on_bad_image: skip"
+    assert [line.split(": ")[0] for line in rest] == [str(damaged.paths[index]) for index in (2, 5)]
+
+
+def test_no_more_than_two_unreadable_images_are_listed(split: Split) -> None:
+    for path in split.paths or ():
+        path.write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        readable(split, "val", "error")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_unreadable_images_are_skipped_and_counted(damaged: Split, caplog: pytest.LogCaptureFixture) -> None:
+    kept = readable(damaged, "val", "skip")
+    assert list(kept.names) == [f"{index}.png" for index in range(11) if index not in (2, 5)]
+    assert list(kept.targets) == [index % 3 for index in range(11) if index not in (2, 5)]
+    assert len(list(_batches(kept).epoch(0, CPU))) == 3
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage().startswith("skipped 2 of 11 val images that cannot be read, e.g.\n")
+    assert "2.png: empty file" in record.getMessage()
+
+
+def test_nothing_left_to_read(split: Split) -> None:
+    for path in split.paths or ():
+        path.write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"^none of the 11 train images can be read$"):
+        readable(split, "train", "skip")
+
+
+def test_pictures_in_memory_need_no_check() -> None:
+    split = Split(["0"], [0], None, [(Image.new("RGB", (16, 14)), 0)], range(1))
+    assert readable(split, "train", "error") is split
+    [batch] = _batches(split).epoch(0, CPU)
+    assert batch.inputs.shape == (1, 3, 8, 8)

@@ -1,0 +1,72 @@
+"""The error tree: exit codes, the sentence about an unknown name, how a value is quoted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tl_trainer import errors
+from tl_trainer.errors import Interrupted, SettingError, TrainerError, shown, unknown
+
+CODES = {
+    "TrainerError": 1,
+    "RunError": 1,
+    "InputError": 2,
+    "DataError": 2,
+    "ImageError": 2,
+    "CheckpointError": 2,
+    "SettingError": 2,
+    "ConfigError": 2,
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_exit_code(name: str) -> None:
+    assert getattr(errors, name).exit_code == CODES[name]
+
+
+def test_no_error_is_missing_above() -> None:
+    tree = [
+        value.__name__
+        for value in vars(errors).values()
+        if getattr(value, "__module__", "") == errors.__name__ and isinstance(value, type)
+    ]
+    assert sorted(tree) == sorted([*CODES, "Interrupted"])
+    assert all(issubclass(getattr(errors, name), TrainerError) for name in tree)
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_a_signal_ends_with_128_and_its_number(number: int, code: int) -> None:
+    assert Interrupted(number, "stopped").exit_code == code
+
+
+def test_a_setting_error_keeps_key_and_message_apart() -> None:
+    error = SettingError("model.tap", "wrong")
+    assert (error.key, error.message, str(error)) == ("model.tap", "wrong", "model.tap: wrong")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("adm", "unknown name 'adm'; did you mean 'adam' or 'adamw'? (valid: adam, adamw, sgd)"),
+        ("adamw2", "unknown name 'adamw2'; did you mean 'adamw' or 'adam'? (valid: adam, adamw, sgd)"),
+        ("lion", "unknown name 'lion' (valid: adam, adamw, sgd)"),
+        (5, "unknown name 5 (valid: adam, adamw, sgd)"),
+        (None, "unknown name nothing (valid: adam, adamw, sgd)"),
+    ],
+)
+def test_unknown_lists_the_valid_names_and_the_nearest(given: object, sentence: str) -> None:
+    assert unknown("name", given, ["sgd", "adamw", "adam"]) == sentence
+
+
+def test_unknown_does_not_list_hundreds_of_names() -> None:
+    sentence = unknown("backbone", "name007x", [f"name{n:03}" for n in range(200)])
+    assert "did you mean 'name007'" in sentence
+    assert "(valid: 200 names, listed by `tl-train --print-schema`)" in sentence
+
+
+def test_a_value_is_quoted_on_one_short_line() -> None:
+    assert shown("a\nb") == r"'a\nb'"
+    assert shown({"a": [1, None]}) == "{'a': [1, None]}"
+    assert len(shown("x" * 100_000)) < 150
+    assert len(shown([["x" * 1000] * 1000] * 1000)) < 5000
+    assert len(unknown("name", "x" * 100_000, ["x"])) < 200
