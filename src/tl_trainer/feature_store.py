@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import uuid
 import zlib
@@ -185,17 +186,27 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def clear(root: Path) -> int:
+    """Remove all stores under `root`, and nothing else that may lie there; the bytes they had."""
+    size = 0
+    for store in _stores(root):
+        size += folder_size(store)
+        shutil.rmtree(store)
+    return size
+
+
 def make_room(root: Path, needed: int, limit: int, keep: Path) -> None:
     """Remove the stores under `root` that were not used for longest until `needed` more bytes stay within `limit`."""
-    stores = sorted((path for path in root.iterdir() if path.is_dir() and path != keep), key=_last_used)
     total = folder_size(root)
-    for store in stores:
+    for store in sorted(_stores(root), key=lambda store: store.stat().st_mtime):
         if total + needed <= limit:
             return
-        log.info("removing cached features that were not used lately: %s", store)
-        total -= folder_size(store)
-        shutil.rmtree(store, ignore_errors=True)
+        if store != keep:
+            log.info("removing cached features that were not used lately: %s", store)
+            total -= folder_size(store)
+            shutil.rmtree(store, ignore_errors=True)
 
 
-def _last_used(store: Path) -> float:
-    return store.stat().st_mtime
+def _stores(root: Path) -> list[Path]:
+    """The folders that can only be stores: the cache may have been put into a folder with other things."""
+    return [path for path in root.glob("*") if path.is_dir() and re.fullmatch(r"[0-9a-f]{32}", path.name)]

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.content import content_hashes
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.feature_store import FeatureStore, make_room
+from tl_trainer.files import cache_folder
 from tl_trainer.models.prefix import FrozenPrefix
 
 log = logging.getLogger(__name__)
@@ -171,6 +173,11 @@ class FeatureBatches:
         for indices in batch_order(len(features.targets), self.batch_size, self.seed, epoch, self.shuffle)[start:]:
             inputs = features.take(view, indices).to(device, non_blocking=True)
             yield Batch(inputs.float(), features.targets[indices].to(device), torch.tensor(indices))
+
+
+def features_folder(section: FeaturesSection) -> Path:
+    """Where features are kept: `features.dir`, else a folder in the user's cache."""
+    return expand(section.dir) if section.dir else cache_folder() / "features"
 
 
 def free_memory() -> int:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tl_trainer.config.schema import FeaturesSection, expand
+from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches, readable
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches
-from tl_trainer.files import cache_folder
+from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches, features_folder
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
 
@@ -79,7 +78,7 @@ class Network:
                     "precision": self.precision,
                     "device": device.type,
                 },
-                folder=expand(features.dir) if features.dir else cache_folder() / "features",
+                folder=features_folder(features),
                 limit=int(features.limit_gb * 1e9),
                 device=device,
             )

@@ -29,7 +29,7 @@ COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
-        "--batch-size", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json", "--lr", "--output",
+        "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json", "--lr", "--output",
         "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j", "overrides",
     ],
     "eval": [

@@ -14,7 +14,7 @@ from tl_trainer.config.load import MAX_BYTES, MAX_DEPTH, bundled_folder, find, f
 from tl_trainer.config.schema import Config
 from tl_trainer.errors import ConfigError, InputError, SettingError, TrainerError
 
-TOP = "data, device, model, output, seed, train, transforms"
+TOP = "data, device, features, model, output, performance, seed, train, transforms"
 
 
 def write(content: str | bytes) -> str:
@@ -223,7 +223,7 @@ def test_any_bytes_are_a_configuration_or_a_trainer_error(content: bytes) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("seed: 0\nepochs: 3", f"c.yaml:2: epochs: unknown key 'epochs' (valid: {TOP})"),
+        ("seed: 0\nepochs: 3", f"c.yaml:2: epochs: unknown key 'epochs' (valid: {TOP}); there is train.epochs"),
         ("Seed: 0", f"c.yaml:1: Seed: unknown key 'Seed'; did you mean 'seed'? (valid: {TOP})"),
         (
             "train:\n  # the comment counts as a line\n  optimizer: {name: sgd, momntum: 0.9}",
@@ -345,7 +345,7 @@ def test_a_wrong_override_is_located_on_the_command_line() -> None:
         "the command line: seed: should be a valid integer, not {'x': 1}",
         "the command line: train.epochs: should be greater than or equal to 1, not 0",
         "the command line: train.optimizer.lr: should be greater than 0, not -1",
-        f"the command line: epochs: unknown key 'epochs' (valid: {TOP})",
+        f"the command line: epochs: unknown key 'epochs' (valid: {TOP}); there is train.epochs",
     ]
 
 

@@ -42,6 +42,7 @@ KEYS = """
     data.csv.suffix
     transforms.train transforms.eval
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
+    features.cache features.views features.dir features.limit_gb performance.compile
     train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov

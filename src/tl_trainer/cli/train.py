@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
+    add("--clear-cache", action="store_true", help="remove the cached features (features.dir) and stop")
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     return parser
 
@@ -82,6 +83,13 @@ def _train(args: argparse.Namespace) -> int:
         loaded, resumption = load(args.config, overrides), None
     if args.print_config:
         sys.stdout.write(to_yaml(loaded.config))
+        return 0
+    if args.clear_cache:
+        from tl_trainer.feature_store import clear
+        from tl_trainer.features import features_folder
+
+        folder = features_folder(loaded.config.features)
+        sys.stdout.write(f"removed {clear(folder) / 1e6:.1f} MB of cached features: {folder}\n")
         return 0
     from tl_trainer import run
 

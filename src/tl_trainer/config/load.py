@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -266,13 +266,23 @@ def _sentence(items: list[ErrorDetails]) -> str:
     if first["type"] == "extra_forbidden":
         path, section = _key_path(first["loc"])
         assert section is not None
-        return unknown("key", path[-1], section.model_fields)
+        elsewhere = [key for key in _dotted_keys(Config) if key.endswith(f".{path[-1]}")]
+        return unknown("key", path[-1], section.model_fields) + (
+            f"; there is {', '.join(elsewhere)}" if elsewhere else ""
+        )
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {shown(given)}")
     allowed = [choice for item in items for choice in _choices(item)]
     if isinstance(given, str) and any(item["type"] == "literal_error" for item in items):
         return unknown("value", given, allowed)
     return f"should be {' or '.join(allowed)}, not {shown(given)}"
+
+
+def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field_ in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field_.annotation, type) and issubclass(field_.annotation, BaseModel):
+            yield from _dotted_keys(field_.annotation, f"{prefix}{name}.")
 
 
 def _choices(item: ErrorDetails) -> list[str]:
