@@ -3,26 +3,29 @@
 A store is a folder with one shape and one precision. Every process that computes rows appends them to a segment of its
 own, a file of raw rows and a file of records (key, checksum of the row, checksum of the record), in the same order and
 the row first. So nobody waits for a lock, two processes can fill one store at once, and a row without a whole record
-does not exist.
+does not exist. What is damaged is blanked where it was found, so that it is reported once and never found again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tl_trainer.errors import RunError
+from tl_trainer.errors import DataError, RunError
 from tl_trainer.files import write_text
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,19 @@ log = logging.getLogger(__name__)
 KEY_BYTES = 32
 _RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("row_sum", "<u4"), ("record_sum", "<u4")])
 _CHECKED_BYTES = KEY_BYTES + 4
+_BLANK = bytes(_RECORD.itemsize)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A segment that was not written for so long has no writer any more, who would finish what looks cut off.
+ABANDONED_SECONDS = 60.0
+
+
+class _Rows(NamedTuple):
+    """A segment as it was read: its file of records, its rows, and their checksums."""
+
+    records: Path
+    rows: np.ndarray[Any, Any]
+    checksums: np.ndarray[Any, Any]
 
 
 class FeatureStore:
@@ -38,8 +54,7 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index: dict[bytes, tuple[int, int]] = {}
-        self.segments: list[np.ndarray[Any, Any]] = []
-        self.checksums: list[np.ndarray[Any, Any]] = []
+        self.segments: list[_Rows] = []
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.float32
         self._writer: _Segment | None = None
@@ -48,34 +63,45 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Read what is there now, leaving out, with a warning, what is damaged."""
-        self.index, self.segments, self.checksums = {}, [], []
+        self.index, self.segments = {}, []
         if not self._read_description():
             return
         for path in sorted(self.folder.glob("*.keys")):
-            self._read_segment(path)
+            with contextlib.suppress(FileNotFoundError):  # another run has just removed this store to make room
+                self._read_segment(path)
 
     def find(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the keys that are not there, or whose row does not have its checksum any more; each once."""
-        missing, damaged = dict.fromkeys(key for key in keys if key not in self.index), 0
-        for key in keys:
-            if key in self.index and not self._intact(key):
-                del self.index[key]
-                missing[key] = None
-                damaged += 1
-        if damaged:
-            log.warning("%d cached features in %s are damaged and are computed again", damaged, self.folder)
-        return list(missing)
+        wanted = dict.fromkeys(keys)
+        while damaged := [key for key in wanted if key in self.index and not self._intact(key)]:
+            log.warning("%d cached features in %s are damaged and are computed again", len(damaged), self.folder)
+            for key in damaged:
+                segment, number = self.index[key]
+                _blank(self.segments[segment].records, [number])
+            self.refresh()  # another segment may have the row too, and that one may be damaged as well
+        return [key for key in wanted if key not in self.index]
 
     def append(self, keys: Sequence[bytes], rows: Tensor) -> None:
-        """Add rows (N, ...) under their keys. Raises RunError where the disk is full."""
+        """Add rows (N, ...) under their keys.
+
+        Raises RunError where the disk is full, DataError for rows of another shape than those that are there.
+        """
         if not self.shape:
             self.shape, self.dtype = tuple(rows.shape[1:]), rows.dtype
-            description = {"shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
-            write_text(self.folder / "store.json", json.dumps(description))
+            write_text(self.folder / "store.json", json.dumps(_described(self.shape, self.dtype)))
+        if tuple(rows.shape[1:]) != self.shape:
+            raise DataError(
+                f"the transforms give images of different sizes: their features are {tuple(rows.shape[1:])} and "
+                f"{self.shape}; end them with a crop or a Resize to [height, width], e.g. {{CenterCrop: 224}}"
+            )
         try:
             self._writer = self._writer or _Segment(self.folder)
             self._writer.append(keys, _as_numbers(rows))
         except OSError as error:
+            if self._writer is not None:
+                with contextlib.suppress(OSError):  # closing tries once more to write what is left
+                    self._writer.close()
+                self._writer = None
             raise RunError(
                 f"cannot write features to {self.folder}: {error.strerror}; free some space or set features.dir"
             ) from error
@@ -88,12 +114,18 @@ class FeatureStore:
             self.refresh()
 
     def take(self, keys: Sequence[bytes]) -> Tensor:
-        """The rows of the keys, in their order, as one tensor (N, ...)."""
-        places = np.array([self.index[key] for key in keys])
+        """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
+        try:
+            places = np.array([self.index[key] for key in keys]).reshape(-1, 2)
+        except KeyError as error:
+            raise RunError(
+                f"{self.folder} was removed or changed while it was in use; run it again, and with a higher "
+                "features.limit_gb if another run made room for its own features"
+            ) from error
         numbers = np.empty((len(keys), self._row_numbers), dtype=self._number)
         for segment in np.unique(places[:, 0]):
             chosen = places[:, 0] == segment
-            numbers[chosen] = self.segments[segment][places[chosen, 1]]
+            numbers[chosen] = self.segments[segment].rows[places[chosen, 1]]
         return torch.from_numpy(numbers).view(self.dtype).view(len(keys), *self.shape)
 
     @property
@@ -115,43 +147,47 @@ class FeatureStore:
             return False
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
-            self.shape = tuple(int(size) for size in description["shape"])
-            self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-                description["dtype"]
-            ]
+            shape, dtype = tuple(description["shape"]), _DTYPES[description["dtype"]]
+            if description != _described(shape, dtype):
+                raise ValueError("wrong checksum")
         except (ValueError, KeyError, TypeError):
             log.warning("%s is damaged; its features are computed again", path)
             for file in self.folder.iterdir():
-                file.unlink()
+                file.unlink(missing_ok=True)
             self.shape = ()
             return False
+        self.shape, self.dtype = shape, dtype
         return True
 
     def _read_segment(self, path: Path) -> None:
-        records = np.fromfile(path, dtype=_RECORD, count=path.stat().st_size // _RECORD.itemsize)
         rows_path = path.with_suffix(".rows")
-        there = rows_path.stat().st_size // self.row_bytes if rows_path.exists() else 0
-        if there < len(records):
-            log.warning("%s is cut off; %d features are computed again", rows_path, len(records) - there)
-            records = records[:there]
-        if not len(records):
-            return
-        rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=(len(records), self._row_numbers))
-        raw, damaged = records.tobytes(), 0
-        for number, record in enumerate(records):
-            start = number * _RECORD.itemsize
-            if zlib.crc32(raw[start : start + _CHECKED_BYTES]) != record["record_sum"]:
-                damaged += 1
+        rows_before = _size(rows_path)  # before the records, for while they are read another run may add both
+        records = np.fromfile(path, dtype=_RECORD, count=_size(path) // _RECORD.itemsize)
+        raw, there = records.tobytes(), _size(rows_path) // self.row_bytes
+        damaged = []
+        for number in range(len(records)):
+            record = raw[number * _RECORD.itemsize : (number + 1) * _RECORD.itemsize]
+            if record == _BLANK:
                 continue
-            self.index[raw[start : start + KEY_BYTES]] = (len(self.segments), number)
+            if number < there and zlib.crc32(record[:_CHECKED_BYTES]) == records["record_sum"][number]:
+                self.index[record[:KEY_BYTES]] = (len(self.segments), number)
+            else:
+                damaged.append(number)
         if damaged:
-            log.warning("%s has %d damaged records; their features are computed again", path, damaged)
-        self.segments.append(rows)
-        self.checksums.append(records["row_sum"])
+            log.warning("%s: %d features are damaged or cut off and are computed again", path, len(damaged))
+            _blank(path, damaged)
+        if readable := min(there, len(records)):
+            shape = (readable, self._row_numbers)
+            rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape)
+            self.segments.append(_Rows(path, rows, records["row_sum"]))
+        if rows_before > len(records) * self.row_bytes or _size(path) % _RECORD.itemsize:
+            log.warning("%s has an unfinished end; what it lacks is computed again", path)
+            _trim({path: len(records) * _RECORD.itemsize, rows_path: len(records) * self.row_bytes})
 
     def _intact(self, key: bytes) -> bool:
-        segment, number = self.index[key]
-        return zlib.crc32(self.segments[segment][number].data) == int(self.checksums[segment][number])
+        place, number = self.index[key]
+        segment = self.segments[place]
+        return zlib.crc32(segment.rows[number].data) == int(segment.checksums[number])
 
 
 class _Segment:
@@ -171,8 +207,8 @@ class _Segment:
         self.keys.flush()
 
     def close(self) -> None:
-        self.rows.close()
-        self.keys.close()
+        with self.rows, self.keys:
+            pass
 
 
 def _as_numbers(rows: Tensor) -> np.ndarray[Any, Any]:
@@ -181,9 +217,44 @@ def _as_numbers(rows: Tensor) -> np.ndarray[Any, Any]:
     return flat.view(bits).numpy()
 
 
+def _described(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """What store.json holds."""
+    description = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return {**description, "checksum": zlib.crc32(json.dumps(description).encode())}
+
+
+def _blank(records: Path, numbers: Iterable[int]) -> None:
+    """Overwrite records with zeros, which stand for no row. Raises RunError where the file cannot be written."""
+    try:
+        with contextlib.suppress(FileNotFoundError), records.open("r+b") as file:
+            for number in numbers:
+                file.seek(number * _RECORD.itemsize)
+                file.write(_BLANK)
+    except OSError as error:
+        raise RunError(
+            f"{records} is damaged and cannot be repaired: {error.strerror}; remove {records.parent}"
+        ) from error
+
+
+def _trim(sizes: dict[Path, int]) -> None:
+    """Cut off what a kill or a full disk left after a segment's last record, unless somebody may still write to it."""
+    if all(time.time() - path.stat().st_mtime > ABANDONED_SECONDS for path in sizes):
+        for path, size in sizes.items():
+            with contextlib.suppress(OSError):  # it is only tidying
+                os.truncate(path, min(size, _size(path)))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def folder_size(folder: Path) -> int:
     """The bytes of all files below a folder; 0 where it does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # temporary files of other runs come and go
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def clear(root: Path) -> int:
@@ -198,13 +269,19 @@ def clear(root: Path) -> int:
 def make_room(root: Path, needed: int, limit: int, keep: Path) -> None:
     """Remove the stores under `root` that were not used for longest until `needed` more bytes stay within `limit`."""
     total = folder_size(root)
-    for store in sorted(_stores(root), key=lambda store: store.stat().st_mtime):
+    for store in sorted(_stores(root), key=_last_used):
         if total + needed <= limit:
             return
         if store != keep:
             log.info("removing cached features that were not used lately: %s", store)
             total -= folder_size(store)
             shutil.rmtree(store, ignore_errors=True)
+
+
+def _last_used(store: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another run removes it at the same time
+        return store.stat().st_mtime
+    return 0.0
 
 
 def _stores(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ else that decides its value: preprocessing, backbone, frozen weights, stages, pr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.feature_store import FeatureStore, make_room
-from tl_trainer.files import cache_folder
+from tl_trainer.files import cache_folder, make_folder
 from tl_trainer.models.prefix import FrozenPrefix
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,9 @@ class Extractor:
         images that cannot be read, unless they are to be skipped.
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
+        make_folder(self.folder, "features.dir")
         with ThreadPoolExecutor(cores()) as pool:
-            hashes = content_hashes(split, self._prepared_folder() / "files.sqlite", pool)
+            hashes = content_hashes(split, self.folder / "files.sqlite", pool)
             bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}
             store = self._store(pipeline)
             wanted = {}
@@ -69,19 +71,14 @@ class Extractor:
                 if isinstance(digest, bytes):
                     wanted.update({_key(digest, tag): (index, tag) for tag in tags})
             missing = [(key, *wanted[key]) for key in store.find(wanted)]
+            before = self.computed
             if missing:
                 bad.update(self._compute(split, what, pipeline, store, missing, pool))
-        log.info("features of %d %s images: %d computed, the rest cached", len(split), what, len(missing))
+                bad.update(_bad_copies(split, hashes, bad))
+        log.info("features of %d %s images: %d computed, the rest cached", len(split), what, self.computed - before)
         kept = without_bad(split, bad, what, on_bad_image)
         good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
         return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)
-
-    def _prepared_folder(self) -> Path:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror}; set features.dir") from error
-        return self.folder
 
     def _store(self, pipeline: Pipeline) -> FeatureStore:
         identity = json.dumps({**self.identity, "preprocessing": pipeline.steps}, sort_keys=True)
@@ -99,11 +96,12 @@ class Extractor:
         pool: Executor,
     ) -> dict[int, str]:
         """Compute and append the missing (key, index, tag) rows; the images that cannot be decoded, with the reason."""
-        prefix = self.make_prefix(len(missing))
+        prefix, roomy = self.make_prefix(len(missing)), False
         bad: dict[int, str] = {}
         size = IMAGES_AT_ONCE.get(self.device.type, 16)
         quiet = not log.isEnabledFor(logging.INFO)
-        with tqdm(total=len(missing), desc=f"{what} features", unit="img", leave=False, disable=quiet or None) as bar:
+        progress = tqdm(total=len(missing), desc=f"{what} features", unit="img", leave=False, disable=quiet or None)
+        with contextlib.closing(store), progress as bar:
             for chunk, decoded in _decoded(split, pipeline, missing, size, pool):
                 good = [
                     (key, item) for (key, _, _), item in zip(chunk, decoded, strict=True) if isinstance(item, Tensor)
@@ -118,20 +116,20 @@ class Extractor:
                     if self.device.type == "cuda":
                         batch = batch.pin_memory()
                     rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=True)))
-                    if not self.computed:
+                    if not roomy:
                         self._check_room(store, rows, len(missing))
+                        roomy = True
                     store.append([key for key, _ in good], rows)
                     self.computed += len(good)
                 bar.update(len(chunk))
-        store.close()
         return bad
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
         needed = rows[0].numel() * rows.element_size() * count
         if needed > self.limit:
             raise InputError(
-                f"the features of {count:,} images take {needed / 1e9:.1f} GB, more than features.limit_gb "
-                f"({self.limit / 1e9:.0f}); raise it, tap a later stage, or set features.cache: off"
+                f"the features of {count:,} images take {needed / 1e9:.3g} GB, more than features.limit_gb "
+                f"({self.limit / 1e9:g}); raise it, tap a later stage, or set features.cache: off"
             )
         make_room(self.folder, needed, self.limit, keep=store.folder)
 
@@ -192,6 +190,18 @@ def free_memory() -> int:
 
 def _key(digest: bytes, tag: bytes) -> bytes:
     return hashlib.sha256(digest + tag).digest() if tag else digest
+
+
+def _bad_copies(split: Split, hashes: Sequence[bytes | ImageError], bad: dict[int, str]) -> dict[int, str]:
+    """The images with the same content as a bad one, which were not decoded: content is computed once."""
+    contents, copies = {hashes[index] for index in bad}, {}
+    for index, digest in enumerate(hashes):
+        if digest in contents and index not in bad:
+            try:
+                split.open(index)
+            except ImageError as error:
+                copies[index] = str(error)
+    return copies
 
 
 def _decoded(

@@ -6,15 +6,18 @@ import contextlib
 import hashlib
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from tl_trainer.errors import CheckpointError, InputError, RunError
+
+STALL_SECONDS = 30
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -82,6 +85,17 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
     except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
+
+
+@contextlib.contextmanager
+def stall_timeout() -> Iterator[None]:
+    """Within the block a download that stands still ends; torch's and torchvision's have no limit of their own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def cache_folder() -> Path:

@@ -127,7 +127,7 @@ def test_an_unknown_split_lists_those_there_are() -> None:
     [
         (["a", "b"], "here has no class 'c'; the 3 classes are fixed by train"),
         (["a", "b", "c", "d", "e"], "here has an extra class 'd', 'e'; the 3 classes are fixed by train"),
-        (["a", "b", "C"], "here has no class 'c'; the 3 classes are fixed by train"),
+        (["a", "b", "C"], "here has no class 'c' and an extra class 'C'; the 3 classes are fixed by train"),
         ([], "here has no class 'a', 'b', 'c'; the 3 classes are fixed by train"),
     ],
 )

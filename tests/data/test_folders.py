@@ -66,7 +66,7 @@ def test_flat_class_folders_are_one_split(tmp_path: Path) -> None:
 def test_same_samples_as_imagefolder(tmp_path: Path) -> None:
     """torchvision's ImageFolder is the reference for which file has which label, in which order."""
     root = tmp_path / "root"
-    draw_split(root, 3, classes={"b10": (0, 0, 0), "b9": (0, 0, 0), "B9": (0, 0, 0), "_x": (0, 0, 0)})
+    draw_split(root, 3, classes={"b10": (0, 0, 0), "b9": (0, 0, 0), "B7": (0, 0, 0), "_x": (0, 0, 0)})
     _touch(root / "b9" / "deeper" / "still" / "a.PNG", root / "b9" / "deeper" / "b.webp", root / "_x" / "notes.txt")
     reference = ImageFolder(str(root))
     dataset = open_folders(root, None)

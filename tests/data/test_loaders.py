@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +166,12 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
 
 
 @pytest.fixture
-def damaged(split: Split) -> Iterator[Split]:
+def damaged(split: Split) -> Split:
     """The same with an empty and a truncated file."""
     assert split.paths is not None
     split.paths[2].write_bytes(b"")
     split.paths[5].write_bytes(split.paths[5].read_bytes()[:200])
-    yield split
+    return split
 
 
 def test_readable_images_are_passed_on(split: Split) -> None:

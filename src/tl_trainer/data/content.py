@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -70,32 +70,37 @@ def _stamp(path: str) -> Stamp | None:
     return found.st_size, found.st_mtime_ns
 
 
-@contextlib.contextmanager
-def _database(memory: Path) -> Iterator[sqlite3.Connection]:
-    """The open database; a damaged one is removed, since all it holds can be found again."""
+def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) -> None:
+    """Open the database for `use`. One that cannot be used is removed, since all it holds can be found again."""
     try:
         with contextlib.closing(sqlite3.connect(memory, timeout=30)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size, time, hash)")
-            yield connection
+            use(connection)
     except sqlite3.DatabaseError as error:
         log.warning("%s is damaged (%s); the images are hashed again", memory, error)
-        memory.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            memory.unlink()
 
 
 def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
     known: dict[str, tuple[Stamp, bytes]] = {}
-    with _database(memory) as connection:
+
+    def read(connection: sqlite3.Connection) -> None:
         for first in range(0, len(paths), _CHUNK):
             chunk = paths[first : first + _CHUNK]
             marks = ",".join("?" * len(chunk))
             query = f"SELECT path, size, time, hash FROM files WHERE path IN ({marks})"
             known.update(
-                (path, ((size, when), digest)) for path, size, when, digest in connection.execute(query, chunk)
+                (path, ((size, when), digest))
+                for path, size, when, digest in connection.execute(query, chunk)
+                if isinstance(digest, bytes) and len(digest) == hashlib.sha256().digest_size  # SQLite has no checksums
             )
+
+    _with_database(memory, read)
     return known
 
 
 def _remember(memory: Path, rows: list[tuple[str, int, int, bytes]]) -> None:
     if rows:
-        with _database(memory) as connection:
-            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        statement = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)"
+        _with_database(memory, lambda connection: connection.executemany(statement, rows))

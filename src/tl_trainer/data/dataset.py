@@ -96,10 +96,12 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
     """Raise DataError naming the classes that are missing from or extra in `found`."""
     found = set(found)
     missing, extra = [name for name in expected if name not in found], sorted(found.difference(expected))
-    for word, names in (("has no", missing), ("has an extra", extra)):
+    faults = []
+    for word, names in (("no", missing), ("an extra", extra)):
         if names:
-            listing = ", ".join(map(repr, names[:5])) + (" and more" if len(names) > 5 else "")
-            raise DataError(f"{where} {word} class {listing}; the {len(expected)} classes are fixed by {fixed_by}")
+            faults.append(f"{word} class {', '.join(map(repr, names[:5]))}{' and more' if len(names) > 5 else ''}")
+    if faults:
+        raise DataError(f"{where} has {' and '.join(faults)}; the {len(expected)} classes are fixed by {fixed_by}")
 
 
 def _draw(split: Split, fraction: float, seed: int, classes: list[str]) -> set[int]:

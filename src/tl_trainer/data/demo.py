@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def demo_folder() -> Path:
     """The dataset in ImageFolder layout, drawn once into the cache folder."""
     folder = cache_folder() / f"demo-v{VERSION}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent))
+        draft = folder.with_name(f"{folder.name}-{os.getpid()}.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
         _draw_all(draft)
         try:
             draft.rename(folder)

@@ -31,7 +31,19 @@ def open_folders(root: Path, classes: list[str] | None) -> Dataset:
     if left_out:
         endings = ", ".join(sorted({Path(name).suffix.lower() or "no ending" for name in left_out}))
         log.warning("%s: %d file(s) left out for their ending (%s), e.g. %s", root, len(left_out), endings, left_out[0])
+    _warn_of_strays(root, folders)
     return Dataset(classes, splits, str(root))
+
+
+def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
+    """Name what looks like a part of the dataset and is not used: images in no class, folders beside the splits."""
+    loose = [path for folder in folders.values() for path in sorted(folder.iterdir()) if path.suffix in IMG_EXTENSIONS]
+    if loose:
+        log.warning("%s: %d image(s) in no class folder are not used, e.g. %s", root, len(loose), loose[0])
+    used = {*folders.values()}
+    beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and path not in used]
+    if beside and root not in used:
+        log.warning("%s: not a split and not used: %s", root, ", ".join(beside[:5]))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from torchvision import datasets
 
 from tl_trainer.data.dataset import Dataset, Split, enforce_classes
 from tl_trainer.errors import DataError, InputError, SettingError, unknown
+from tl_trainer.files import stall_timeout
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
     if "loader" in parameters:  # a dataset of files: take the path, so that data/images.py opens it, and later
         arguments = {**arguments, "loader": Path}
     try:
-        return cls(root, **arguments)
+        with stall_timeout():
+            return cls(root, **arguments)
     except (URLError, HTTPException, ConnectionError) as error:
         raise InputError(
             f"{cls.__name__} cannot be downloaded: {getattr(error, 'reason', None) or error}\n"

@@ -7,12 +7,10 @@ covers several stages (`layer4`) means all of them.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
 import re
-import socket
 import sys
 from collections.abc import Callable
 from http.client import HTTPException
@@ -26,13 +24,12 @@ from torchvision.models import WeightsEnum, get_model_weights, list_models
 
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
-from tl_trainer.files import content_hash, load_plain
+from tl_trainer.files import content_hash, load_plain, stall_timeout
 
 log = logging.getLogger(__name__)
 
 BACKBONES = frozenset(list_models(module=torchvision.models))
 TAPS = ("penultimate", "pooled", "logits")
-STALL_SECONDS = 30
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
 
@@ -164,7 +161,7 @@ def fetch(weights: WeightsEnum) -> Path:
     log.info("downloading %s", url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _timeout(STALL_SECONDS):
+        with stall_timeout():
             torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
     except RuntimeError as error:  # torch.hub's word for a wrong hash
         raise InputError(f"{url}: the download is damaged ({error}); try again") from error
@@ -233,10 +230,6 @@ def _chain(model: nn.Module) -> list[Stage]:
     return stages
 
 
-def _function(function: Any, node: fx.Node) -> Stage:
-    return Stage(function.__name__, Function(function, *node.args[1:], **node.kwargs))
-
-
 class _TopLevel(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -280,8 +273,9 @@ def _covered(stages: list[Stage], name: str) -> list[int]:
 
 
 def _stage_names(stages: list[Stage]) -> list[str]:
-    """The stages by the shortest name that still tells them apart by their top levels: features.0, layer1, avgpool."""
-    return sorted({".".join(stage.name.split(".")[:2]) for stage in stages})
+    """Names to choose from: features.0, avgpool; the top levels alone (layer1) where those would not fit on a line."""
+    names, top = (sorted({".".join(stage.name.split(".")[:levels]) for stage in stages}) for levels in (2, 1))
+    return names if len(", ".join(names)) < 350 else top
 
 
 def _load(model: nn.Module, path: Path, name: str) -> None:
@@ -305,13 +299,3 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
 def _modern(key: str) -> str:
     """DenseNet's files still name `norm.1` what has been `norm1` since module names lost their dots."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key)
-
-
-@contextlib.contextmanager
-def _timeout(seconds: float) -> Any:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)  # torch.hub has no timeout of its own
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
