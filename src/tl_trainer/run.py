@@ -103,7 +103,12 @@ def dry_run(loaded: Loaded) -> str:
 
 
 def evaluate_checkpoint(
-    path: Path, data_dir: str | None, split: str | None, device: str | None, batch_size: int | None, workers: int | None
+    path: Path,
+    data_dir: str | None,
+    split: str | None,
+    device: str | None,
+    batch_size: int | None,
+    workers: int | str | None,
 ) -> dict[str, Any]:
     """The figures of a checkpoint on a split (test where there is one, else val), as `tl-eval --json` prints them."""
     restored = restore(path, device)

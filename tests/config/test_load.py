@@ -235,7 +235,6 @@ def test_any_bytes_are_a_configuration_or_a_trainer_error(content: bytes) -> Non
         ("device: 010", "c.yaml:1: device: should be a valid string, not 10"),
         ("output: {tensorboard: off}", "c.yaml:1: output.tensorboard: should be a valid boolean, not 'off'"),
         ("data: 5", "c.yaml:1: data: should be keys and values, not 5"),
-        ("seed: 1\ndata:\n", "c.yaml:2: data: should be keys and values, not nothing"),
         ("train:\n  epochs: 0", "c.yaml:2: train.epochs: should be greater than or equal to 1, not 0"),
         ("data: {val_fraction: 1}", "c.yaml:1: data.val_fraction: should be less than 1, not 1"),
         ("device: gpu", "c.yaml:1: device: use auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
@@ -332,6 +331,14 @@ def test_an_override_makes_the_sections_it_needs(name: str | None) -> None:
     write("seed: 1\ntrain:\n")
     config = load(name, [("train.optimizer.lr", 0.5), ("train.optimizer.name", "sgd")]).config
     assert (config.train.optimizer.lr, config.train.optimizer.name) == (0.5, "sgd")
+
+
+def test_a_section_with_nothing_in_it_means_its_defaults() -> None:
+    assert load(write("seed: 1\ndata:\ntrain:\n  optimizer:\n")).config == Config(seed=1)
+
+
+def test_an_override_does_not_hide_a_mistake_in_the_file() -> None:
+    assert "c.yaml:1: train: should be keys and values, not 5" in complaint("train: 5", ("train.epochs", 3))
 
 
 def test_an_override_may_replace_a_section() -> None:

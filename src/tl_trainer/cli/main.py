@@ -27,6 +27,11 @@ def new_parser(name: str, description: str, epilog: str) -> argparse.ArgumentPar
     return parser
 
 
+def worker_setting(text: str) -> int | str:
+    """The value of -j: a number, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
 def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[str] | None) -> int:
     """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
     args = parser.parse_intermixed_args(argv)
@@ -86,7 +91,10 @@ def _check_floors() -> None:
         requirement = Requirement(text)
         if requirement.marker is not None:  # an extra, needed by developers only
             continue
-        installed = metadata.version(requirement.name)
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            raise InputError(f"{requirement.name} is not installed; run: pip install '{requirement}'") from None
         if not requirement.specifier.contains(installed, prereleases=True):
             raise InputError(
                 f"{requirement.name} {installed} is installed, {requirement.specifier} is needed; "

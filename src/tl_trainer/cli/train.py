@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tl_trainer.cli.main import new_parser, run_command
+from tl_trainer.cli.main import new_parser, run_command, worker_setting
 
 EPILOG = """\
 examples:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N", help="passes over the training images (train.epochs)")
     add("-b", "--batch-size", type=int, metavar="N", help="images per step (train.batch_size)")
     add("--lr", type=float, metavar="RATE", help="learning rate (train.optimizer.lr)")
-    add("-j", "--workers", type=int, metavar="N", help="processes that load images (data.workers)")
+    add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images (data.workers)")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (device)")
     add("--seed", type=int, metavar="N", help="seed of everything random (seed)")
     add("--output", metavar="DIR", help="where run directories are made (output.dir)")

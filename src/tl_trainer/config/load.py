@@ -59,6 +59,7 @@ def from_checkpoint(data: dict[str, Any], path: Path, overrides: Overrides = ())
 
 
 def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], overrides: Overrides) -> Loaded:
+    _fill_empty_sections(data, Config)
     for key, value in overrides:
         _set(data, key, value, origins)
     try:
@@ -239,10 +240,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     return data, reader.lines
 
 
+def _fill_empty_sections(data: dict[str, Any], section: type[BaseModel]) -> None:
+    """A section whose lines are all commented out means its defaults, not null."""
+    for name, field_ in section.model_fields.items():
+        inner = field_.annotation
+        if name in data and isinstance(inner, type) and issubclass(inner, BaseModel):
+            data[name] = {} if data[name] is None else data[name]
+            if isinstance(data[name], dict):
+                _fill_empty_sections(data[name], inner)
+
+
 def _set(data: dict[str, Any], key: str, value: Any, origins: dict[KeyPath, str]) -> None:
     path = tuple(key.split("."))
     for depth, part in enumerate(path[:-1], start=1):
         if not isinstance(data.get(part), dict):
+            if part in data and _key_path(path[:depth])[1] is not None:
+                return  # the file has no section where one belongs: a mistake that an override must not hide
             data[part] = {}
             origins[path[:depth]] = COMMAND_LINE
         data = data[part]
