@@ -53,6 +53,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "val_names": (list, type(None)),
     "resume": (dict, type(None)),
 }
+_ITEM_TYPES: dict[str, type] = {"classes": str, "trained": Tensor, "frozen": Tensor}
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -75,10 +76,15 @@ def load(path: Path) -> Checkpoint:
             f"{path}: format version {content.get('version')}, this tl-trainer reads {VERSION}; install the version "
             f"that wrote it ({content.get('libraries', {}).get('tl-trainer')})"
         )
-    for name, types in _TYPES.items():
-        if not isinstance(content.get(name), types):
+    for name in _TYPES:
+        if not _is_right_kind(name, content.get(name)):
             raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")
     return Checkpoint(**{name: content[name] for name in _TYPES})
+
+
+def _is_right_kind(name: str, value: Any) -> bool:
+    items: list[Any] = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return isinstance(value, _TYPES[name]) and all(isinstance(item, _ITEM_TYPES.get(name, object)) for item in items)
 
 
 def library_versions() -> dict[str, str]:

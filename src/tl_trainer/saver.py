@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, optim
 
 from tl_trainer.checkpoint import Checkpoint, save
-from tl_trainer.errors import Interrupted
+from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.metrics import Figures
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.optim import Schedule
@@ -115,12 +115,23 @@ class Saver:
         self._best_on_disk = best is not None
 
     def save(self) -> None:
-        """Write best.pth where it changed, then last.pth, which counts on it."""
+        """Write best.pth where it changed, then last.pth, which counts on it.
+
+        Raises RunError where the weights are no longer finite: the files of before are worth more.
+        """
+        resume, progress = self.state.resume_data(), self.state.progress
+        trained = self.state.classifier.trained_state()
+        if not all(value.isfinite().all() for value in trained.values()):
+            where = (
+                f"epoch {progress.epoch + 1}, batch {progress.batch}" if progress.batch else f"epoch {progress.epoch}"
+            )
+            raise RunError(
+                f"the weights are not finite after {where}; "
+                "lower the rate with --lr or set train.schedule.warmup_epochs"
+            )
         if self.best is not None and not self._best_on_disk:
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
-        resume, progress = self.state.resume_data(), self.state.progress
-        trained = self.state.classifier.trained_state()
         last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)
         save(last, self.run_dir / "last.pth")
         self._saved_at = time.monotonic()

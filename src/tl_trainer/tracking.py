@@ -21,6 +21,7 @@ Item = TypeVar("Item")
 Graph = list[tuple[str, str, bool]]
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
 CAPTION_HEIGHT = 14
+GAP = 4
 
 
 def bar(items: Iterable[Item], description: str, total: int, *, start: int = 0) -> Iterable[Item]:
@@ -44,7 +45,7 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
-            self.writer = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
+            self.writer = SummaryWriter(str(run_dir), purge_step=done + 1)
 
     def start(self, config: str, graph: Graph) -> None:
         """Log what does not change: the configuration as text and the chain of stages as a graph."""
@@ -88,10 +89,11 @@ def picture_grid(batch: Tensor, captions: Sequence[str], columns: int = 8) -> Im
     """Pictures side by side, each with its caption below. batch: (N, 3, H, W) float in [0, 1]."""
     count, _, height, width = batch.shape
     columns = min(columns, count)
-    grid = Image.new("RGB", (columns * width, -(-count // columns) * (height + CAPTION_HEIGHT)), "white")
+    across, down = width + GAP, height + CAPTION_HEIGHT
+    grid = Image.new("RGB", (columns * across - GAP, -(-count // columns) * down), "white")
     draw = ImageDraw.Draw(grid)
     for index, (picture, caption) in enumerate(zip(batch.cpu(), captions, strict=True)):
-        x, y = index % columns * width, index // columns * (height + CAPTION_HEIGHT)
+        x, y = index % columns * across, index // columns * down
         grid.paste(functional.to_pil_image(picture), (x, y))
         draw.text((x + 2, y + height + 1), caption[: max(1, width // 6)], fill="black")
     return grid

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -231,7 +233,7 @@ def test_a_database_that_cannot_be_opened_costs_the_memory_only(
 
 def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
     hashes(split)
-    with content.contextlib.closing(content.sqlite3.connect("memory.sqlite")) as connection, connection:
+    with contextlib.closing(sqlite3.connect("memory.sqlite")) as connection, connection:
         connection.execute("UPDATE files SET hash = 'text' WHERE path LIKE '%0.jpg'")
         connection.execute("UPDATE files SET hash = NULL WHERE path LIKE '%1.jpg'")
         connection.execute("UPDATE files SET hash = x'01' WHERE path LIKE '%2.jpg'")

@@ -12,7 +12,6 @@ import logging
 import pickle
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -262,12 +261,11 @@ def test_a_file_that_the_server_does_not_have(publish: Publish, cache: Path) -> 
     assert files_in(cache) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 def test_a_cache_that_cannot_be_written(publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(WEIGHTS, noise())
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"cannot be downloaded: .*directory"):
+    with pytest.raises(InputError, match="cannot be downloaded"):
         build_backbone(NAME, WEIGHTS, "logits", 0)
 
 

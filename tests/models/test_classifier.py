@@ -18,7 +18,7 @@ CLASSES = 3
 
 
 def small_backbone() -> Backbone:
-    """Two blocks with everything that behaves differently in training: BatchNorm and dropout; (N, 3, H, W) -> (N, 6)."""
+    """Two blocks with what behaves differently in training, BatchNorm and dropout: (N, 3, H, W) -> (N, 6)."""
 
     def block(wide: int, narrow: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(wide, narrow, 3), nn.BatchNorm2d(narrow), nn.ReLU(inplace=True), nn.Dropout(0.5))

@@ -94,6 +94,7 @@ def _folded(stages: Sequence[Stage]) -> fx.GraphModule:
         fused._parameters = {"weight": weight, "bias": bias}
         parent, _, leaf = str(before.target).rpartition(".")
         setattr(graph.get_submodule(parent), leaf, fused)
+        modules[str(before.target)] = fused
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()

@@ -1,0 +1,172 @@
+"""The checkpoint format: what is saved comes back, and every other file is refused in one line without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_trainer
+from tl_trainer.checkpoint import Checkpoint, library_versions, load, save
+from tl_trainer.errors import CheckpointError, RunError
+
+
+def example() -> Checkpoint:
+    return Checkpoint(
+        config={"seed": 3, "model": {"backbone": "alexnet", "head": {"hidden": [256], "dropout": 0.5}}},
+        classes=["ant", "bee", "ÿ #1"],
+        preprocessing=[{"Resize": {"size": 256}}, {"ToImage": None}],
+        backbone={"name": "alexnet", "weights": "IMAGENET1K_V1", "tap": "penultimate", "sha256": "ab" * 32},
+        trained={"head.0.weight": torch.randn(3, 4), "head.0.bias": torch.randn(3).bfloat16()},
+        frozen={"backbone.model.features.1.num_batches_tracked": torch.tensor(7)},
+        epoch=12,
+        metrics={"loss": 0.25, "top1": 0.875, "top5": 1.0, "n": 8},
+        val_names=["ant/1.jpg"],
+        resume={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "random": {"cpu": torch.get_rng_state()}},
+    )
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_equal(found[key], value)
+    elif isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+        assert type(found) is type(expected)
+
+
+def content_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    save(checkpoint, path)
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "best.pth"
+
+
+def test_what_is_saved_comes_back(path: Path) -> None:
+    save(example_ := example(), path)
+    assert_equal(asdict(load(path)), asdict(example_))
+
+
+@pytest.mark.parametrize("name", ["frozen", "metrics", "val_names", "resume"])
+def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
+    save(replace(example(), **{name: None}), path)
+    assert getattr(load(path), name) is None
+
+
+def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
+    content = content_of(example(), path)
+    assert content["format"] == "tl-trainer checkpoint"
+    assert content["version"] == 1
+    assert content["libraries"] == library_versions()
+    assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
+    assert content["libraries"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}, "epoch": 3}, {"format": "another"}, {}, [1, 2], torch.zeros(3), None]
+)
+def test_the_file_of_another_program(path: Path, content: Any) -> None:
+    torch.save(content, path)
+    with pytest.raises(
+        CheckpointError, match=r"best\.pth: not a checkpoint of tl-trainer; give best\.pth or last\.pth"
+    ):
+        load(path)
+
+
+def test_a_newer_version_says_what_wrote_it(path: Path) -> None:
+    content = content_of(example(), path)
+    torch.save({**content, "version": 2, "libraries": {"tl-trainer": "9.8.7"}}, path)
+    with pytest.raises(CheckpointError, match=r"best\.pth: format version 2, .* reads 1; .*\(9\.8\.7\)"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Checkpoint)])
+def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
+    content = content_of(example(), path)
+    torch.save({**content, name: "words"}, path)
+    with pytest.raises(
+        CheckpointError, match=rf"best\.pth: damaged checkpoint: {name} is missing or of the wrong kind"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["config", "classes", "preprocessing", "backbone", "trained", "epoch"])
+def test_a_missing_field_is_named(path: Path, name: str) -> None:
+    content = content_of(example(), path)
+    del content[name]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"damaged checkpoint: {name} is missing"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("trained", {"head.0.weight": [[1.0]]}), ("frozen", {"x": None}), ("classes", ["ant", 7])]
+)
+def test_what_is_in_a_field_is_of_the_right_kind_as_well(path: Path, name: str, value: Any) -> None:
+    torch.save({**content_of(example(), path), name: value}, path)
+    with pytest.raises(CheckpointError, match=f"damaged checkpoint: {name} is missing or of the wrong kind"):
+        load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 1000, -1, -200])
+def test_a_truncated_file(path: Path, keep: int) -> None:
+    save(example(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert len(path.read_bytes()) < len(whole)
+    with pytest.raises(CheckpointError, match=r"best\.pth: damaged or not a PyTorch file"):
+        load(path)
+
+
+def test_a_missing_file_and_a_folder(path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"best\.pth: cannot be read"):
+        load(path)
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"best\.pth: cannot be read"):
+        load(path)
+
+
+class Malicious:
+    """A pickle that leaves a file behind when it is loaded without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_never_executed(path: Path, tmp_path: Path, zipped: bool) -> None:
+    mark = tmp_path / "executed"
+    content = {**content_of(example(), path), "config": Malicious(mark)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"best\.pth: refused: it holds more than plain data"):
+        load(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists(), "the file does nothing, so the test shows nothing"
+
+
+def test_a_folder_that_is_not_there_is_a_failed_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot write .*best\.pth"):
+        save(example(), tmp_path / "gone" / "best.pth")
+
+
+def test_a_save_replaces_the_old_file_and_leaves_no_other(path: Path) -> None:
+    save(example(), path)
+    save(replace(example(), epoch=13), path)
+    assert load(path).epoch == 13
+    assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["best.pth"]

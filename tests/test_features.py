@@ -1,0 +1,525 @@
+"""The feature cache: which rows are computed, and that what comes out is what the prefix makes of each image, however
+often it was interrupted, by whomever it was computed, and wherever it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tl_trainer import features as module_under_test
+from tl_trainer.config.schema import FeaturesSection
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import ImageBatches
+from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
+from tl_trainer.errors import DataError, InputError
+from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder, free_memory
+from tl_trainer.models.backbones import Stage
+from tl_trainer.models.prefix import FrozenPrefix
+
+CPU = torch.device("cpu")
+PRESET = Preprocessing(resize=16, crop=12, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+RANDOM = [{"RandomCrop": 12}, "RandomHorizontalFlip", {"ColorJitter": {"brightness": 0.5}}]
+IDENTITY = {"backbone": "small", "sha256": "ab", "stages": ["conv"], "precision": "fp32", "device": "cpu"}
+COUNT = 40
+AT_ONCE = IMAGES_AT_ONCE["cpu"]
+
+
+class Prefixes:
+    """Makes the prefix, a convolution to (2, 3, 3), and counts: for how many rows it was made, the images it got."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.prefix = FrozenPrefix([Stage("conv", nn.Conv2d(3, 2, 4, stride=4))], CPU, "fp32")
+        self.made: list[int] = []
+        self.images = 0
+
+    def __call__(self, rows: int) -> FrozenPrefix:
+        self.made.append(rows)
+        return cast(FrozenPrefix, self.compute)
+
+    def compute(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return self.prefix(images)
+
+
+class Cache:
+    """Extractors one after the other, as in runs one after the other."""
+
+    def __init__(self, folder: Path, limit: int = 10**9) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def run(
+        self,
+        split: Split,
+        items: str | list[Any] = "default",
+        *,
+        bad: str = "error",
+        views: int = 1,
+        seed: int = 0,
+        **identity: Any,
+    ) -> tuple[int, Features]:
+        """Rows computed, features; a prefix is made only when there are rows to compute."""
+        prefixes = Prefixes()
+        extractor = Extractor(prefixes, {**IDENTITY, **identity}, self.folder, self.limit, CPU)
+        found = extractor.features(split, "train", pipeline(items), bad, views, seed)
+        assert prefixes.images == extractor.computed
+        assert len(prefixes.made) == (1 if extractor.computed else 0)
+        return extractor.computed, found
+
+
+def pipeline(items: str | list[Any] = "default") -> Pipeline:
+    return Pipeline(spell_out(items, PRESET, train=False), "transforms.train")
+
+
+def draw(path: Path, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (20, 18 + number % 3, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    written = time.time() - 60  # long enough ago to be remembered
+    os.utime(path, (written, written))
+
+
+def draw_split(folder: Path, count: int = COUNT) -> Split:
+    folder.mkdir()
+    for number in range(count):
+        draw(folder / f"{number:02}.png", number)
+    return split_of(folder)
+
+
+def split_of(folder: Path) -> Split:
+    paths = sorted(folder.iterdir())
+    return Split([path.name for path in paths], [index % 3 for index in range(len(paths))], paths)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Forty different small pictures."""
+    return draw_split(tmp_path / "images")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty cache."""
+    return Cache(tmp_path / "features")
+
+
+def rows_of(features: Features, view: int = 0) -> Tensor:
+    return features.take(view, range(len(features.split)))
+
+
+def expected(split: Split) -> Tensor:
+    """What the prefix makes of the images without any cache."""
+    prefix, steps = Prefixes().prefix, pipeline()
+    return torch.cat([prefix(steps.batch(steps.image(split.open(index))[None])) for index in range(len(split))])
+
+
+def assert_right(features: Features) -> None:
+    torch.testing.assert_close(rows_of(features), expected(features.split), rtol=0, atol=1e-5)
+
+
+def test_cold_computes_all_and_warm_nothing(cache: Cache, split: Split) -> None:
+    computed, cold = cache.run(split)
+    assert computed == COUNT
+    assert rows_of(cold).shape == (COUNT, 2, 3, 3)
+    assert_right(cold)
+    assert cold.targets.tolist() == split.targets
+    computed, warm = cache.run(split)
+    assert computed == 0
+    assert torch.equal(rows_of(warm), rows_of(cold))
+
+
+def test_the_prefix_is_told_how_many_rows_it_will_compute(cache: Cache, split: Split) -> None:
+    prefixes = Prefixes()
+    extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
+    extractor.features(split.subset(range(30)), "train", pipeline(), "error")
+    extractor.features(split, "val", pipeline(), "error")
+    extractor.features(split, "test", pipeline(RANDOM), "error", views=2)
+    assert prefixes.made == [30, 10, 80]
+    assert extractor.computed == 120
+
+
+def test_the_count_is_logged(cache: Cache, split: Split, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="tl_trainer")
+    cache.run(split.subset(range(3)))
+    cache.run(split)
+    assert [record.message for record in caplog.records] == [
+        "features of 3 train images: 3 computed, the rest cached",
+        "features of 40 train images: 37 computed, the rest cached",
+    ]
+
+
+def test_ten_more_images_cost_ten(cache: Cache, split: Split, tmp_path: Path) -> None:
+    cache.run(split)
+    for number in range(100, 110):
+        draw(tmp_path / "images" / f"{number % 7}-{number}.png", number)
+    computed, found = cache.run(split_of(tmp_path / "images"))
+    assert computed == 10
+    assert len(found.split) == COUNT + 10
+    assert_right(found)
+
+
+def test_a_rewritten_image_costs_one(cache: Cache, split: Split, tmp_path: Path) -> None:
+    cache.run(split)
+    draw(tmp_path / "images" / "07.png", 200)
+    computed, found = cache.run(split)
+    assert computed == 1
+    assert_right(found)
+
+
+def test_touched_moved_and_removed_images_cost_nothing(cache: Cache, split: Split, tmp_path: Path) -> None:
+    cache.run(split)
+    assert split.paths is not None
+    for path in split.paths:
+        os.utime(path)
+    computed, found = cache.run(split)
+    assert computed == 0
+    assert_right(found)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "05.png").rename(tmp_path / "moved" / "zz.png")
+    (tmp_path / "moved" / "11.png").unlink()
+    computed, found = cache.run(split_of(tmp_path / "moved"))
+    assert computed == 0
+    assert_right(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"items": [{"Resize": [12, 12]}]},
+        {"items": [{"Resize": [12, 12]}, {"Normalize": [[0.0] * 3, [1.0] * 3]}]},
+        {"backbone": "other"},
+        {"sha256": "cd"},
+        {"stages": ["conv", "relu"]},
+        {"precision": "bf16"},
+        {"device": "cuda"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_decides_a_features_value_makes_a_cache_of_its_own(
+    cache: Cache, split: Split, change: dict[str, Any]
+) -> None:
+    cache.run(split)
+    assert cache.run(split, **change)[0] == COUNT
+    assert cache.run(split, **change)[0] == 0
+    computed, found = cache.run(split)
+    assert computed == 0
+    assert_right(found)
+
+
+def test_equal_images_are_computed_once(cache: Cache, split: Split, tmp_path: Path) -> None:
+    for number in (3, 4, 5):
+        shutil.copy(tmp_path / "images" / "01.png", tmp_path / "images" / f"copy{number}.png")
+    computed, found = cache.run(split_of(tmp_path / "images"))
+    assert computed == COUNT
+    assert_right(found)
+    assert torch.equal(rows_of(found)[1], rows_of(found)[-1])
+
+
+def test_pictures_in_memory(cache: Cache, split: Split) -> None:
+    pictures = [(split.open(index), 0) for index in range(20)]
+    first = Split([f"{index}" for index in range(20)], [index % 3 for index in range(20)], None, pictures, range(20))
+    computed, found = cache.run(first)
+    assert computed == 20
+    assert_right(found)
+    computed, found = cache.run(first.subset([19, 3, 3, 8]))
+    assert computed == 0
+    assert found.targets.tolist() == [1, 0, 0, 2]
+    assert_right(found)
+
+
+def test_views_differ_and_each_epoch_takes_the_next(cache: Cache, split: Split) -> None:
+    computed, found = cache.run(split, RANDOM, views=3)
+    assert computed == 3 * COUNT
+    views = [rows_of(found, view) for view in range(3)]
+    for one, other in [(0, 1), (0, 2), (1, 2)]:
+        assert not any(torch.equal(views[one][index], views[other][index]) for index in range(COUNT))
+    batches = FeatureBatches(found, batch_size=16)
+    for epoch in range(7):
+        inputs = torch.cat([batch.inputs for batch in batches.epoch(epoch, CPU)])
+        assert torch.equal(inputs, views[epoch % 3])
+
+
+def test_views_are_the_same_in_every_run_and_order(cache: Cache, split: Split, tmp_path: Path) -> None:
+    _, first = cache.run(split, RANDOM, views=2)
+    computed, warm = cache.run(split, RANDOM, views=2)
+    assert computed == 0
+    torch.manual_seed(1234)
+    computed, cold = Cache(tmp_path / "another").run(split, RANDOM, views=2)
+    assert computed == 2 * COUNT
+    order = [*range(30, 40), *range(9, -1, -1)]
+    computed, reordered = Cache(tmp_path / "third").run(split.subset(order), RANDOM, views=2)
+    assert computed == 2 * len(order)
+    for view in range(2):
+        assert torch.equal(rows_of(warm, view), rows_of(first, view))
+        assert torch.equal(rows_of(cold, view), rows_of(first, view))
+        torch.testing.assert_close(rows_of(reordered, view), rows_of(first, view)[order], rtol=0, atol=1e-5)
+
+
+def test_views_depend_on_the_seed_and_more_of_them_keep_the_first(cache: Cache, split: Split) -> None:
+    _, first = cache.run(split, RANDOM, views=2)
+    computed, other = cache.run(split, RANDOM, views=2, seed=1)
+    assert computed == 2 * COUNT
+    assert not torch.equal(rows_of(other, 0), rows_of(first, 0))
+    computed, more = cache.run(split, RANDOM, views=3)
+    assert computed == COUNT
+    for view in range(2):
+        assert torch.equal(rows_of(more, view), rows_of(first, view))
+
+
+def test_without_anything_random_all_views_and_seeds_are_one(cache: Cache, split: Split) -> None:
+    computed, found = cache.run(split, views=3)
+    assert computed == COUNT
+    assert all(torch.equal(rows_of(found, view), rows_of(found)) for view in range(3))
+    assert cache.run(split, seed=9)[0] == 0
+
+
+@pytest.mark.parametrize("items", ["default", RANDOM])
+def test_the_random_state_of_the_run_is_left_alone(cache: Cache, split: Split, items: str | list[Any]) -> None:
+    prefixes = Prefixes()
+    extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
+    before = torch.get_rng_state()
+    extractor.features(split, "train", pipeline(items), "error", views=2 if items == RANDOM else 1)
+    assert extractor.computed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 64])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_come_as_those_of_images_would(
+    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch, in_memory: bool, size: int
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(module_under_test, "free_memory", lambda: 0)
+    _, found = cache.run(split)
+    assert (found.tables is not None) == in_memory
+    prefix = Prefixes().prefix
+    features = FeatureBatches(found, batch_size=size, seed=3, shuffle=True)
+    images = ImageBatches(split, pipeline(), batch_size=size, workers=0, seed=3, shuffle=True)
+    assert len(features) == len(images)
+    for epoch, start in [(0, 0), (1, 0), (1, 1)]:
+        pairs = zip(features.epoch(epoch, CPU, start), images.epoch(epoch, CPU, start), strict=True)
+        for actual, wanted in pairs:
+            assert actual.inputs.dtype == torch.float32
+            assert torch.equal(actual.indices, wanted.indices)
+            assert torch.equal(actual.targets, wanted.targets)
+            torch.testing.assert_close(actual.inputs, prefix(wanted.inputs), rtol=0, atol=1e-5)
+
+
+def test_batches_in_the_order_of_the_split(cache: Cache, split: Split) -> None:
+    _, found = cache.run(split)
+    batches = list(FeatureBatches(found, batch_size=16).epoch(5, CPU))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(COUNT))
+    assert torch.equal(torch.cat([batch.inputs for batch in batches]), rows_of(found))
+
+
+def test_features_fit_in_memory_up_to_half_of_what_is_free(
+    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 2 * COUNT * 18 * 4
+    for free, kept in [(2 * size, False), (2 * size + 2, True)]:
+        monkeypatch.setattr(module_under_test, "free_memory", lambda free=free: free)
+        _, found = cache.run(split, RANDOM, views=2)
+        assert (found.tables is not None) == kept
+
+
+def test_free_memory() -> None:
+    assert 10_000_000 < free_memory() < 10**14
+
+
+def test_too_many_features_for_the_limit_are_refused(tmp_path: Path, split: Split) -> None:
+    row = 2 * 3 * 3 * 4
+    with pytest.raises(InputError, match=re.escape("features.limit_gb (2.879e-06); raise it, tap a later stage, or")):
+        Cache(tmp_path / "features", limit=COUNT * row - 1).run(split)
+    assert not list((tmp_path / "features").rglob("*.rows"))
+    assert Cache(tmp_path / "features", limit=COUNT * row).run(split)[0] == COUNT
+
+
+def test_the_limit_holds_for_every_split(tmp_path: Path, split: Split) -> None:
+    extractor = Extractor(Prefixes(), IDENTITY, tmp_path / "features", 20 * 72, CPU)
+    extractor.features(split.subset(range(5)), "train", pipeline(), "error")
+    with pytest.raises(InputError, match=r"features of 35 images take 2\.52e-06 GB, more than features\.limit_gb"):
+        extractor.features(split, "val", pipeline(), "error")
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path, split: Split) -> None:
+    cache = Cache(tmp_path / "features", limit=10**6)
+    for number in range(3):
+        cache.run(split, sha256=str(number))
+    for number, folder in enumerate(sorted((tmp_path / "features").iterdir(), key=os.path.getmtime)):
+        os.utime(folder, (number, number))
+    stored = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*.*"))
+    assert cache.run(split, sha256="0")[0] == 0  # now the one used last
+    cache.limit = stored + 100
+    assert cache.run(split, sha256="new")[0] == COUNT
+    assert cache.run(split, sha256="0")[0] == 0
+    assert cache.run(split, sha256="2")[0] == 0
+    assert cache.run(split, sha256="1")[0] == COUNT
+
+
+def damaged(folder: Path) -> Split:
+    """Of forty images the 4th is cut off, the 9th and the last are the same page of text, and the 13th is empty."""
+    data = (folder / "03.png").read_bytes()
+    (folder / "03.png").write_bytes(data[: len(data) // 2])
+    for name in ("08.png", "39.png"):
+        (folder / name).write_bytes(b"<html>not found</html>")
+    (folder / "12.png").write_bytes(b"")
+    return split_of(folder)
+
+
+@pytest.mark.parametrize("items", ["default", RANDOM])
+def test_bad_images_are_errors(cache: Cache, split: Split, tmp_path: Path, items: str | list[Any]) -> None:
+    bad = damaged(tmp_path / "images")
+    with pytest.raises(DataError, match=r"^4 of 40 train images cannot be used; .*\n.*03\.png.*\n.*08\.png"):
+        cache.run(bad, items)
+    computed, _ = cache.run(bad.subset([index for index in range(COUNT) if index not in (3, 8, 12, 39)]), items)
+    assert computed == 0  # what could be read was kept
+
+
+@pytest.mark.parametrize("items", ["default", RANDOM])
+def test_bad_images_are_skipped(
+    cache: Cache, split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture, items: str | list[Any]
+) -> None:
+    good = [index for index in range(COUNT) if index not in (3, 8, 12, 39)]
+    views = 2 if items == RANDOM else 1
+    bad = damaged(tmp_path / "images")
+    for computed in (views * len(good), 0):
+        caplog.clear()
+        extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU)
+        found = extractor.features(bad, "train", pipeline(items), "skip", views)
+        assert extractor.computed == computed
+        assert "skipped 4 of 40 train images" in caplog.text
+        assert list(found.split.names) == [bad.names[index] for index in good]
+        assert found.targets.tolist() == [bad.targets[index] for index in good]
+        assert rows_of(found, views - 1).shape == (36, 2, 3, 3)
+        if items == "default":
+            assert_right(found)
+
+
+def test_nothing_but_bad_images(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the 3 train images can be read"):
+        cache.run(split_of(tmp_path / "images"), bad="skip")
+
+
+def test_images_of_different_sizes_are_told_from_batches_too(cache: Cache, tmp_path: Path) -> None:
+    """Each batch may be of one size, and another one of another size."""
+    (tmp_path / "images").mkdir()
+    for index in range(2 * AT_ONCE):
+        size = (12, 12) if index < AT_ONCE else (20, 12)
+        Image.new("RGB", size, (index, 0, 0)).save(tmp_path / "images" / f"{index:02}.png")
+    with pytest.raises(DataError, match=r"images of different sizes"):
+        cache.run(split_of(tmp_path / "images"), [{"Resize": 12}])
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_setting(tmp_path: Path, split: Split) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to .*file/features.*features\.dir"):
+        Cache(tmp_path / "file" / "features").run(split)
+
+
+def test_the_folder_is_the_configured_one_or_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert features_folder(FeaturesSection()) == tmp_path / "cache" / "features"
+    assert features_folder(FeaturesSection(dir="elsewhere")) == Path("elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert features_folder(FeaturesSection(dir="~/cached")) == tmp_path / "home" / "cached"
+
+
+def test_a_store_that_is_removed_in_between_is_computed_again(cache: Cache, split: Split) -> None:
+    cache.run(split)
+    for folder in cache.folder.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    computed, found = cache.run(split)
+    assert computed == COUNT
+    assert_right(found)
+
+
+def test_a_damaged_row_costs_one(cache: Cache, split: Split, caplog: pytest.LogCaptureFixture) -> None:
+    cache.run(split)
+    (path,) = cache.folder.glob("*/*.rows")
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 4
+    path.write_bytes(data)
+    computed, found = cache.run(split)
+    assert computed == 1
+    assert "1 cached features in" in caplog.text
+    assert_right(found)
+    assert cache.run(split)[0] == 0
+
+
+# Extracts a folder's features into a cache. Before each batch from number `stop` on it says so and waits for a word.
+PROGRAM = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from test_features import CPU, IDENTITY, Extractor, Prefixes, pipeline, rows_of, split_of
+
+    class Waiting(Prefixes):
+        def compute(self, images):
+            if self.prefix.calls >= int(sys.argv[4]):
+                print("waiting", flush=True)
+                sys.stdin.readline()
+            return super().compute(images)
+
+    extractor = Extractor(Waiting(), IDENTITY, Path(sys.argv[3]), 10**9, CPU)
+    found = extractor.features(split_of(Path(sys.argv[2])), "train", pipeline(), "error")
+    print(extractor.computed, rows_of(found).flatten().tolist())
+"""
+
+
+def start(images: Path, cache: Path, stop: int) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, (Path(__file__).parent, images, cache, stop))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, **pipes)
+
+
+def wait_until_waiting(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n", process.communicate()[1]
+
+
+def test_two_processes_at_once_both_end_with_the_right_features(cache: Cache, split: Split, tmp_path: Path) -> None:
+    words = tmp_path / "images", cache.folder, 0
+    with start(*words) as one, start(*words) as two:
+        for process in (one, two):
+            wait_until_waiting(process)  # each has found that all rows are missing
+        for process in (two, one):
+            assert process.stdin is not None
+            process.stdin.write("go\n")  # the first batches at the same time, the others after each other
+            process.stdin.flush()
+        for process in (one, two):
+            out, err = process.communicate("go\n" * COUNT, timeout=60)
+            assert process.returncode == 0, err
+            computed, _, values = out.splitlines()[-1].partition(" ")
+            assert int(computed) == COUNT
+            torch.testing.assert_close(torch.tensor(json.loads(values)), expected(split).flatten(), rtol=0, atol=1e-5)
+    computed, found = cache.run(split)
+    assert computed == 0
+    assert_right(found)
+
+
+def test_a_killed_extraction_is_gone_on_with(cache: Cache, split: Split, tmp_path: Path) -> None:
+    batches = COUNT // AT_ONCE
+    with start(tmp_path / "images", cache.folder, batches) as process:
+        wait_until_waiting(process)
+        process.kill()
+    computed, found = cache.run(split)
+    assert computed == COUNT - batches * AT_ONCE
+    _, undisturbed = Cache(tmp_path / "another").run(split)
+    assert torch.equal(rows_of(found), rows_of(undisturbed))

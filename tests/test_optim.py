@@ -1,0 +1,180 @@
+"""Optimizers against torch's own built by hand, schedules against torch's schedulers, warm-up, and going on."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim import lr_scheduler
+
+from tl_trainer.config.schema import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
+from tl_trainer.optim import FACTORS, OPTIMIZERS, Schedule, build_optimizer
+
+LR = 0.02
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def trained(model: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters after a few steps."""
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "cls", "expected"),
+    [
+        ({"name": "sgd"}, optim.SGD, {"momentum": 0.9}),
+        ({"name": "sgd", "momentum": 0.0}, optim.SGD, {}),
+        ({"name": "sgd", "momentum": 0.5, "nesterov": True}, optim.SGD, {"momentum": 0.5, "nesterov": True}),
+        ({"name": "sgd", "weight_decay": 0.1}, optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        ({"name": "adam"}, optim.Adam, {}),
+        ({"name": "adam", "weight_decay": 0.1}, optim.Adam, {"weight_decay": 0.1}),
+        ({"name": "adamw"}, optim.AdamW, {"weight_decay": 0.0}),
+        ({"name": "adamw", "weight_decay": 0.1}, optim.AdamW, {"weight_decay": 0.1}),
+    ],
+)
+def test_an_optimizer_is_torchs_own(
+    settings: dict[str, Any], cls: Callable[..., optim.Optimizer], expected: dict[str, Any]
+) -> None:
+    model, other = network(), network()
+    start = [parameter.clone() for parameter in model.parameters()]
+    found = trained(model, build_optimizer(model.parameters(), OptimizerSection(lr=LR, **settings)))
+    wanted = trained(other, cls(other.parameters(), lr=LR, **expected))
+    for mine, theirs, before in zip(found, wanted, start, strict=True):
+        assert torch.equal(mine, theirs)
+        assert not torch.equal(mine, before)
+
+
+def test_the_names_are_those_of_the_schema() -> None:
+    assert OPTIMIZERS.keys() == set(typing.get_args(OptimizerName))
+    assert FACTORS.keys() == set(typing.get_args(ScheduleName))
+
+
+EPOCHS, STEPS = 6, 5
+LOSSES = [0.9, 0.8, 0.85, 0.81, 0.84, 0.5, 0.6, 0.6, 0.55, 0.51, 0.5, 0.5]  # of the validation, after each epoch
+
+
+def schedule(epochs: int = EPOCHS, **settings: Any) -> Schedule:
+    optimizer = optim.SGD(network().parameters(), lr=LR)
+    return Schedule(optimizer, ScheduleSection(**settings), epochs, STEPS)
+
+
+def rates(of: Schedule, epochs: int = EPOCHS, start: int = 0) -> list[float]:
+    """The rate of each step from epoch `start` on, as `fit` sets it."""
+    found = []
+    for epoch in range(start, epochs):
+        for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+            found.append(of.set_rate(step))
+            assert of.optimizer.param_groups[0]["lr"] == found[-1]
+        of.epoch_ended(LOSSES[epoch])
+    return found
+
+
+def torchs_rates(scheduler: Any, steps: int, metrics: list[float] | None = None) -> list[float]:
+    """The rates that one of torch's schedulers sets before each of its steps."""
+    found = []
+    for index in range(steps):
+        found.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step(*([metrics[index]] if metrics else []))
+    return found
+
+
+def per_step(epoch_rates: list[float]) -> list[float]:
+    return [rate for rate in epoch_rates for _ in range(STEPS)]
+
+
+def test_constant() -> None:
+    assert rates(schedule(name="constant")) == [LR] * EPOCHS * STEPS
+
+
+def test_cosine_is_torchs() -> None:
+    reference = lr_scheduler.CosineAnnealingLR(optim.SGD(network().parameters(), lr=LR), T_max=EPOCHS * STEPS)
+    found = rates(schedule(name="cosine"))
+    assert found == pytest.approx(torchs_rates(reference, EPOCHS * STEPS), rel=1e-9)
+    assert found[0] == LR
+    assert 0 < found[-1] < LR / 100
+
+
+@pytest.mark.parametrize(("step_epochs", "factor"), [(1, 0.5), (2, 0.1), (4, 0.3), (10, 0.1)])
+def test_step_is_torchs(step_epochs: int, factor: float) -> None:
+    reference = lr_scheduler.StepLR(optim.SGD(network().parameters(), lr=LR), step_epochs, factor)
+    found = rates(schedule(name="step", step_epochs=step_epochs, factor=factor))
+    assert found == pytest.approx(per_step(torchs_rates(reference, EPOCHS)), rel=1e-9)
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2, 3])
+def test_plateau_is_torchs_where_any_lower_loss_counts(patience: int) -> None:
+    # torch's own default wants the loss to fall by 0.01 % before it counts: threshold=1e-4, threshold_mode="rel".
+    reference = lr_scheduler.ReduceLROnPlateau(
+        optim.SGD(network().parameters(), lr=LR), factor=0.5, patience=patience, threshold=0.0, eps=0.0
+    )
+    found = rates(schedule(12, name="plateau", patience=patience, factor=0.5), 12)
+    assert found == pytest.approx(per_step(torchs_rates(reference, 12, LOSSES)), rel=1e-9)
+    assert found[-1] < LR
+
+
+def test_plateau_does_not_take_nan_for_an_improvement() -> None:
+    plateau = schedule(name="plateau", patience=0)
+    plateau.epoch_ended(0.5)
+    plateau.epoch_ended(math.nan)
+    assert plateau.set_rate(2 * STEPS) == pytest.approx(LR * 0.1)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 0.6, 2.4])
+def test_warm_up_rises_linearly_to_the_base_rate(warmup: float) -> None:
+    found, length = rates(schedule(name="constant", warmup_epochs=warmup)), round(warmup * STEPS)
+    assert found[:length] == pytest.approx([LR * (step + 1) / length for step in range(length)])
+    assert found[length:] == [LR] * (EPOCHS * STEPS - length)
+
+
+def test_cosine_falls_after_the_warm_up() -> None:
+    found = rates(schedule(name="cosine", warmup_epochs=2))
+    reference = lr_scheduler.CosineAnnealingLR(optim.SGD(network().parameters(), lr=LR), T_max=(EPOCHS - 2) * STEPS)
+    assert found[: 2 * STEPS] == pytest.approx([LR * (step + 1) / 10 for step in range(10)])
+    assert found[2 * STEPS :] == pytest.approx(torchs_rates(reference, (EPOCHS - 2) * STEPS))
+
+
+def test_a_run_that_is_all_warm_up() -> None:
+    assert rates(schedule(2, name="cosine", warmup_epochs=2), 2)[-1] == LR
+
+
+def test_all_parameter_groups_keep_their_ratio() -> None:
+    first, second = network().children(), network().children()
+    groups = [{"params": next(first).parameters(), "lr": 0.1}, {"params": next(second).parameters(), "lr": 0.001}]
+    optimizer = optim.SGD(groups)
+    Schedule(optimizer, ScheduleSection(name="step", step_epochs=1, factor=0.5), EPOCHS, STEPS).set_rate(2 * STEPS)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 / 4, 0.001 / 4])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "constant", "warmup_epochs": 3.5},
+        {"name": "cosine", "warmup_epochs": 1},
+        {"name": "step", "step_epochs": 2},
+        {"name": "plateau", "patience": 1},
+    ],
+)
+@pytest.mark.parametrize("stopped_after", range(1, 12))
+def test_going_on_gives_the_same_rates(settings: dict[str, Any], stopped_after: int) -> None:
+    expected = rates(schedule(12, **settings), 12)
+    before = schedule(12, **settings)
+    rates(before, stopped_after)
+    after = schedule(12, **settings)
+    after.optimizer.load_state_dict(before.optimizer.state_dict())  # whose rate is that of the last step
+    after.plateau.update(before.plateau)
+    assert rates(after, 12, stopped_after) == expected[stopped_after * STEPS :]

@@ -1,0 +1,348 @@
+"""What of a run reaches the disk, in which order, and that it comes back bit for bit.
+
+A best.pth is restored the way tl-eval and tl-predict do it: from the one file, with nothing cached and no network.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import math
+import shutil
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import ShuffleNet_V2_X0_5_Weights
+
+from tiny import TinyBatches, tiny_classifier, tiny_state, tiny_template
+from tl_trainer import saver as saver_module
+from tl_trainer.checkpoint import load
+from tl_trainer.config.schema import Config, ModelSection
+from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
+from tl_trainer.metrics import Figures
+from tl_trainer.models.backbones import build_backbone, state_hash
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.heads import build_head
+from tl_trainer.optim import Schedule
+from tl_trainer.restore import restore
+from tl_trainer.saver import Progress, Saver, State
+from tl_trainer.signals import StopRequest
+
+ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
+PLATEAU = {"name": "plateau", "patience": 0}
+NAME, WEIGHTS = "shufflenet_v2_x0_5", ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+FIGURES = Figures(loss=0.5, top1=0.75, top5=1.0, n=8)
+
+
+def make_state(seed: int = 0, optimizer: dict[str, Any] = ADAM, trainable: str = "all") -> State:
+    return tiny_state(seed, 5, optimizer, PLATEAU, trainable)
+
+
+def make_saver(run_dir: Path, state: State) -> Saver:
+    return Saver(run_dir, tiny_template(), state, StopRequest())
+
+
+def steps(state: State, count: int) -> None:
+    state.classifier.train()
+    for batch in list(TinyBatches().epoch(0, torch.device("cpu")))[:count]:
+        state.optimizer.zero_grad()
+        functional.cross_entropy(state.classifier(batch.inputs), batch.targets).backward()
+        state.optimizer.step()
+        state.progress.batch += 1
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("figures", "better"),
+    [
+        (Figures(0.5, 0.75, 1.0, 8), False),  # the same
+        (Figures(0.4, 0.75, 0.9, 8), True),  # as many right, a lower loss
+        (Figures(0.6, 0.75, 1.0, 8), False),
+        (Figures(0.9, 0.875, 0.9, 8), True),  # more right, whatever the loss
+        (Figures(0.1, 0.625, 1.0, 8), False),
+    ],
+)
+def test_the_best_epoch_has_the_highest_top1_then_the_lowest_loss(figures: Figures, better: bool) -> None:
+    progress = Progress()
+    assert progress.epoch_ended(FIGURES)
+    assert progress.epoch_ended(figures) == better
+    assert progress.epoch == 2
+    assert progress.best_epoch == (2 if better else 1)
+    assert progress.best == asdict(figures if better else FIGURES)
+
+
+def test_an_epoch_that_ended_leaves_nothing_of_its_batches() -> None:
+    progress = Progress(epoch=3, batch=4, loss=2.5, images=11, seconds=1.5)
+    progress.epoch_ended(FIGURES)
+    assert progress == Progress(epoch=4, best_epoch=4, best=asdict(FIGURES))
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD])
+def test_a_resume_restores_everything_bit_for_bit(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    before = make_state(0, optimizer)
+    for loss in (0.5, 0.6, 0.4):
+        before.schedule.epoch_ended(loss)
+    before.progress.epoch_ended(FIGURES)
+    steps(before, 3)
+    before.progress.loss, before.progress.seconds = 0.1 + 0.2, math.pi
+    make_saver(tmp_path, before).save()
+    plateau, optimizer_state = dict(before.schedule.plateau), copy.deepcopy(before.optimizer.state_dict())
+    draws = torch.rand(5)
+
+    after = make_state(1, optimizer)
+    torch.rand(17)
+    last = load(tmp_path / "last.pth")
+    assert last.resume is not None
+    after.restore(last.trained, last.resume)
+    assert torch.equal(torch.rand(5), draws)
+    assert same(after.classifier.state_dict(), before.classifier.state_dict())
+    assert after.progress == before.progress
+    assert after.schedule.plateau == plateau
+    assert plateau == {"best": 0.4, "bad_epochs": 0, "factor": 0.1}
+    found = after.optimizer.state_dict()
+    assert found["param_groups"] == optimizer_state["param_groups"]
+    assert found["state"].keys() == optimizer_state["state"].keys() != set()
+    assert all(same(found["state"][index], values) for index, values in optimizer_state["state"].items())
+
+
+def test_a_loss_scale_is_kept(tmp_path: Path) -> None:
+    before, after = make_state(), make_state()
+    before.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    after.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before.scaler.scale(torch.zeros(1))
+    make_saver(tmp_path, before).save()
+    last = load(tmp_path / "last.pth")
+    assert last.resume is not None
+    after.restore(last.trained, last.resume)
+    assert after.scaler.get_scale() == 1024.0
+
+
+def test_best_pth_has_the_weights_of_the_best_epoch(tmp_path: Path) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    steps(state, 2)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    best = copied(state.classifier.state_dict())
+    steps(state, 2)
+    saver.save()
+    found, last = load(tmp_path / "best.pth"), load(tmp_path / "last.pth")
+    assert same(found.trained, best)
+    assert same(last.trained, state.classifier.state_dict())
+    assert not same(last.trained, best)
+    assert (found.epoch, found.metrics, found.resume) == (1, asdict(FIGURES), None)
+    assert (last.epoch, last.metrics) == (1, asdict(FIGURES))
+
+
+def test_both_files_carry_what_the_run_has_in_common(tmp_path: Path) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    saver.finish()
+    for name in ("best.pth", "last.pth"):
+        found = replace(load(tmp_path / name), trained={}, frozen=None, epoch=0, metrics=None, resume=None)
+        assert found == tiny_template()
+
+
+@pytest.mark.parametrize(("blocked", "written"), [("last.pth", ["best.pth"]), ("best.pth", [])])
+def test_best_is_written_before_last_which_counts_on_it(tmp_path: Path, blocked: str, written: list[str]) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    (tmp_path / blocked).mkdir()
+    with pytest.raises(RunError, match=f"cannot write .*{blocked}"):
+        saver.save()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == written
+
+
+def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
+    state = make_state(trainable="2")
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    saver.save()
+    assert load(tmp_path / "best.pth").frozen is None
+    saver.finish()
+    best, last = load(tmp_path / "best.pth"), load(tmp_path / "last.pth")
+    assert best.frozen is not None
+    assert same({**best.frozen, **best.trained}, state.classifier.state_dict())
+    assert {key.split(".")[2] for key in best.frozen} == {"0", "1"}
+    assert last.frozen is None
+
+
+def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    saver.finish()
+    resumed = make_saver(tmp_path, state)
+    resumed.adopt(load(tmp_path / "best.pth"))
+    (tmp_path / "best.pth").unlink()
+    saver.save()
+    resumed.finish()
+    assert not (tmp_path / "best.pth").exists()
+    resumed.improved()
+    resumed.finish()
+    assert load(tmp_path / "best.pth").frozen == {}
+
+
+def test_a_run_without_an_epoch_has_no_best(tmp_path: Path) -> None:
+    saver = make_saver(tmp_path, make_state())
+    saver.adopt(None)
+    saver.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_tick_saves_only_where_the_last_time_is_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = make_saver(tmp_path, make_state())
+    saver.tick()
+    assert not (tmp_path / "last.pth").exists()
+    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", -1.0)
+    saver.tick()
+    assert (tmp_path / "last.pth").exists()
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_everything_is_saved(tmp_path: Path, number: int, exit_code: int) -> None:
+    state = make_state(trainable="2")
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    steps(state, 2)
+    saver.stop.signal = number
+    with pytest.raises(Interrupted, match=f"--resume {tmp_path}") as caught:
+        saver.tick()
+    assert caught.value.exit_code == exit_code
+    assert load(tmp_path / "best.pth").frozen
+    assert same(load(tmp_path / "last.pth").trained, state.classifier.trained_state())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float, batch: int) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES)
+    saver.improved()
+    saver.save()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    last_layer = state.classifier.head[-1]
+    assert isinstance(last_layer, nn.Linear)
+    last_layer.bias.data[1] = value
+    state.progress.batch = batch
+    saver.improved()
+    with pytest.raises(RunError, match=rf"not finite after epoch {'2, batch 3' if batch else '1'};.* --lr"):
+        saver.finish()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def noise(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return torchvision.models.get_model(NAME, weights=None).state_dict()  # type: ignore[no-any-return]
+
+
+def cache_weights(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put weights where torch caches them; their URL leads nowhere."""
+    buffer = io.BytesIO()
+    torch.save(noise(seed), buffer)
+    name = f"model-{hashlib.sha256(buffer.getvalue()).hexdigest()[:10]}.pth"
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(buffer.getvalue())
+    monkeypatch.setattr(WEIGHTS.value, "url", f"http://127.0.0.1:9/{name}")
+
+
+@pytest.fixture(params=["head", "conv5"])
+def pretrained(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
+    """A run on a pretrained backbone with one epoch behind it, and another state of the weights since."""
+    cache_weights(tmp_path, 1, monkeypatch)
+    model = ModelSection(backbone=NAME, weights="IMAGENET1K_V1", trainable=request.param)
+    classifier = Classifier(
+        build_backbone(NAME, WEIGHTS, "penultimate", 0), build_head(1024, [], 3, 0.0), request.param
+    )
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
+    schedule = Schedule(optimizer, Config().train.schedule, 5, 4)
+    state = State(classifier, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), Progress())
+    template = replace(
+        tiny_template(),
+        config=Config(device="cpu", model=model).model_dump(),
+        backbone={
+            "name": NAME,
+            "weights": "IMAGENET1K_V1",
+            "tap": "penultimate",
+            "sha256": state_hash(classifier.frozen_state()),
+        },
+    )
+    (tmp_path / "run").mkdir()
+    saver = Saver(tmp_path / "run", template, state, StopRequest())
+    for _ in range(2):
+        functional.cross_entropy(classifier.train()(torch.rand(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        if saver.best is None:
+            state.progress.epoch_ended(FIGURES)
+            saver.improved()
+    return saver
+
+
+def assert_is_the_best(saver: Saver) -> None:
+    restored = restore(saver.run_dir / "best.pth")
+    assert saver.best is not None
+    expected = saver.state.classifier
+    expected.load_trained_state(saver.best.trained)
+    found = restored.network.classifier
+    assert same(found.state_dict(), expected.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), expected.eval()(images))
+    assert not found.training
+    assert restored.classes == ["a", "b", "c"]
+    assert restored.checkpoint.metrics == asdict(FIGURES)
+
+
+def test_a_finished_best_pth_needs_no_network_and_no_cache(pretrained: Saver, tmp_path: Path) -> None:
+    pretrained.finish()
+    shutil.rmtree(tmp_path / "torch")
+    assert_is_the_best(pretrained)
+
+
+def test_a_best_pth_from_between_epochs_takes_the_backbone_from_the_cache(pretrained: Saver, tmp_path: Path) -> None:
+    pretrained.save()
+    assert_is_the_best(pretrained)
+    shutil.rmtree(tmp_path / "torch")
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        restore(pretrained.run_dir / "best.pth")
+
+
+def test_a_best_pth_from_between_epochs_refuses_other_weights(
+    pretrained: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrained.save()
+    cache_weights(tmp_path, 2, monkeypatch)
+    with pytest.raises(CheckpointError, match="not those it was trained with"):
+        restore(pretrained.run_dir / "best.pth")
+
+
+def test_tiny_classifiers_of_two_seeds_differ() -> None:
+    """Otherwise the tests of a resume would show nothing."""
+    torch.manual_seed(0)
+    first = tiny_classifier().state_dict()
+    torch.manual_seed(1)
+    assert not same(tiny_classifier().state_dict(), first)

@@ -1,0 +1,79 @@
+"""A classifier and data so small that a whole run takes milliseconds, for the tests of the loop and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.schema import OptimizerSection, ScheduleSection
+from tl_trainer.data.loaders import Batch, batch_order
+from tl_trainer.models.backbones import Backbone, Stage
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.heads import build_head
+from tl_trainer.optim import Schedule, build_optimizer
+from tl_trainer.saver import Progress, State
+
+CLASSES = 3
+IMAGES = 23
+BATCH_SIZE = 6
+STEPS = 4  # batches per epoch, the last one of five images
+
+
+def pictures(seed: int, count: int = IMAGES) -> tuple[Tensor, Tensor]:
+    """Noise (count, 3, 6, 6) whose brightness tells the class, and targets (count,)."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % CLASSES
+    return torch.randn(count, 3, 6, 6, generator=generator) + 2 * targets.view(-1, 1, 1, 1), targets
+
+
+class TinyBatches:
+    """The pictures in the real loader's order."""
+
+    def __init__(self, seed: int = 1, *, shuffle: bool = True) -> None:
+        self.inputs, self.targets = pictures(seed)
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
+        for indices in batch_order(IMAGES, BATCH_SIZE, 0, epoch, self.shuffle)[start:]:
+            yield Batch(self.inputs[indices], self.targets[indices], torch.tensor(indices))
+
+
+def tiny_classifier(trainable: str = "all") -> Classifier:
+    """Convolution, BatchNorm, ReLU, pooling, and a head with a hidden layer and dropout; weights from torch's RNG."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    backbone = Backbone(model, [Stage(name, module) for name, module in model.named_children()])
+    return Classifier(backbone, build_head(4, [8], CLASSES, 0.3), trainable)
+
+
+def tiny_state(
+    seed: int, epochs: int, optimizer: dict[str, Any], schedule: dict[str, Any], trainable: str = "all"
+) -> State:
+    """The classifier of that seed with its optimizer and schedule, at the beginning of a run."""
+    torch.manual_seed(seed)
+    classifier = tiny_classifier(trainable)
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    built = build_optimizer(parameters, OptimizerSection(**optimizer))
+    planned = Schedule(built, ScheduleSection(**schedule), epochs, STEPS)
+    return State(classifier, built, planned, torch.amp.GradScaler("cpu", enabled=False), Progress())
+
+
+def tiny_template() -> Checkpoint:
+    """What is the same in every checkpoint of a run."""
+    return Checkpoint(
+        config={"seed": 0},
+        classes=["a", "b", "c"],
+        preprocessing=[{"ToImage": None}],
+        backbone={"name": "tiny", "weights": "none", "tap": "pooled", "sha256": ""},
+        trained={},
+        frozen=None,
+        epoch=0,
+        metrics=None,
+        val_names=["a/1.jpg"],
+    )
