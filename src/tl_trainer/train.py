@@ -39,7 +39,7 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
         name = f"epoch {progress.epoch + 1}/{training.epochs}"
         first_step = progress.epoch * steps
         started = time.perf_counter() - progress.seconds
-        lr = state.schedule.set_rate(first_step + progress.batch)
+        lr = state.schedule.set_rate(first_step + max(0, progress.batch - 1))
         state.classifier.train()
         batches = training.feed.batches.epoch(progress.epoch, training.device, progress.batch)
         for batch in bar(batches, name, steps, start=progress.batch):

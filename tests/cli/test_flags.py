@@ -29,8 +29,9 @@ COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
-        "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json", "--lr",
-        "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j", "overrides",
+        "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json",
+        "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j",
+        "overrides",
     ],
     "eval": [
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--split", "--workers", "-b", "-j",
