@@ -157,8 +157,8 @@ def test_the_count_is_logged(cache: Cache, split: Split, caplog: pytest.LogCaptu
     cache.run(split.subset(range(3)))
     cache.run(split)
     assert [record.message for record in caplog.records] == [
-        "features of 3 train images: 3 computed, the rest cached",
-        "features of 40 train images: 37 computed, the rest cached",
+        "features of train images: 3 computed, 0 cached",
+        "features of train images: 37 computed, 3 cached",
     ]
 
 

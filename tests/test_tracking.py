@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from tl_trainer.metrics import Figures
-from tl_trainer.tracking import Tracker, bar, graph_of, picture_grid
+from tl_trainer.tracking import GAP, Tracker, bar, graph_of, picture_grid
 
 TAGS = {"train/loss", "val/loss", "val/top1", "val/top5", "lr", "time/images_per_second"}
 
@@ -174,10 +174,10 @@ def test_the_images_are_those_that_were_given(tmp_path: Path) -> None:
 def test_a_grid_has_a_caption_below_each_picture(count: int, columns: int, lines: int) -> None:
     grid = picture_grid(torch.zeros(count, 3, 10, 12), [f"{index}" for index in range(count)])
     height = grid.height // lines
-    assert grid.width == columns * 12
+    assert grid.width == columns * 12 + (columns - 1) * GAP
     assert height > 10
     for index in range(count):
-        x, y = index % columns * 12, index // columns * height
+        x, y = index % columns * (12 + GAP), index // columns * height
         assert grid.crop((x, y, x + 12, y + 10)).getextrema() == ((0, 0),) * 3
         darkest, brightest = grid.crop((x, y + 10, x + 12, y + height)).convert("L").getextrema()
         assert darkest < 100, "no caption"

@@ -36,7 +36,7 @@ EPOCHS = 3
 EVENTS = EPOCHS * (STEPS + 1)  # the forward pass of each training batch, and each validation
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adam-cosine": ({"name": "adam", "lr": 0.02}, {"name": "cosine", "warmup_epochs": 1.5}),
-    "sgd-plateau": ({"name": "sgd", "lr": 0.1}, {"name": "plateau", "patience": 0, "factor": 0.5}),
+    "sgd-plateau": ({"name": "sgd", "lr": 0.8}, {"name": "plateau", "patience": 0, "factor": 0.5}),
     "adamw-step": ({"name": "adamw", "lr": 0.02, "weight_decay": 0.1}, {"name": "step", "step_epochs": 1}),
 }
 
@@ -195,6 +195,13 @@ def test_the_loop_is_a_plain_loop_written_out(tmp_path: Path) -> None:
         assert float(rows(run.folder)[epoch]["lr"]) == pytest.approx(rate)
     for key, value in classifier.state_dict().items():
         torch.testing.assert_close(trained[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_plateau_cuts_the_rate_after_an_epoch_that_was_worse(tmp_path: Path) -> None:
+    Run(tmp_path / "run", "sgd-plateau").train()
+    first, second, third = rows(tmp_path / "run")
+    assert float(second["val_loss"]) > float(first["val_loss"])
+    assert [row["lr"] for row in (first, second, third)] == ["0.8", "0.8", "0.4"]
 
 
 @pytest.mark.parametrize("event", range(1, EVENTS + 1))

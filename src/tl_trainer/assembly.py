@@ -13,7 +13,7 @@ from torchvision.models import WeightsEnum
 
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import Config
+from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.loaders import worker_count
@@ -22,7 +22,14 @@ from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import DataError, ImageError, SettingError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.metrics import Figures, class_weights
-from tl_trainer.models.backbones import build_backbone, feature_size, preprocessing, resolve_weights, state_hash
+from tl_trainer.models.backbones import (
+    build_backbone,
+    empty_backbone,
+    feature_size,
+    preprocessing,
+    resolve_weights,
+    state_hash,
+)
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 from tl_trainer.network import Feed, Network
@@ -66,6 +73,11 @@ def assemble(loaded: Loaded, resumed: Checkpoint | None = None) -> Parts:
         weights = resolve_weights(config.model.backbone, config.model.weights)
         train_pipeline, eval_pipeline = _pipelines(config, weights)
         dataset = open_dataset(config.data, resumed.classes if resumed else None)
+        if len(dataset.classes) < 2:
+            raise DataError(
+                f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "
+                "is the folder one level too high or too low?"
+            )
         drawn = "val" not in dataset.splits
         val_names = resumed.val_names if resumed else None
         dataset = with_validation(dataset, config.data.val_fraction, config.seed, val_names)
@@ -126,7 +138,8 @@ def _check_settings(loaded: Loaded) -> None:
     checks: list[Callable[[], object]] = [
         lambda: transforms.check(config.transforms.train, "transforms.train"),
         lambda: transforms.check(config.transforms.eval, "transforms.eval"),
-        lambda: resolve_weights(config.model.backbone, config.model.weights),
+        lambda: _check_model(config.model),
+        lambda: resolve_device(config.device),
     ]
     for check in checks:
         try:
@@ -135,6 +148,13 @@ def _check_settings(loaded: Loaded) -> None:
             problems.append(error)
     if problems:
         raise loaded.located(problems)
+
+
+def _check_model(model: ModelSection) -> None:
+    resolve_weights(model.backbone, model.weights)
+    backbone = empty_backbone(model.backbone, True, model.tap)
+    if model.trainable not in ("head", "all"):
+        backbone.index(model.trainable)
 
 
 def _check_views(config: Config, pipeline: Pipeline, classifier: Classifier) -> None:
@@ -153,7 +173,12 @@ def _pipelines(config: Config, weights: Any) -> tuple[Pipeline, Pipeline]:
     eval_steps = transforms.spell_out(config.transforms.eval, preset, train=False)
     same = config.transforms.train == "eval"
     train_steps = eval_steps if same else transforms.spell_out(config.transforms.train, preset, train=True)
-    return Pipeline(train_steps, "transforms.train"), Pipeline(eval_steps, "transforms.eval")
+    train, evaluation = Pipeline(train_steps, "transforms.train"), Pipeline(eval_steps, "transforms.eval")
+    if not evaluation.deterministic:
+        raise SettingError(
+            "transforms.eval", "has a random transform, so no figure could be repeated; keep it to train"
+        )
+    return train, evaluation
 
 
 def _classifier(config: Config, weights: Any, dataset: Dataset, pipeline: Pipeline) -> Classifier:

@@ -40,7 +40,7 @@ class CheckpointError(InputError):
 
 
 class SettingError(InputError):
-    """One configuration key has a wrong value; `run` adds the file and the line.
+    """One configuration key has a wrong value; the assembler adds the file and the line.
 
     `key` is the dotted path as it stands in the configuration, e.g. `model.backbone` or `transforms.train[2]`.
     """

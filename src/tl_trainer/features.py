@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from tl_trainer.config.schema import FeaturesSection, expand
+from tl_trainer.data import images
 from tl_trainer.data.content import content_hashes
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
@@ -75,7 +77,8 @@ class Extractor:
             if missing:
                 bad.update(self._compute(split, what, pipeline, store, missing, pool))
                 bad.update(_bad_copies(split, hashes, bad))
-        log.info("features of %d %s images: %d computed, the rest cached", len(split), what, self.computed - before)
+        computed = self.computed - before
+        log.info("features of %s images: %d computed, %d cached", what, computed, len(wanted) - computed)
         kept = without_bad(split, bad, what, on_bad_image)
         good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
         return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)
@@ -211,7 +214,7 @@ def _decoded(
 
     def decode(row: tuple[bytes, int, bytes]) -> Any:
         try:
-            picture = split.open(row[1])
+            picture = _open_unchanged(split, *row)
             return pipeline.image(picture) if pipeline.deterministic else picture
         except ImageError as error:
             return error
@@ -222,13 +225,18 @@ def _decoded(
         decoded = [future.result() for future in ahead]
         ahead = [pool.submit(decode, row) for row in chunks[number + 1]] if number + 1 < len(chunks) else []
         if not pipeline.deterministic:  # torch has one generator for all threads, so the drawing is done in this one
-            decoded = [_drawn(pipeline, picture, row[0]) for picture, row in zip(decoded, chunk, strict=True)]
+            decoded = [
+                item if isinstance(item, ImageError) else pipeline.draw(item, int.from_bytes(row[0][:8], "little"))
+                for item, row in zip(decoded, chunk, strict=True)
+            ]
         yield chunk, decoded
 
 
-def _drawn(pipeline: Pipeline, picture: Any, key: bytes) -> Any:
-    if isinstance(picture, ImageError):
-        return picture
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(key[:8], "little") % 2**63)
-        return pipeline.image(picture)
+def _open_unchanged(split: Split, key: bytes, index: int, tag: bytes) -> Image.Image:
+    """The image, from the very bytes that `key` was made of; ImageError where the file has changed since."""
+    if split.paths is None:
+        return split.open(index)
+    data = images.read(split.paths[index])
+    if _key(hashlib.sha256(data).digest(), tag) != key:
+        raise ImageError(f"{split.paths[index]}: has changed while it was read; run again")
+    return images.decode(data, split.paths[index])

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import PIL
 import torch
+import torchvision
 from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection
@@ -18,6 +20,9 @@ from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
 
 log = logging.getLogger(__name__)
+
+# To be raised with every change to how an image becomes features.
+CACHE_VERSION = 1
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -77,6 +82,7 @@ class Network:
                     "stages": [stage.name for stage in classifier.frozen],
                     "precision": self.precision,
                     "device": device.type,
+                    "versions": [CACHE_VERSION, torchvision.__version__, PIL.__version__],
                 },
                 folder=features_folder(features),
                 limit=int(features.limit_gb * 1e9),
@@ -120,6 +126,11 @@ class Network:
             features = self.extractor.features(split, "train", pipeline, on_bad_image, views, seed)
             batches = FeatureBatches(features, batch_size=batch_size, seed=seed, shuffle=True)
             return Feed(batches, self.features_to_logits, features.split)
+        if self.extractor is not None:
+            log.info(
+                "transforms.train is random, so every epoch computes the frozen stages again; to compute them once, "
+                "set transforms.train=eval, or features.views to the number of random views to keep"
+            )
         split = readable(split, "train", on_bad_image)
         images = ImageBatches(split, pipeline, batch_size=batch_size, workers=workers, seed=seed, shuffle=True)
         return Feed(images, self.images_to_logits, split)
@@ -130,6 +141,7 @@ class Network:
         """Batches in the split's order for evaluation: cached features where something is frozen."""
         if self.extractor is not None and pipeline.deterministic:
             features = self.extractor.features(split, what, pipeline, on_bad_image)
-            return Feed(FeatureBatches(features, batch_size=EVALUATED_AT_ONCE), self.features_to_logits, features.split)
+            size = batch_size if self.classifier.trained else EVALUATED_AT_ONCE
+            return Feed(FeatureBatches(features, batch_size=size), self.features_to_logits, features.split)
         split = readable(split, what, on_bad_image)
         return Feed(ImageBatches(split, pipeline, batch_size=batch_size, workers=workers), self.images_to_logits, split)

@@ -18,7 +18,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
-from tl_trainer.data.loaders import stacked
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.restore import Restored
 
@@ -102,8 +101,10 @@ def _rows(restored: Restored, paths: list[str], decoded: list[Tensor | str], top
 
 
 def _ranked(restored: Restored, tensors: list[Tensor], topk: int) -> list[list[Prediction]]:
+    if len({tensor.shape for tensor in tensors}) > 1:  # the evaluation transforms fix no size: one by one
+        return [_ranked(restored, [tensor], topk)[0] for tensor in tensors]
     with torch.inference_mode():
-        inputs = restored.pipeline.batch(stacked(tensors).to(restored.network.device))
+        inputs = restored.pipeline.batch(torch.stack(tensors).to(restored.network.device))
         probabilities = restored.network.images_to_logits(inputs).softmax(dim=1).cpu()
     best = probabilities.topk(min(topk, len(restored.classes)), dim=1)
     return [

@@ -12,7 +12,7 @@ from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, from_checkpoint
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights, state_hash
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
@@ -37,11 +37,15 @@ class Restored:
 
 
 def restore(path: Path, device: str | None = None) -> Restored:
-    """Read a checkpoint and put its classifier on `device` (the configured one where None).
+    """Read a checkpoint, or a run directory's best.pth, and put its classifier on `device` (None: as configured).
 
     Needs no network, unless the run was killed before its backbone was written into best.pth and the weights are no
     longer cached. Raises CheckpointError where the file is damaged or does not fit together.
     """
+    if path.is_dir():
+        path = path / "best.pth"
+    if not path.exists() and path.with_name("last.pth").exists():
+        raise CheckpointError(f"{path}: no epoch of this run has ended yet; go on with --resume {path.parent}")
     saved = checkpoint.load(path)
     loaded = from_checkpoint(saved.config, path)
     try:
@@ -85,15 +89,17 @@ def _classifier(saved: Checkpoint, loaded: Loaded) -> Classifier:
 
 
 def resolve_device(setting: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises InputError for a device that this machine does not have."""
+    """`auto` is cuda, else mps, else cpu. Raises SettingError for a device that this machine does not have."""
     if setting == "auto":
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(setting)
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise SettingError("device", f"use auto, cpu, cuda, cuda:N or mps, not {setting!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {setting}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+        count = torch.cuda.device_count()
+        raise SettingError("device", f"{setting}: this machine has {count} CUDA devices; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps: this machine has no Apple GPU that torch can use; use --device cpu")
+        raise SettingError("device", "mps: this machine has no Apple GPU that torch can use; use --device cpu")
     return device

@@ -27,6 +27,9 @@ CHANGEABLE = (
     "data.workers",
     "output.dir",
     "output.tensorboard",
+    "features.dir",
+    "features.limit_gb",
+    "performance.compile",
 )
 
 
@@ -67,12 +70,15 @@ def resume(target: str | None, config: str | None, overrides: Overrides) -> tupl
 
 def _newest_unfinished(loaded: Loaded) -> Path:
     output, wanted = expand(loaded.config.output.dir), yaml.safe_load(to_yaml(loaded.config))
-    for path in sorted(output.glob(f"{loaded.name}-*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True):
+    newest = sorted(output.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest:
         description = path.with_name("config.yaml")
         same = description.is_file() and yaml.safe_load(description.read_text(encoding="utf-8")) == wanted
         if same and checkpoint.load(path).epoch < loaded.config.train.epochs:
             return path
-    raise InputError(f"no unfinished run of this configuration under {output}; start one without --resume")
+    others = ", ".join(str(path.parent) for path in newest[:3])
+    hint = f"\nThe newest runs there are {others}; to go on with one, give it: --resume RUN" if others else ""
+    raise InputError(f"no unfinished run of this configuration under {output}; start one without --resume{hint}")
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:

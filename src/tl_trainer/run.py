@@ -19,9 +19,10 @@ from tl_trainer.assembly import Parts, assemble, new_state, new_training
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
-from tl_trainer.data.dataset import Split, with_validation
+from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
+from tl_trainer.errors import DataError, InputError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, write_text
@@ -53,9 +54,12 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     template = _template(parts)
     _describe(parts, run_dir)
     with StopRequest() as stop, contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
-        saver = Saver(run_dir, template, state, stop)
+        images = fingerprint(parts.dataset.split("train"))
+        saver = Saver(run_dir, template, state, stop, images)
         if resumption:
             assert resumption.last.resume is not None
+            if resumption.last.resume["images"] != images:
+                raise DataError(f"{parts.dataset.where}: the training images are not those this run began with")
             state.restore(resumption.last.trained, resumption.last.resume)
             saver.adopt(resumption.best)
         with _threads_for(parts):
@@ -115,9 +119,15 @@ def evaluate_checkpoint(
     config, network = restored.loaded.config, restored.network
     data = config.data.model_copy(update={"root": data_dir} if data_dir else {})
     dataset = open_dataset(data, restored.checkpoint.classes)
-    if split != "all":
+    split = split or _default_split(dataset, restored.checkpoint.val_names)
+    if split != "all" and restored.checkpoint.val_names is not None:
         dataset = with_validation(dataset, data.val_fraction, config.seed, restored.checkpoint.val_names)
-        split = split or ("test" if "test" in dataset.splits else "val")
+    if network.extractor is not None:
+        try:
+            make_folder(network.extractor.folder, "features.dir")
+        except InputError as error:
+            log.warning("%s; going on without the cache", error)
+            network.extractor = None
     feed = network.evaluation_feed(
         dataset.split(split),
         split,
@@ -128,6 +138,13 @@ def evaluate_checkpoint(
     )
     figures = evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), split, len(feed.batches)))
     return {"split": split, **asdict(figures)}
+
+
+def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
+    """test where there is one, else val; all of a folder without splits, unless the run drew its val split from it."""
+    if "test" in dataset.splits or "all" not in dataset.splits:
+        return "test" if "test" in dataset.splits else "val"
+    return "val" if val_names is not None and set(val_names) <= {*dataset.splits["all"].names} else "all"
 
 
 def _template(parts: Parts) -> Checkpoint:
@@ -189,7 +206,11 @@ def _summary(parts: Parts) -> str:
     model, sizes = parts.config.model, {name: len(split) for name, split in parts.dataset.splits.items()}
     counts = ", ".join(f"{size} {name}" for name, size in sizes.items())
     trained = sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
+    network = parts.network
+    arithmetic = f"{network.precision if network.autocast else 'fp32'} for what trains"
+    if network.classifier.frozen:
+        arithmetic += f", {network.precision} for what is frozen"
     return (
         f"{counts} images in {len(parts.dataset.classes)} classes; {model.backbone} ({parts.backbone['weights']}), "
-        f"{trained:,} parameters train; {parts.network.device.type}, {parts.network.precision}"
+        f"{trained:,} parameters train; {parts.network.device.type}, {arithmetic}"
     )

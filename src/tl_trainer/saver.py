@@ -59,8 +59,8 @@ class State:
     def resume_data(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
         random_state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random_state["cuda"] = torch.cuda.get_rng_state()
+        if self._device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self._device)
         return {
             "progress": asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
@@ -78,28 +78,34 @@ class State:
         for name, value in resume["progress"].items():
             setattr(self.progress, name, value)
         torch.set_rng_state(resume["random"]["cpu"])
-        if "cuda" in resume["random"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(resume["random"]["cuda"])
+        if "cuda" in resume["random"] and self._device.type == "cuda":
+            torch.cuda.set_rng_state(resume["random"]["cuda"], self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.classifier.parameters()).device
 
 
 class Saver:
     """Writes last.pth and best.pth into the run directory. `template` has what stays the same in every checkpoint."""
 
-    def __init__(self, run_dir: Path, template: Checkpoint, state: State, stop: StopRequest) -> None:
+    def __init__(self, run_dir: Path, template: Checkpoint, state: State, stop: StopRequest, images: str = "") -> None:
         self.run_dir = run_dir
         self.template = template
         self.state = state
         self.stop = stop
         self.best: Checkpoint | None = None
         self._best_on_disk = False
+        self.images = images  # the fingerprint of the training images, which a resumed run must have too
         self._saved_at = time.monotonic()
+        self._pause = SECONDS_BETWEEN_SAVES
 
     def tick(self) -> None:
         """Save when the last time is long ago; after a signal save, finish and raise Interrupted."""
         if self.stop.signal is not None:
             self.finish()
             raise Interrupted(self.stop.signal, f"stopped; continue with --resume {self.run_dir}")
-        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - self._saved_at > self._pause:
             self.save()
 
     def improved(self) -> None:
@@ -119,7 +125,8 @@ class Saver:
 
         Raises RunError where the weights are no longer finite: the files of before are worth more.
         """
-        resume, progress = self.state.resume_data(), self.state.progress
+        started = time.monotonic()
+        resume, progress = {**self.state.resume_data(), "images": self.images}, self.state.progress
         trained = self.state.classifier.trained_state()
         if not all(value.isfinite().all() for value in trained.values()):
             where = (
@@ -135,6 +142,8 @@ class Saver:
         last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)
         save(last, self.run_dir / "last.pth")
         self._saved_at = time.monotonic()
+        # A twentieth of the time at the most goes into saving, however large the weights are.
+        self._pause = max(SECONDS_BETWEEN_SAVES, 20 * (self._saved_at - started))
 
     def finish(self) -> None:
         """Save, with the backbone in best.pth so that the one file is enough."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from tl_trainer.data.images import load
+from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import SettingError
 from tl_trainer.models import prefix as module_under_test
 from tl_trainer.models.backbones import Stage, build_backbone
@@ -123,6 +126,23 @@ def test_bf16_has_the_direction_of_fp32(network: Network) -> None:
     dtypes = {value.dtype for value in prefix.network.parameters()}
     assert dtypes == {torch.bfloat16}
     assert state_of(network.classifier) == before
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16", "resnet152", "efficientnet_v2_s"])
+def test_bf16_has_the_direction_of_fp32_on_photographs(photos: Path, name: str) -> None:
+    preset = Preprocessing(
+        resize=96, crop=96, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
+    )
+    pipeline = Pipeline(spell_out("default", preset, train=False), "transforms.eval")
+    paths = sorted((photos / "val").rglob("*.jpg"))[::15]
+    images = pipeline.batch(torch.stack([pipeline.image(load(path)) for path in paths]))
+    backbone = build_backbone(name, None, "penultimate", 7)
+    settle(backbone, images)
+    classifier = Classifier(backbone, nn.Linear(2, 2), "head").eval()
+    expected = classifier.prefix(images).flatten(1)
+    actual = FrozenPrefix(classifier.frozen, CPU, "bf16")(images).float().flatten(1)
+    assert cosine_similarity(actual, expected).min().item() >= 0.999
+    assert cosine_similarity(expected[:1], expected[1:]).max().item() < 0.996
 
 
 def test_a_prefix_up_to_a_middle_stage(network: Network) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import new_parser, run_command, worker_setting
+from tl_trainer.cli.main import new_parser, positive, run_command, worker_setting
 
 EPILOG = """\
 examples:
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
         "folder of class folders without splits")  # fmt: skip
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
-    add("-b", "--batch-size", type=int, metavar="N", help="images at a time (default: as trained)")
+    add("-b", "--batch-size", type=positive, metavar="N", help="images at a time (default: as trained)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser

@@ -28,8 +28,17 @@ def new_parser(name: str, description: str, epilog: str) -> argparse.ArgumentPar
 
 
 def worker_setting(text: str) -> int | str:
-    """The value of -j: a number, or `auto`."""
+    """The value of -j: a number of processes, or `auto`."""
+    if text != "auto" and int(text) < 0:
+        raise ValueError
     return text if text == "auto" else int(text)
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
 
 
 def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[str] | None) -> int:

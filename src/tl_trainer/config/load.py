@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -96,7 +96,8 @@ def parse_override(word: str) -> tuple[str, Any]:
     """`train.epochs=5` as (key, value), the value read as YAML; InputError where it is not of that form."""
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise InputError(f"{word!r} is not an override; write key=value, e.g. train.epochs=5")
+        remedy = f"--config {word}" if word.endswith((".yaml", ".yml")) else "key=value, e.g. train.epochs=5"
+        raise InputError(f"{word!r} is not an override; write {remedy}")
     try:
         return key, _Reader(text).read()
     except _Refused as refusal:
@@ -172,7 +173,15 @@ class _Reader:
             node = yaml.compose(self.text, Loader=_Scalars)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise _Refused(str(error.problem or error.context), mark.line + 1 if mark else 0) from None
+            reason = f"not valid YAML: {error.problem or error.context}"
+            hint = (
+                "; indent with spaces"
+                if "\\t" in reason
+                else "; check the indentation"
+                if "not allowed" in reason
+                else ""
+            )
+            raise _Refused(reason + hint, mark.line + 1 if mark else 0) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" is a ValueError
             raise _Refused(str(error).splitlines()[0]) from None
         except RecursionError:
@@ -243,8 +252,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 def _fill_empty_sections(data: dict[str, Any], section: type[BaseModel]) -> None:
     """A section whose lines are all commented out means its defaults, not null."""
     for name, field_ in section.model_fields.items():
-        inner = field_.annotation
-        if name in data and isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = _section(field_.annotation)
+        if name in data and inner is not None:
             data[name] = {} if data[name] is None else data[name]
             if isinstance(data[name], dict):
                 _fill_empty_sections(data[name], inner)
@@ -291,11 +300,17 @@ def _sentence(items: list[ErrorDetails]) -> str:
     return f"should be {' or '.join(allowed)}, not {shown(given)}"
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The annotation where it is a section. Python 3.10 takes list[int] for a class, which issubclass refuses."""
+    is_class = isinstance(annotation, type) and get_origin(annotation) is None
+    return annotation if is_class and issubclass(annotation, BaseModel) else None
+
+
 def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field_ in section.model_fields.items():
         yield prefix + name
-        if isinstance(field_.annotation, type) and issubclass(field_.annotation, BaseModel):
-            yield from _dotted_keys(field_.annotation, f"{prefix}{name}.")
+        if inner := _section(field_.annotation):
+            yield from _dotted_keys(inner, f"{prefix}{name}.")
 
 
 def _choices(item: ErrorDetails) -> list[str]:
@@ -315,8 +330,7 @@ def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel]
             known = section.model_fields.get(str(part))
             if known is None:
                 return tuple(path), section
-            annotation = known.annotation
-            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            section = _section(known.annotation)
         elif isinstance(part, int):
             path.append(part)
     return tuple(path), section

@@ -71,11 +71,13 @@ def _stamp(path: str) -> Stamp | None:
 
 
 def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) -> None:
-    """Open the database for `use`. One that cannot be used is removed, since all it holds can be found again."""
+    """Open the database for `use`. A damaged one is removed, since all it holds can be found again."""
     try:
         with contextlib.closing(sqlite3.connect(memory, timeout=30)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size, time, hash)")
             use(connection)
+    except sqlite3.OperationalError as error:  # locked by another run, or the disk is full: it is only a memory
+        log.warning("%s cannot be used now (%s)", memory, error)
     except sqlite3.DatabaseError as error:
         log.warning("%s is damaged (%s); the images are hashed again", memory, error)
         with contextlib.suppress(OSError):

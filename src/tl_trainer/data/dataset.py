@@ -6,6 +6,7 @@ every other one: a missing or an extra class is an error that names it, never a 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,14 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
             faults.append(f"{word} class {', '.join(map(repr, names[:5]))}{' and more' if len(names) > 5 else ''}")
     if faults:
         raise DataError(f"{where} has {' and '.join(faults)}; the {len(expected)} classes are fixed by {fixed_by}")
+
+
+def fingerprint(split: Split) -> str:
+    """The SHA-256 of names and labels in order: what decides which image a batch holds."""
+    digest = hashlib.sha256()
+    for name, target in zip(split.names, split.targets, strict=True):
+        digest.update(f"{name}\0{target}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _draw(split: Split, fraction: float, seed: int, classes: list[str]) -> set[int]:

@@ -15,7 +15,7 @@ from tl_trainer.files import cache_folder
 
 VERSION = 1
 SIZE = 64
-PER_CLASS = {"train": 80, "val": 15, "test": 15}
+PER_CLASS = {"train": 60, "val": 15, "test": 15}
 
 Point = tuple[float, float]
 Shape = Callable[[random.Random], list[Point]]

@@ -37,7 +37,12 @@ def open_folders(root: Path, classes: list[str] | None) -> Dataset:
 
 def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
     """Name what looks like a part of the dataset and is not used: images in no class, folders beside the splits."""
-    loose = [path for folder in folders.values() for path in sorted(folder.iterdir()) if path.suffix in IMG_EXTENSIONS]
+    loose = [
+        path
+        for folder in folders.values()
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMG_EXTENSIONS
+    ]
     if loose:
         log.warning("%s: %d image(s) in no class folder are not used, e.g. %s", root, len(loose), loose[0])
     used = {*folders.values()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -64,6 +65,7 @@ class ImageBatches:
             batch_size=None,  # each item of the sampler is a batch already
             num_workers=min(self.workers, len(chunks)),
             pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
         )
         for batch in loader:
@@ -120,8 +122,8 @@ def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str)
     listing = "\n".join(bad[index] for index in sorted(bad)[:2])
     if on_bad_image == "error":
         raise DataError(
-            f"{len(bad)} of {len(split)} {what} images cannot be used; repair them or set data.on_bad_image: skip\n"
-            f"{listing}"
+            f"{len(bad)} of {len(split)} {what} images cannot be used; replace or remove them, or set "
+            f"data.on_bad_image: skip\n{listing}"
         )
     log.warning("skipped %d of %d %s images that cannot be read, e.g.\n%s", len(bad), len(split), what, listing)
     kept = [index for index in range(len(split)) if index not in bad]
@@ -155,12 +157,12 @@ class _Batches(Dataset[Batch | DataError]):
         return Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
 
     def _image(self, index: int) -> Tensor:
-        picture = self.split.open(index)
-        if self.pipeline.deterministic:
-            return self.pipeline.image(picture)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * _PRIME + self.epoch) * _PRIME + index) % 2**63)
-            return self.pipeline.image(picture)
+        return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + self.epoch) * _PRIME + index)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """A Ctrl-C reaches the workers too; the main process decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stacked(pictures: list[Tensor]) -> Tensor:

@@ -49,6 +49,10 @@ def open_torchvision(source: str, root: Path, download: bool, classes: list[str]
     assert found is not None
     if classes is not None:
         enforce_classes(classes, found, f"{name} in {root}", "the checkpoint")
+        if classes != found:
+            raise DataError(
+                f"{name} in {root} has the checkpoint's classes in another order; use the version it came from"
+            )
     return Dataset(found, splits, f"{name} in {root}")
 
 

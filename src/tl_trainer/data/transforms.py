@@ -75,6 +75,17 @@ class Pipeline:
         self.mean, self.std = _normalisation(named)
         self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
 
+    def draw(self, picture: Image.Image, seed: int) -> Tensor:
+        """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""
+        if self.deterministic:
+            return self.image(picture)
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed % 2**63)
+        try:
+            return self.image(picture)
+        finally:
+            torch.set_rng_state(before)
+
     def denormalise(self, batch: Tensor) -> Tensor:
         """The batch as it was before Normalize, clipped to [0, 1], for pictures. (N, 3, H, W) float."""
         mean, std = (torch.tensor(values, device=batch.device).view(-1, 1, 1) for values in (self.mean, self.std))

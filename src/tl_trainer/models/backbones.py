@@ -293,7 +293,7 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
             raise CheckpointError(f"{path}: {key} is {tuple(state[key].shape)}, {name} has {tuple(value.shape)}")
     for key in wanted.keys() - state.keys():  # files older than torch 0.4.1 do not count batches
         state[key] = torch.tensor(0)
-    model.load_state_dict({key: state[key] for key in wanted}, assign=True)
+    model.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
 
 
 def _modern(key: str) -> str:
