@@ -163,7 +163,7 @@ def test_evaluating_computes_nothing_again(tl: Run, pictures: Path, case: str) -
     assert "features of val images: 0 computed, 12 cached" in evaluated.stderr
     evaluated = tl("eval", "--checkpoint", result["checkpoint"], "--json")
     assert last_json(evaluated) == {"split": "test", **result["test"]}
-    assert "features of 9 test images: 0 computed" in evaluated.stderr
+    assert "features of test images: 0 computed, 9 cached" in evaluated.stderr
 
 
 def test_only_what_changed_is_computed(tl: Run, pictures: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from tiny import TinyBatches, tiny_classifier, tiny_state, tiny_template
+from tiny import Clock, TinyBatches, tiny_classifier, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.config.schema import Config, ModelSection
@@ -222,12 +222,31 @@ def test_a_run_without_an_epoch_has_no_best(tmp_path: Path) -> None:
 
 
 def test_a_tick_saves_only_where_the_last_time_is_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(saver_module, "time", clock)
     saver = make_saver(tmp_path, make_state())
+    clock.now = 4.0
     saver.tick()
     assert not (tmp_path / "last.pth").exists()
-    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", -1.0)
+    clock.now = 6.0
     saver.tick()
     assert (tmp_path / "last.pth").exists()
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(), []
+
+    def slow_save(*_: object) -> None:
+        times.append(clock.now)
+        clock.now += 3.0
+
+    monkeypatch.setattr(saver_module, "time", clock)
+    monkeypatch.setattr(saver_module, "save", slow_save)
+    saver = make_saver(tmp_path, make_state())
+    for _ in range(200):
+        clock.now += 1.0
+        saver.tick()
+    assert times == [6.0, 70.0, 134.0, 198.0]
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

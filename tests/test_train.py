@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tiny import IMAGES, STEPS, TinyBatches, tiny_state, tiny_template
+from tiny import IMAGES, STEPS, Clock, TinyBatches, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.data.dataset import Split
@@ -56,13 +56,17 @@ class Killed(BaseException):
 
 @dataclass
 class Run:
-    """A run of the tiny classifier in a folder; `at` says what happens at which event, counted from 1."""
+    """A run of the tiny classifier in a folder; `at` says what happens at which event, counted from 1.
+
+    An hour passes on its clock with each event.
+    """
 
     folder: Path
     recipe: str = "adam-cosine"
     at: dict[int, Callable[[StopRequest], None]] = field(default_factory=dict)
     epochs: int = EPOCHS
     criterion: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    clock: Clock = field(default_factory=Clock)
     events: int = 0
 
     def train(self) -> State:
@@ -82,6 +86,7 @@ class Run:
 
         def event() -> None:
             self.events += 1
+            self.clock.now += 3600
             self.at.get(self.events, lambda _: None)(stop)
 
         def forward(inputs: Tensor) -> Tensor:
@@ -116,6 +121,14 @@ def terminate(stop: StopRequest) -> None:
 
 def kill(stop: StopRequest) -> None:
     raise Killed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock by which to save; with that of a run, everything is saved at every event."""
+    clock = Clock()
+    monkeypatch.setattr(saver_module, "time", clock)
+    return clock
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -217,33 +230,32 @@ def test_a_run_that_is_stopped_anywhere_arrives_at_the_same(whole: Run, tmp_path
 
 def test_a_run_that_is_stopped_again_and_again_arrives_at_the_same(whole: Run, tmp_path: Path) -> None:
     folder, stops = tmp_path / "stopped", 0
-    while True:
+    for _ in range(EVENTS + 1):  # each goes at least one event further
         try:
             Run(folder, whole.recipe, {2: terminate}).train()
             break
         except Interrupted:
             stops += 1
-    assert stops >= EVENTS // 2
+    assert EVENTS // 2 <= stops <= EVENTS
     assert_same_run(folder, whole.folder)
 
 
 @pytest.mark.parametrize("event", range(2, EVENTS + 1))
 def test_a_run_that_is_killed_anywhere_arrives_at_the_same(
-    whole: Run, tmp_path: Path, event: int, monkeypatch: pytest.MonkeyPatch
+    whole: Run, tmp_path: Path, event: int, clock: Clock
 ) -> None:
-    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", -1.0)
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
-        Run(folder, whole.recipe, {event: kill}).train()
+        Run(folder, whole.recipe, {event: kill}, clock=clock).train()
+    assert load(folder / "last.pth").epoch == (event - 2) // (STEPS + 1)
     Run(folder, whole.recipe).train()
     assert_same_run(folder, whole.folder)
 
 
 def test_a_run_that_is_killed_before_any_write_arrives_at_the_same(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """Also between best.pth and last.pth, which are then from different moments."""
-    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", -1.0)
     real, writes = saver_module.save, 0
 
     def counting(*arguments: Any) -> None:
@@ -258,7 +270,7 @@ def test_a_run_that_is_killed_before_any_write_arrives_at_the_same(
     for fatal in range(1, 100):
         writes, folder = 0, tmp_path / f"killed-{fatal}"
         try:
-            Run(folder, whole.recipe).train()
+            Run(folder, whole.recipe, clock=clock).train()
         except Killed:
             kills += 1
             Run(folder, whole.recipe).train()
@@ -271,10 +283,9 @@ def test_a_run_that_is_killed_before_any_write_arrives_at_the_same(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("event", "where"), [(1, "epoch 1/3, batch 1/4"), (8, "epoch 2/3, batch 3/4")])
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(
-    tmp_path: Path, value: float, event: int, where: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, value: float, event: int, where: str, clock: Clock
 ) -> None:
-    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", -1.0)
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", clock=clock)
     run.criterion = lambda logits, targets: logits.sum() * value if run.events == event else logits.square().mean()
     with pytest.raises(RunError, match=f"the loss is -?(nan|inf) in {where};.* --lr") as caught:
         run.train()
@@ -294,17 +305,16 @@ def exploding(run: Run, event: int) -> Callable[[Tensor, Tensor], Tensor]:
     return criterion
 
 
-@pytest.mark.parametrize("seconds", [-1.0, 1000.0])
+@pytest.mark.parametrize("often", [True, False])
 @pytest.mark.parametrize("event", [event for event in range(1, EVENTS + 1) if event % (STEPS + 1)])
 def test_weights_that_explode_at_any_batch_are_never_written(
-    tmp_path: Path, event: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, event: int, often: bool, clock: Clock
 ) -> None:
-    monkeypatch.setattr(saver_module, "SECONDS_BETWEEN_SAVES", seconds)
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", clock=clock if often else Clock())
     run.criterion = exploding(run, event)
     with pytest.raises(RunError, match=r"(loss is nan in|not finite after) epoch \d"):
         run.train()
-    assert_finite(run.folder, written=seconds < 0 and event > 1)
+    assert_finite(run.folder, written=often and event > 1)
 
 
 def assert_finite(folder: Path, *, written: bool) -> None:

@@ -133,7 +133,7 @@ def test_an_alias_may_be_used() -> None:
         ("train: {optimizer: {lr: 1e999}}", "c.yaml:1: '1e999' is not a valid float"),
         ("seed: 1\n---\nseed: 2", "c.yaml:2: but found another document"),
         ("device: 'cpu\n", "c.yaml:2: found unexpected end of stream"),
-        ("\tseed: 1", "c.yaml:1: found character '\\t' that cannot start any token"),
+        ("\tseed: 1", "c.yaml:1: found character '\\t' that cannot start any token; indent with spaces"),
         ("seed: 0\nmodel: [", "c.yaml:2: expected the node content, but found '<stream end>'"),
         ("seed: *nowhere", "c.yaml:1: found undefined alias 'nowhere'"),
         ("a\0: 1", "c.yaml: unacceptable character #x0000: special characters are not allowed"),

@@ -223,13 +223,12 @@ def test_a_connection_that_is_cut_leaves_no_file(
     content, digest = content_of(noise())
     monkeypatch.setattr(_Cut, "content", content)
     monkeypatch.setattr(WEIGHTS.value, "url", f"http://{cutting_server}/model-{digest}.pth")
-    timeout = socket.getdefaulttimeout()
     with pytest.raises(InputError) as caught:
         build_backbone(NAME, WEIGHTS, "logits", 0)
     assert WEIGHTS.url in str(caught.value)
     assert str(caught.value).count("\n") < 3
     assert files_in(cache) == []
-    assert socket.getdefaulttimeout() == timeout
+    assert socket.getdefaulttimeout() is None  # the stall timeout is for the download alone
 
 
 def closed_port() -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import new_parser, positive, run_command
+from tl_trainer.cli.main import new_parser, run_command
 from tl_trainer.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
     add("--checkpoint", metavar="FILE", help="default: $TL_CHECKPOINT, else best.pth of the newest run under ./runs")
-    add("--topk", type=positive, default=5, metavar="K", help="classes per image (default 5)")
+    add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--output", metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
-    add("-b", "--batch-size", type=positive, default=16, metavar="N", help="images at a time (default 16)")
+    add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
     return parser
 
 
@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    for flag in ("topk", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be 1 or more")
     path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
     from tl_trainer.predict import expand_inputs, predict, write_rows
     from tl_trainer.restore import restore

@@ -173,7 +173,7 @@ class _Reader:
             node = yaml.compose(self.text, Loader=_Scalars)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            reason = f"not valid YAML: {error.problem or error.context}"
+            reason = str(error.problem or error.context)
             hint = (
                 "; indent with spaces"
                 if "\\t" in reason

@@ -76,9 +76,10 @@ def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) ->
         with contextlib.closing(sqlite3.connect(memory, timeout=30)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size, time, hash)")
             use(connection)
-    except sqlite3.OperationalError as error:  # locked by another run, or the disk is full: it is only a memory
-        log.warning("%s cannot be used now (%s)", memory, error)
     except sqlite3.DatabaseError as error:
+        if "locked" in str(error):  # another run has it, and it is only a memory
+            log.warning("%s is in use; going on without it", memory)
+            return
         log.warning("%s is damaged (%s); the images are hashed again", memory, error)
         with contextlib.suppress(OSError):
             memory.unlink()
