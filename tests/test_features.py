@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tl_trainer import features as module_under_test
 from tl_trainer.config.schema import FeaturesSection
+from tl_trainer.data.content import content_hashes
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
@@ -398,15 +399,55 @@ def test_bad_images_are_skipped(
     bad = damaged(tmp_path / "images")
     for computed in (views * len(good), 0):
         caplog.clear()
+        caplog.set_level("INFO", logger="tl_trainer")
         extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU)
         found = extractor.features(bad, "train", pipeline(items), "skip", views)
         assert extractor.computed == computed
         assert "skipped 4 of 40 train images" in caplog.text
+        assert f"train images: {computed} computed, {views * len(good) - computed} cached" in caplog.text
         assert list(found.split.names) == [bad.names[index] for index in good]
         assert found.targets.tolist() == [bad.targets[index] for index in good]
         assert rows_of(found, views - 1).shape == (36, 2, 3, 3)
         if items == "default":
             assert_right(found)
+
+
+def test_an_image_that_changes_after_it_was_hashed_gives_no_wrong_row(
+    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hash_then_rewrite(*arguments: Any) -> Any:
+        hashes = content_hashes(*arguments)
+        assert split.paths is not None
+        draw(split.paths[6], 300)
+        return hashes
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module_under_test, "content_hashes", hash_then_rewrite)
+        with pytest.raises(DataError, match=r"06\.png: has changed while it was read; run again"):
+            cache.run(split)
+    computed, found = cache.run(split)
+    assert computed == 1
+    assert_right(found)
+
+
+def test_an_image_that_was_rewritten_with_its_time_kept_is_told_and_then_right(
+    cache: Cache, split: Split, tmp_path: Path
+) -> None:
+    """As some editors of metadata do; nobody can see it without reading the file."""
+    cache.run(split)
+    path = tmp_path / "images" / "06.png"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last checksum, which Pillow does not look at
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert cache.run(split)[0] == 0
+    with pytest.raises(DataError, match=r"06\.png: has changed while it was read; run again"):
+        cache.run(split, sha256="other")
+    assert cache.run(split, sha256="other")[0] == 1
+    computed, found = cache.run(split)
+    assert computed == 1
+    assert_right(found)
 
 
 def test_nothing_but_bad_images(cache: Cache, tmp_path: Path) -> None:

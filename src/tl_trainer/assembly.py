@@ -152,7 +152,7 @@ def _check_settings(loaded: Loaded) -> None:
 
 def _check_model(model: ModelSection) -> None:
     resolve_weights(model.backbone, model.weights)
-    backbone = empty_backbone(model.backbone, True, model.tap)
+    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap)
     if model.trainable not in ("head", "all"):
         backbone.index(model.trainable)
 
@@ -184,7 +184,9 @@ def _pipelines(config: Config, weights: Any) -> tuple[Pipeline, Pipeline]:
 def _classifier(config: Config, weights: Any, dataset: Dataset, pipeline: Pipeline) -> Classifier:
     model = config.model
     backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
-    in_features = feature_size(backbone, model.backbone, model.tap, *_image_size(dataset, pipeline))
+    in_features = feature_size(
+        backbone, model.backbone, weights is not None, model.tap, *_image_size(dataset, pipeline)
+    )
     torch.manual_seed(config.seed)
     head = build_head(in_features, model.head.hidden, len(dataset.classes), model.head.dropout)
     return Classifier(backbone, head, model.trainable)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data import images
-from tl_trainer.data.content import content_hashes
+from tl_trainer.data.content import content_hashes, forget
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
 from tl_trainer.data.transforms import Pipeline
@@ -64,8 +64,9 @@ class Extractor:
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         make_folder(self.folder, "features.dir")
+        memory = self.folder / "files.sqlite"
         with ThreadPoolExecutor(cores()) as pool:
-            hashes = content_hashes(split, self.folder / "files.sqlite", pool)
+            hashes = content_hashes(split, memory, pool)
             bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}
             store = self._store(pipeline)
             wanted = {}
@@ -76,9 +77,10 @@ class Extractor:
             before = self.computed
             if missing:
                 bad.update(self._compute(split, what, pipeline, store, missing, pool))
+                forget(split, bad, memory)  # else a file that was changed with its time kept would stay bad
                 bad.update(_bad_copies(split, hashes, bad))
-        computed = self.computed - before
-        log.info("features of %s images: %d computed, %d cached", what, computed, len(wanted) - computed)
+        cached = len(wanted) - len(missing)
+        log.info("features of %s images: %d computed, %d cached", what, self.computed - before, cached)
         kept = without_bad(split, bad, what, on_bad_image)
         good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
         return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)

@@ -61,6 +61,8 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             progress.seconds = time.perf_counter() - started
             saver.tick()
         figures = training.validate()
+        if not math.isfinite(figures.loss):
+            raise RunError(f"the validation loss is {figures.loss} after {name}; lower the rate with --lr")
         saver.tick()
         state.schedule.epoch_ended(figures.loss)
         loss_mean, images, seconds = progress.loss / progress.images, progress.images, progress.seconds

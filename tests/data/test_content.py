@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tl_trainer.data import content, images
-from tl_trainer.data.content import SETTLED_SECONDS, content_hashes
+from tl_trainer.data.content import SETTLED_SECONDS, content_hashes, forget
 from tl_trainer.data.dataset import Split
 from tl_trainer.errors import ImageError
 
@@ -178,6 +178,15 @@ def test_files_that_cannot_be_read_are_said_in_their_place(split: Split, reads: 
     reads.clear()
     assert hashes(split)[1] == good[1]
     assert reads.taken() == ["1.jpg", "3.jpg", "4.jpg"]
+
+
+def test_forgotten_files_are_read_again(split: Split, reads: Reads) -> None:
+    hashes(split)
+    forget(split, [4, 1], Path("memory.sqlite"))
+    reads.clear()
+    assert hashes(split) == expected(split)
+    assert reads.taken() == ["1.jpg", "4.jpg"]
+    forget(in_memory(["red"]), [0], Path("memory.sqlite"))
 
 
 def test_a_file_that_is_gone_is_not_taken_from_memory(split: Split) -> None:

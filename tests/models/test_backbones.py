@@ -147,7 +147,7 @@ def test_sizes_at_the_taps(pair: Pair, tap: str, index: int) -> None:
     with torch.inference_mode():
         assert backbone(pair.images).shape == (2, expected)
     for height, width in [(64, 64), (224, 224), (300, 256)]:
-        assert feature_size(backbone, pair.name, tap, height, width) == expected
+        assert feature_size(backbone, pair.name, False, tap, height, width) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name != "squeezenet1_1"])
@@ -158,17 +158,17 @@ def test_feature_size_is_that_of_the_output(name: str, tap: str) -> None:
     assert place.type == ("cpu" if name.startswith("regnet") else "meta")
     with torch.no_grad():
         shape = backbone(torch.empty(1, 3, side, side, device=place)).shape
-    assert shape == (1, feature_size(backbone, name, tap, side, side))
+    assert shape == (1, feature_size(backbone, name, False, tap, side, side))
 
 
 @pytest.mark.parametrize(("tap", "height", "width"), [("features.3", 64, 64), ("features", 64, 96), ("layer3", 32, 64)])
 def test_feature_size_at_a_stage_depends_on_the_image(tap: str, height: int, width: int) -> None:
     name = "resnet18" if tap.startswith("layer") else "alexnet"
     backbone = build_backbone(name, None, tap, SEED)
-    size = feature_size(backbone, name, tap, height, width)
+    size = feature_size(backbone, name, False, tap, height, width)
     with torch.inference_mode():
         assert backbone(torch.rand(1, 3, height, width)).shape == (1, size)
-    assert feature_size(backbone, name, tap, height, 2 * width) > size
+    assert feature_size(backbone, name, False, tap, height, 2 * width) > size
 
 
 LAST_LINEAR = {
@@ -353,4 +353,4 @@ def test_squeezenet_has_no_linear_layer_and_so_no_penultimate() -> None:
         build_backbone("squeezenet1_1", None, "penultimate", 0)
     assert caught.value.key == "model.tap"
     backbone = build_backbone("squeezenet1_1", None, "pooled", 0)
-    assert feature_size(backbone, "squeezenet1_1", "pooled", 64, 64) == 1000
+    assert feature_size(backbone, "squeezenet1_1", False, "pooled", 64, 64) == 1000

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -46,6 +46,13 @@ def content_hashes(split: Split, memory: Path, pool: Executor) -> list[bytes | I
         ],
     )
     return hashes
+
+
+def forget(split: Split, indices: Iterable[int], memory: Path) -> None:
+    """Have these images read again the next time, whatever their size and modification time."""
+    paths = split.paths or ()
+    if rows := [(str(paths[index].absolute()),) for index in indices if paths]:
+        _with_database(memory, lambda connection: connection.executemany("DELETE FROM files WHERE path = ?", rows))
 
 
 def _pixel_hash(split: Split, index: int) -> bytes:

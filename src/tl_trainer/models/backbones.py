@@ -137,11 +137,11 @@ def empty_backbone(name: str, pretrained: bool, tap: str) -> Backbone:
     return _tapped(model, name, tap)
 
 
-def feature_size(backbone: Backbone, name: str, tap: str, height: int, width: int) -> int:
+def feature_size(backbone: Backbone, name: str, pretrained: bool, tap: str, height: int, width: int) -> int:
     """The number of features at the tap for images of that size, found without computing any."""
     if backbone.features is not None:
         return backbone.features
-    empty = empty_backbone(name, True, tap)
+    empty = empty_backbone(name, pretrained, tap)
     place = next(empty.parameters()).device
     with torch.no_grad():
         return int(empty(torch.empty(1, 3, height, width, device=place)).shape[1])
