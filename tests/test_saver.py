@@ -11,7 +11,6 @@ import io
 import math
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,6 @@ ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
 PLATEAU = {"name": "plateau", "patience": 0}
 NAME, WEIGHTS = "shufflenet_v2_x0_5", ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
 FIGURES = Figures(loss=0.5, top1=0.75, top5=1.0, n=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_state(seed: int = 0, optimizer: dict[str, Any] = ADAM, trainable: str = "all") -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,6 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd-plateau": ({"name": "sgd", "lr": 0.8}, {"name": "plateau", "patience": 0, "factor": 0.5}),
     "adamw-step": ({"name": "adamw", "lr": 0.02, "weight_decay": 0.1}, {"name": "step", "step_epochs": 1}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Killed(BaseException):

@@ -59,15 +59,6 @@ class Pair(NamedTuple):
     images: Tensor
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_pair(name: str, side: int) -> Pair:
     backbone = build_backbone(name, None, "logits", SEED)
     # Built without memory, where that works, to be filled with the backbone's own tensors.

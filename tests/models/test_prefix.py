@@ -60,15 +60,6 @@ class Network(NamedTuple):
     expected: Tensor
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other are several times slower where other programs want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=SIDES)
 def network(request: pytest.FixtureRequest) -> Iterator[Network]:
     """One network at a time, for they are large."""
