@@ -48,18 +48,18 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     output = expand(loaded.config.output.dir)
     make_folder(resumption.run_dir if resumption else output, "--output")
     parts = assemble(loaded, resumption.last if resumption else None)
+    images = fingerprint(parts.dataset.split("train"))
+    if resumption and resumption.last.resume and resumption.last.resume["images"] != images:
+        raise DataError(f"{parts.dataset.where}: the training images are not those this run began with")
     run_dir = resumption.run_dir if resumption else _new_run_dir(output, loaded.name)
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
     state = new_state(parts)
     template = _template(parts)
     _describe(parts, run_dir)
     with StopRequest() as stop, contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
-        images = fingerprint(parts.dataset.split("train"))
         saver = Saver(run_dir, template, state, stop, images)
         if resumption:
             assert resumption.last.resume is not None
-            if resumption.last.resume["images"] != images:
-                raise DataError(f"{parts.dataset.where}: the training images are not those this run began with")
             state.restore(resumption.last.trained, resumption.last.resume)
             saver.adopt(resumption.best)
         with _threads_for(parts):
