@@ -26,6 +26,8 @@ def example() -> Checkpoint:
         epoch=12,
         metrics={"loss": 0.25, "top1": 0.875, "top5": 1.0, "n": 8},
         val_names=["ant/1.jpg"],
+        val_images="cd" * 32,
+        temperature=1.25,
         resume={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "random": {"cpu": torch.get_rng_state()}},
     )
 
@@ -68,7 +70,7 @@ def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
 def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
     assert content["format"] == "tl-trainer checkpoint"
-    assert content["version"] == 1
+    assert content["version"] == 2
     assert content["libraries"] == library_versions()
     assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
     assert content["libraries"]["torch"] == torch.__version__
@@ -87,15 +89,15 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
 
 def test_a_newer_version_says_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
-    torch.save({**content, "version": 2, "libraries": {"tl-trainer": "9.8.7"}}, path)
-    with pytest.raises(CheckpointError, match=r"best\.pth: format version 2, .* reads 1; .*\(9\.8\.7\)"):
+    torch.save({**content, "version": 3, "libraries": {"tl-trainer": "9.8.7"}}, path)
+    with pytest.raises(CheckpointError, match=r"best\.pth: format version 3, .* reads 2; .*\(9\.8\.7\)"):
         load(path)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Checkpoint)])
 def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
     content = content_of(example(), path)
-    torch.save({**content, name: "words"}, path)
+    torch.save({**content, name: ("words",)}, path)
     with pytest.raises(
         CheckpointError, match=rf"best\.pth: damaged checkpoint: {name} is missing or of the wrong kind"
     ):

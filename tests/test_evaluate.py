@@ -1,28 +1,28 @@
-"""The evaluation pass: figures over all batches, whatever their sizes, with nothing kept for a gradient."""
+"""The evaluation pass: scores of all batches, whatever their sizes, with nothing kept for a gradient."""
 
 from __future__ import annotations
-
-from dataclasses import astuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tl_trainer.data.loaders import Batch
-from tl_trainer.evaluate import evaluate
+from tl_trainer.evaluate import averaged, evaluate
 
 
 @pytest.mark.parametrize("sizes", [[17], [5, 5, 5, 2], [16, 1]])
-def test_figures_are_over_all_images_of_all_batches(sizes: list[int]) -> None:
+def test_scores_are_of_all_images_of_all_batches(sizes: list[int]) -> None:
     torch.manual_seed(0)
     network, inputs, targets = nn.Linear(4, 7), torch.randn(17, 4), torch.randint(0, 7, (17,))
     parts = zip(inputs.split(sizes), targets.split(sizes), torch.arange(17).split(sizes), strict=True)
     found = evaluate(network, [Batch(*part) for part in parts])
-    logits = network(inputs).detach()
-    right = logits.topk(5).indices == targets.unsqueeze(1)
-    expected = [functional.cross_entropy(logits, targets), right[:, 0].float().mean(), right.any(1).float().mean(), 17]
-    assert astuple(found) == pytest.approx([float(value) for value in expected])
+    torch.testing.assert_close(found.logits, network(inputs).detach())
+    assert torch.equal(found.targets, targets)
+
+
+def test_logits_of_lower_precision_become_float32() -> None:
+    batch = Batch(torch.randn(3, 4).bfloat16(), torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    assert evaluate(nn.Identity(), [batch]).logits.dtype == torch.float32
 
 
 def test_nothing_is_kept_for_a_gradient() -> None:
@@ -39,3 +39,14 @@ def test_nothing_is_kept_for_a_gradient() -> None:
 def test_a_split_without_images_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="no batch"):
         evaluate(nn.Identity(), [])
+
+
+def test_one_view_is_left_as_it_is() -> None:
+    logits = torch.randn(5, 3)
+    assert averaged([logits]) is logits
+
+
+def test_views_are_averaged_as_probabilities() -> None:
+    views = [3 * torch.randn(6, 4) for _ in range(5)]
+    expected = torch.stack([view.softmax(dim=1) for view in views]).mean(dim=0)
+    torch.testing.assert_close(averaged(views).softmax(dim=1), expected)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from tiny import Clock, TinyBatches, tiny_classifier, tiny_state, tiny_template
+from tiny import SCORES, Clock, TinyBatches, tiny_classifier, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.config.schema import Config, ModelSection
@@ -137,7 +137,7 @@ def test_best_pth_has_the_weights_of_the_best_epoch(tmp_path: Path) -> None:
     saver = make_saver(tmp_path, state)
     steps(state, 2)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     best = copied(state.classifier.state_dict())
     steps(state, 2)
     saver.save()
@@ -153,10 +153,12 @@ def test_both_files_carry_what_the_run_has_in_common(tmp_path: Path) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     saver.finish()
     for name in ("best.pth", "last.pth"):
-        found = replace(load(tmp_path / name), trained={}, frozen=None, epoch=0, metrics=None, resume=None)
+        found = replace(
+            load(tmp_path / name), trained={}, frozen=None, epoch=0, metrics=None, temperature=None, resume=None
+        )
         assert found == tiny_template()
 
 
@@ -165,7 +167,7 @@ def test_best_is_written_before_last_which_counts_on_it(tmp_path: Path, blocked:
     state = make_state()
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     (tmp_path / blocked).mkdir()
     with pytest.raises(RunError, match=f"cannot write .*{blocked}"):
         saver.save()
@@ -176,7 +178,7 @@ def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
     state = make_state(trainable="2")
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     saver.save()
     assert load(tmp_path / "best.pth").frozen is None
     saver.finish()
@@ -191,7 +193,7 @@ def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> 
     state = make_state()
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     saver.finish()
     resumed = make_saver(tmp_path, state)
     resumed.adopt(load(tmp_path / "best.pth"))
@@ -199,7 +201,7 @@ def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> 
     saver.save()
     resumed.finish()
     assert not (tmp_path / "best.pth").exists()
-    resumed.improved()
+    resumed.improved(SCORES)
     resumed.finish()
     assert load(tmp_path / "best.pth").frozen == {}
 
@@ -244,7 +246,7 @@ def test_a_signal_ends_the_run_after_everything_is_saved(tmp_path: Path, number:
     state = make_state(trainable="2")
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     steps(state, 2)
     saver.stop.signal = number
     with pytest.raises(Interrupted, match=f"--resume {tmp_path}") as caught:
@@ -260,14 +262,14 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: fl
     state = make_state()
     saver = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES)
-    saver.improved()
+    saver.improved(SCORES)
     saver.save()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     last_layer = state.classifier.head[-1]
     assert isinstance(last_layer, nn.Linear)
     last_layer.bias.data[1] = value
     state.progress.batch = batch
-    saver.improved()
+    saver.improved(SCORES)
     with pytest.raises(RunError, match=rf"not finite after epoch {'2, batch 3' if batch else '1'};.* --lr"):
         saver.finish()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -317,7 +319,7 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
         optimizer.step()
         if saver.best is None:
             state.progress.epoch_ended(FIGURES)
-            saver.improved()
+            saver.improved(SCORES)
     return saver
 
 

@@ -21,12 +21,13 @@ from torch import nn
 from tl_trainer.metrics import Figures
 from tl_trainer.tracking import GAP, Tracker, bar, graph_of, picture_grid
 
+CLASSES = ["ant", "bee", "a $name$ <b>"]
 TAGS = {"train/loss", "val/loss", "val/top1", "val/top5", "lr", "time/images_per_second"}
 
 
 @contextmanager
 def tracking(run_dir: Path, *, tensorboard: bool = True, done: int = 0) -> Iterator[Tracker]:
-    tracker = Tracker(run_dir, tensorboard=tensorboard, done=done)
+    tracker = Tracker(run_dir, CLASSES, tensorboard=tensorboard, done=done)
     try:
         yield tracker
     finally:

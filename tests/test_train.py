@@ -25,7 +25,7 @@ from tl_trainer.checkpoint import load
 from tl_trainer.data.dataset import Split
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
-from tl_trainer.metrics import Figures
+from tl_trainer.metrics import Scores
 from tl_trainer.network import Feed
 from tl_trainer.saver import Saver, State
 from tl_trainer.signals import StopRequest
@@ -68,7 +68,7 @@ class Run:
         state = tiny_state(7 if last else 3, self.epochs, *RECIPES[self.recipe])  # a resume must not need the seed
         stop = StopRequest()
         saver = Saver(self.folder, tiny_template(), state, stop)
-        tracker = Tracker(self.folder, tensorboard=False, done=last.epoch if last else 0)
+        tracker = Tracker(self.folder, ["a", "b", "c"], tensorboard=False, done=last.epoch if last else 0)
         if last:
             assert last.resume is not None
             state.restore(last.trained, last.resume)
@@ -85,7 +85,7 @@ class Run:
             logits: Tensor = state.classifier(inputs)
             return logits
 
-        def validate() -> Figures:
+        def validate() -> Scores:
             event()
             state.classifier.eval()
             device = torch.device("cpu")

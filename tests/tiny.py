@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import OptimizerSection, ScheduleSection
 from tl_trainer.data.loaders import Batch, batch_order
+from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import Backbone, Stage
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
@@ -28,6 +29,9 @@ def pictures(seed: int, count: int = IMAGES) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(count) % CLASSES
     return torch.randn(count, 3, 6, 6, generator=generator) + 2 * targets.view(-1, 1, 1, 1), targets
+
+
+SCORES = Scores(torch.tensor([[2.0, 0.5, 0.0], [1.0, 3.0, 0.0], [2.0, 1.0, 0.5]]), torch.tensor([0, 1, 2]))
 
 
 class Clock:
@@ -86,4 +90,5 @@ def tiny_template() -> Checkpoint:
         epoch=0,
         metrics=None,
         val_names=["a/1.jpg"],
+        val_images="cd" * 32,
     )

@@ -21,7 +21,7 @@ from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import DataError, ImageError, SettingError
 from tl_trainer.evaluate import evaluate
-from tl_trainer.metrics import Figures, class_weights
+from tl_trainer.metrics import Scores, class_weights
 from tl_trainer.models.backbones import (
     build_backbone,
     empty_backbone,
@@ -53,11 +53,11 @@ class Parts:
     backbone: dict[str, Any]
     feeds: dict[str, Feed]
 
-    def evaluation(self, split: str) -> Callable[[], Figures]:
+    def evaluation(self, split: str) -> Callable[[], Scores]:
         """The function that measures the classifier, as it is when called, on a split."""
         feed, device = self.feeds[split], self.network.device
 
-        def run() -> Figures:
+        def run() -> Scores:
             self.network.classifier.eval()
             return evaluate(feed.forward, bar(feed.batches.epoch(0, device), split, len(feed.batches)))
 

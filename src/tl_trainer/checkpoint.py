@@ -16,7 +16,7 @@ from tl_trainer.errors import CheckpointError
 from tl_trainer.files import load_plain, write_atomically
 
 FORMAT = "tl-trainer checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Checkpoint:
     config: the resolved configuration. classes: names in index order. preprocessing: the evaluation pipeline spelled
     out. backbone: {name, weights, tap, sha256 of the frozen state}. trained: the tensors that training changed.
     frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation figures of these
-    weights. val_names: the validation split, where the run drew it. resume: the optimizer and so on, only in last.pth.
+    weights. val_names: the validation split, where the run drew it. val_images: its fingerprint. temperature: fitted on
+    it, None before the first epoch has ended. resume: the optimizer and so on, only in last.pth.
     """
 
     config: dict[str, Any]
@@ -38,6 +39,8 @@ class Checkpoint:
     epoch: int
     metrics: dict[str, Any] | None
     val_names: list[str] | None
+    val_images: str
+    temperature: float | None = None
     resume: dict[str, Any] | None = None
 
 
@@ -51,6 +54,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "epoch": (int,),
     "metrics": (dict, type(None)),
     "val_names": (list, type(None)),
+    "val_images": (str,),
+    "temperature": (float, type(None)),
     "resume": (dict, type(None)),
 }
 _ITEM_TYPES: dict[str, type] = {"classes": str, "trained": Tensor, "frozen": Tensor}

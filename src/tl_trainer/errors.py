@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -70,6 +71,14 @@ _QUOTE.maxstring = _QUOTE.maxother = 120
 def shown(given: object) -> str:
     """A value as a message quotes it: cut to a line, however long it is."""
     return "nothing" if given is None else _QUOTE.repr(given)
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control and direction characters as escapes: a name must not move the cursor."""
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character)[0] == "C" else character
+        for character in text
+    )
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> str:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from tl_trainer.data.loaders import Batch
-from tl_trainer.metrics import Accuracy, Figures
+from tl_trainer.metrics import Scores
 
 
-def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Figures:
-    """The figures of `forward` (inputs -> logits, in eval mode) over all batches."""
-    accuracy = Accuracy()
+def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
+    """The scores of `forward` (inputs -> logits, in eval mode) over all batches; AssertionError where none."""
     with torch.inference_mode():
-        for batch in batches:
-            accuracy.update(forward(batch.inputs), batch.targets)
-    return accuracy.compute()
+        parts = [(forward(batch.inputs).float(), batch.targets) for batch in batches]
+        assert parts, "no batch to evaluate"
+        return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def averaged(views: Sequence[Tensor]) -> Tensor:
+    """The logits of several views of the same images, each (N, classes), as those of their mean probability."""
+    if len(views) == 1:
+        return views[0]
+    return torch.stack([view.double().log_softmax(dim=1) for view in views]).logsumexp(dim=0).float()

@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, atomically."""
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "surrogateescape"))  # a file name may be any bytes
 
     write_atomically(path, write)
 

@@ -1,12 +1,28 @@
-"""Figures over a split as sums and counts, so that a smaller last batch weighs what it should."""
+"""Figures of a classifier over a split, from its logits and the labels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tl_trainer.errors import RunError
+
+BINS = 15  # of confidence, for the calibration error; what the literature uses since Guo et al. (2017)
+PAIRS = 20
+Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile
+
+
+class Scores(NamedTuple):
+    """What a pass over a split leaves: logits (N, classes) float32 and targets (N,), on the CPU."""
+
+    logits: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,33 +35,153 @@ class Figures:
     n: int
 
 
-class Accuracy:
-    """Loss, top-1 and top-5 accuracy over many batches. With fewer than five classes, top-5 is 1."""
+class Reliability(NamedTuple):
+    """Per bin of confidence, (BINS,) each: mean confidence, fraction right, how many images."""
 
-    def __init__(self) -> None:
-        self.reset()
+    confidence: Tensor
+    accuracy: Tensor
+    images: Tensor
 
-    def reset(self) -> None:
-        """Forget all batches."""
-        self._loss = self._top1 = self._top5 = 0.0
-        self._n = 0
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits (N, classes), targets (N,)."""
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == targets.unsqueeze(1)
-        self._loss += functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-        self._top1 += hits[:, 0].sum().item()
-        self._top5 += hits.any(dim=1).sum().item()
-        self._n += len(targets)
+def figures(scores: Scores) -> Figures:
+    """Loss, top-1 and top-5. With five classes or fewer, top-5 is 1. Raises AssertionError where there is no image."""
+    logits, targets = scores
+    assert len(targets), "no image to measure"
+    hits = ranked(logits, 5) == targets.unsqueeze(1)
+    loss = functional.cross_entropy(logits.double(), targets).item()
+    return Figures(loss, hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item(), len(targets))
 
-    def compute(self) -> Figures:
-        """The figures so far; AssertionError before the first batch."""
-        assert self._n, "no batch was added"
-        return Figures(self._loss / self._n, self._top1 / self._n, self._top5 / self._n, self._n)
+
+def ranked(logits: Tensor, count: int) -> Tensor:
+    """The indices of the `count` best classes, best first, (N, min(count, classes)); the lower index where two tie."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
+    """(N, classes) float64; a temperature of None is 1, the probabilities as the head gives them."""
+    return (logits.double() / (temperature or 1.0)).softmax(dim=1)
 
 
 def class_weights(targets: list[int], classes: int) -> Tensor:
     """(classes,) weights n / (classes * count), whose mean over the images is 1 (scikit-learn's `balanced`)."""
     counts = torch.bincount(torch.tensor(targets), minlength=classes)
     return len(targets) / (classes * counts.clamp(min=1).float())
+
+
+def wilson(fraction: float, n: int) -> list[float]:
+    """The 95% confidence interval of a fraction of n independent images (Wilson, 1927)."""
+    square = Z95**2
+    middle = fraction + square / (2 * n)
+    spread = Z95 * math.sqrt(fraction * (1 - fraction) / n + square / (4 * n * n))
+    return [max(0.0, (middle - spread) / (1 + square / n)), min(1.0, (middle + spread) / (1 + square / n))]
+
+
+def fit_temperature(scores: Scores) -> float:
+    """What to divide the logits by so that the probabilities mean what they say (Guo et al., ICML 2017).
+
+    It minimises the cross-entropy. The targets are smoothed by 1 / (n + 2), as Platt (1999) did, or a split without a
+    mistake would ask for a certainty that n images cannot support.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logits, smoothing = scores.logits.double(), 1 / (len(scores.targets) + 2)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / math.exp(log_temperature)
+        return functional.cross_entropy(scaled, scores.targets, label_smoothing=smoothing).item()
+
+    found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-4})
+    return math.exp(found.x)
+
+
+def reliability(scores: Scores, temperature: float | None) -> Reliability:
+    """How often the first class is right among images of like confidence."""
+    confidence = probabilities(scores.logits, temperature).max(dim=1).values
+    right = (ranked(scores.logits, 1)[:, 0] == scores.targets).double()
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    count = torch.bincount(bins, minlength=BINS)
+    mean = [torch.bincount(bins, weights=values, minlength=BINS) / count.clamp(min=1) for values in (confidence, right)]
+    return Reliability(mean[0], mean[1], count)
+
+
+def measure(scores: Scores, classes: Sequence[str], temperature: float | None, withheld: str | None) -> dict[str, Any]:
+    """All figures as plain data. What is undefined is None, and `undefined` says why.
+
+    Averages over classes (balanced accuracy, macro, weighted) are over those that the split has. `withheld` is
+    the reason why the figures with the temperature are not given, None where they are. Raises RunError where a logit
+    is not finite.
+    """
+    if not scores.logits.isfinite().all():
+        raise RunError("the network's output is not finite for some images; were the weights damaged, or the training?")
+    found = figures(scores)
+    per_class, matrix = _per_class(scores, classes)
+    present = [row for row in per_class if row["support"]]
+    absent = [row["class"] for row in per_class if not row["support"]]
+    undefined = {f"per_class {name}": "the split has no image of this class" for name in absent}
+    if withheld is not None:
+        undefined["calibration.after"] = withheld
+    return {
+        **asdict(found),
+        "top1_interval": wilson(found.top1, found.n),
+        "top5_interval": wilson(found.top5, found.n),
+        "balanced_accuracy": sum(row["recall"] for row in present) / len(present),
+        "macro": {key: sum(row[key] for row in present) / len(present) for key in ("precision", "recall", "f1")},
+        "weighted": {
+            key: sum(row[key] * row["support"] for row in present) / found.n for key in ("precision", "recall", "f1")
+        },
+        "calibration": {
+            "temperature": temperature,
+            "before": _calibration(scores, None),
+            "after": _calibration(scores, temperature) if withheld is None else None,
+        },
+        "most_confused": _most_confused(matrix, classes),
+        "per_class": per_class,
+        "confusion_matrix": matrix.tolist(),
+        "undefined": undefined,
+    }
+
+
+def _per_class(scores: Scores, classes: Sequence[str]) -> tuple[list[dict[str, Any]], Tensor]:
+    """A row per class, and the confusion matrix (classes, classes): rows are labels, columns predictions."""
+    from torchmetrics.functional import classification  # takes a second to import
+
+    predicted, number = ranked(scores.logits, 1)[:, 0], len(classes)
+    matrix = classification.multiclass_confusion_matrix(predicted, scores.targets, number)
+    shares = {
+        name: function(predicted, scores.targets, number, average=None).tolist()
+        for name, function in (
+            ("precision", classification.multiclass_precision),
+            ("recall", classification.multiclass_recall),
+            ("f1", classification.multiclass_f1_score),
+        )
+    }
+    rows = []
+    for index, name in enumerate(classes):
+        support = int(matrix[index].sum())
+        values = {key: value[index] if support else None for key, value in shares.items()}
+        rows.append({"class": name, **values, "support": support, "predicted": int(matrix[:, index].sum())})
+    return rows, matrix
+
+
+def _most_confused(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    wrong = matrix.clone().fill_diagonal_(0).flatten()
+    order = wrong.sort(descending=True, stable=True).indices[:PAIRS].tolist()
+    cells = [(*divmod(cell, len(classes)), int(wrong[cell])) for cell in order]
+    return [
+        {"label": classes[label], "predicted": classes[predicted], "count": count}
+        for label, predicted, count in cells
+        if count
+    ]
+
+
+def _calibration(scores: Scores, temperature: float | None) -> dict[str, float]:
+    """Negative log-likelihood in nats, Brier score (over all classes, 0 to 2) and expected calibration error."""
+    logits = scores.logits.double() / (temperature or 1.0)
+    target = functional.one_hot(scores.targets, logits.shape[1])
+    bins = reliability(scores, temperature)
+    gaps = (bins.confidence - bins.accuracy).abs() * bins.images
+    return {
+        "nll": functional.cross_entropy(logits, scores.targets).item(),
+        "brier": (logits.softmax(dim=1) - target).square().sum(dim=1).mean().item(),
+        "ece": (gaps.sum() / len(scores.targets)).item(),
+    }

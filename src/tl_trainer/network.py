@@ -15,6 +15,7 @@ from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches, readable
 from tl_trainer.data.transforms import Pipeline
+from tl_trainer.evaluate import evaluate
 from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches, features_folder
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
@@ -109,6 +110,21 @@ class Network:
         """The frozen prefix's output, float32 -> (N, classes) float32."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return self.classifier.suffix(features).float()
+
+    def embed(self, split: Split, pipeline: Pipeline, batch_size: int) -> Tensor:
+        """The input of the head for every image of the split, (N, features) float32 on the CPU."""
+        feed = self.evaluation_feed(split, "embedded", pipeline, "error", batch_size, workers=0)
+        features: list[Tensor] = []
+
+        def keep(head: object, inputs: tuple[Tensor, ...]) -> None:
+            features.append(inputs[0].float().cpu())
+
+        hook = self.classifier.head.register_forward_pre_hook(keep)
+        try:
+            evaluate(feed.forward, feed.batches.epoch(0, self.device))
+        finally:
+            hook.remove()
+        return torch.cat(features)
 
     def training_feed(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
-from tl_trainer.errors import ImageError, InputError
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import ImageError, InputError, printable
+from tl_trainer.evaluate import averaged
+from tl_trainer.explain import GradCam
+from tl_trainer.metrics import probabilities, ranked
 from tl_trainer.restore import Restored
 
 THREADS = 4
+Views = list[Tensor]  # of one image, one for each pipeline
 
 
 @dataclass(frozen=True)
@@ -66,54 +72,69 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
             yield argument
 
 
-def predict(restored: Restored, paths: Iterable[str], topk: int, batch_size: int) -> Iterator[Row]:
-    """A row per path, in order. A batch is decoded while the one before is computed."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        waiting = None
-        for chunk in _chunks(paths, batch_size):
-            decoded = [pool.submit(_decode, restored, path) for path in chunk]
-            if waiting is not None:
-                yield from _rows(restored, waiting[0], [item.result() for item in waiting[1]], topk)
-            waiting = chunk, decoded
-        if waiting is not None:
-            yield from _rows(restored, waiting[0], [item.result() for item in waiting[1]], topk)
+class Predictor:
+    """Rows from images. `pipelines` are the views whose probabilities are averaged, as `tta_pipelines` gives them.
+
+    explanations: the folder for a picture per image of where the evidence for its first class is; None for none.
+    """
+
+    def __init__(self, restored: Restored, topk: int, pipelines: Sequence[Pipeline], explanations: Path | None) -> None:
+        self.restored, self.topk, self.pipelines, self.explanations = restored, topk, pipelines, explanations
+        self.cam = GradCam(restored.network.classifier)
+        self.number = 0
+
+    def rows(self, paths: Iterable[str], batch_size: int) -> Iterator[Row]:
+        """A row per path, in order. A batch is decoded while the one before is computed."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            waiting: tuple[list[str], list[Future[Views | str]]] = [], []
+            for chunk in itertools.chain(_chunks(paths, batch_size), [[]]):
+                decoded = [pool.submit(self._decode, path) for path in chunk]
+                yield from self._rows(waiting[0], [item.result() for item in waiting[1]])
+                waiting = chunk, decoded
+
+    def _decode(self, path: str) -> Views | str:
+        try:
+            picture = images.load(Path(path))
+        except ImageError as error:
+            return str(error)
+        return [pipeline.image(picture) for pipeline in self.pipelines]
+
+    def _rows(self, paths: list[str], decoded: list[Views | str]) -> Iterator[Row]:
+        ranked = iter(self._ranked([item for item in decoded if not isinstance(item, str)]))
+        for path, item in zip(paths, decoded, strict=True):
+            self.number += 1
+            row = Row(path, error=item) if isinstance(item, str) else Row(path, next(ranked))
+            if self.explanations is not None and not isinstance(item, str):
+                picture = self.cam.picture(self.pipelines[0], item[0], row.predictions[0].index)
+                picture.save(self.explanations / f"{self.number:05}-{Path(path).stem[:80]}.png")
+            yield row
+
+    def _ranked(self, pictures: list[Views]) -> list[list[Prediction]]:
+        """The best classes of each image, given as its views."""
+        if len({view.shape for views in pictures for view in views[:1]}) > 1:  # the transforms fix no size: one by one
+            return [self._ranked([views])[0] for views in pictures]
+        if not pictures:
+            return []
+        logits, classes = self._logits(pictures), self.restored.classes
+        best = ranked(logits, self.topk)
+        shares = probabilities(logits, self.restored.checkpoint.temperature).gather(1, best)
+        return [
+            [Prediction(classes[index], index, round(share, 6)) for index, share in zip(*row, strict=True)]
+            for row in zip(best.tolist(), shares.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _logits(self, pictures: list[Views]) -> Tensor:
+        network, views = self.restored.network, []
+        for pipeline, tensors in zip(self.pipelines, zip(*pictures, strict=True), strict=True):
+            views.append(network.images_to_logits(pipeline.batch(torch.stack(tensors).to(network.device))))
+        return averaged(views).cpu()
 
 
 def _chunks(paths: Iterable[str], size: int) -> Iterator[list[str]]:
     remaining = iter(paths)
     while chunk := list(islice(remaining, size)):
         yield chunk
-
-
-def _decode(restored: Restored, path: str) -> Tensor | str:
-    try:
-        tensor: Tensor = restored.pipeline.image(images.load(Path(path)))
-    except ImageError as error:
-        return str(error)
-    return tensor
-
-
-def _rows(restored: Restored, paths: list[str], decoded: list[Tensor | str], topk: int) -> Iterator[Row]:
-    tensors = [item for item in decoded if isinstance(item, Tensor)]
-    ranked = iter(_ranked(restored, tensors, topk) if tensors else [])
-    for path, item in zip(paths, decoded, strict=True):
-        yield Row(path, error=item) if isinstance(item, str) else Row(path, next(ranked))
-
-
-def _ranked(restored: Restored, tensors: list[Tensor], topk: int) -> list[list[Prediction]]:
-    if len({tensor.shape for tensor in tensors}) > 1:  # the evaluation transforms fix no size: one by one
-        return [_ranked(restored, [tensor], topk)[0] for tensor in tensors]
-    with torch.inference_mode():
-        inputs = restored.pipeline.batch(torch.stack(tensors).to(restored.network.device))
-        probabilities = restored.network.images_to_logits(inputs).softmax(dim=1).cpu()
-    best = probabilities.topk(min(topk, len(restored.classes)), dim=1)
-    return [
-        [
-            Prediction(restored.classes[index], index, round(value, 6))
-            for value, index in zip(values, indices, strict=True)
-        ]
-        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
 
 
 def write_rows(rows: Iterable[Row], form: str, file: IO[str]) -> int:
@@ -132,9 +153,9 @@ def write_rows(rows: Iterable[Row], form: str, file: IO[str]) -> int:
 
 def _write_text(rows: Iterable[Row], file: IO[str]) -> None:
     for row in rows:
-        guesses = "  ".join(f"{guess.label} {guess.probability:.1%}" for guess in row.predictions)
+        guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
         # An image's error names its path already.
-        file.write(f"{row.path}  {guesses}\n" if row.error is None else f"error: {row.error}\n")
+        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {row.error}\n")
         file.flush()
 
 

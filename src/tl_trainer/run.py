@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tl_trainer.assembly import Parts, assemble, new_state, new_training
 from tl_trainer.checkpoint import Checkpoint
@@ -22,10 +25,13 @@ from tl_trainer.config.schema import expand
 from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
+from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import DataError, InputError
-from tl_trainer.evaluate import evaluate
+from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, write_text
+from tl_trainer.metrics import Scores, figures
+from tl_trainer.report import Evaluation, headline, write_report
 from tl_trainer.restore import restore
 from tl_trainer.resume import Resumption
 from tl_trainer.saver import Saver
@@ -36,6 +42,8 @@ from tl_trainer.train import fit
 log = logging.getLogger(__name__)
 
 IMAGES_SHOWN = 16
+IMAGES_EMBEDDED = 256
+THUMBNAIL = 48  # pixels
 SMALL_STEP = 50_000_000  # multiply-adds
 
 
@@ -56,25 +64,29 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     state = new_state(parts)
     template = _template(parts)
     _describe(parts, run_dir)
-    with StopRequest() as stop, contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
-        saver = Saver(run_dir, template, state, stop, images)
-        if resumption:
-            assert resumption.last.resume is not None
-            state.restore(resumption.last.trained, resumption.last.resume)
-            saver.adopt(resumption.best)
-        with _threads_for(parts):
+    with contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
+        with StopRequest() as stop, _threads_for(parts):
+            saver = Saver(run_dir, template, state, stop, images)
+            if resumption:
+                assert resumption.last.resume is not None
+                state.restore(resumption.last.trained, resumption.last.resume)
+                saver.adopt(resumption.best)
             fit(new_training(parts, state), tracker, saver)
-    assert saver.best is not None
-    parts.network.classifier.load_trained_state(saver.best.trained)
+        assert saver.best is not None
+        parts.network.classifier.load_trained_state(saver.best.trained)
+        scores = {"val": saver.best_scores or parts.evaluation("val")()}
+        if "test" in parts.dataset.splits:
+            scores["test"] = parts.evaluation("test")()
+        _log_outcome(parts, tracker, state.progress.best_epoch, scores)
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(run_dir / "best.pth"),
+        "report": str(_report(parts, run_dir, scores, saver.best)) if parts.config.output.report else None,
         "best_epoch": state.progress.best_epoch,
         "epochs": state.progress.epoch,
         "val": state.progress.best,
+        **({"test": asdict(figures(scores["test"]))} if "test" in scores else {}),
     }
-    if "test" in parts.dataset.splits:
-        result["test"] = asdict(parts.evaluation("test")())
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -113,8 +125,15 @@ def evaluate_checkpoint(
     device: str | None,
     batch_size: int | None,
     workers: int | str | None,
+    tta: str | None,
+    report: Path | None,
 ) -> dict[str, Any]:
-    """The figures of a checkpoint on a split (test where there is one, else val), as `tl-eval --json` prints them."""
+    """The figures of a checkpoint on a split (test where there is one, else val), as `tl-eval --json` prints them.
+
+    report: the folder to write the report into, if any. tta: the test-time augmentation, if any.
+    """
+    if report is not None:
+        make_folder(report, "--report")
     restored = restore(path, device)
     config, network = restored.loaded.config, restored.network
     data = config.data.model_copy(update={"root": data_dir} if data_dir else {})
@@ -128,16 +147,23 @@ def evaluate_checkpoint(
         except InputError as error:
             log.warning("%s; going on without the cache", error)
             network.extractor = None
-    feed = network.evaluation_feed(
-        dataset.split(split),
-        split,
-        restored.pipeline,
-        data.on_bad_image,
-        batch_size or config.train.batch_size,
-        worker_count(data.workers if workers is None else workers),
+    size, processes = batch_size or config.train.batch_size, worker_count(data.workers if workers is None else workers)
+    logits = []
+    for pipeline in tta_pipelines(restored.checkpoint.preprocessing, tta):
+        images = dataset.split(split)
+        feed = network.evaluation_feed(images, split, pipeline, data.on_bad_image, size, processes)
+        batches = bar(feed.batches.epoch(0, network.device), split, len(feed.batches))
+        logits.append(evaluate(feed.forward, batches).logits)
+    evaluation = Evaluation(
+        split, feed.split, Scores(averaged(logits), torch.tensor(list(feed.split.targets))), restored.checkpoint
     )
-    figures = evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), split, len(feed.batches)))
-    return {"split": split, **asdict(figures)}
+    measured = evaluation.measured()
+    result = headline(measured)
+    if report is not None:
+        about = {"name": restored.loaded.name, "checkpoint": str(path), "config": to_yaml(config)}
+        page = write_report(report, evaluation, measured, network.classifier, restored.pipeline, about)
+        result["report"] = str(page)
+    return result
 
 
 def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
@@ -159,6 +185,7 @@ def _template(parts: Parts) -> Checkpoint:
         epoch=0,
         metrics=None,
         val_names=list(parts.dataset.split("val").names) if parts.drawn else None,
+        val_images=fingerprint(parts.dataset.split("val")),
     )
 
 
@@ -182,13 +209,13 @@ def _describe(parts: Parts, run_dir: Path) -> None:
 
 def _tracker(parts: Parts, run_dir: Path, resumption: Resumption | None) -> Tracker:
     done = resumption.last.epoch if resumption else 0
-    tracker = Tracker(run_dir, tensorboard=parts.config.output.tensorboard, done=done)
+    tracker = Tracker(run_dir, parts.dataset.classes, tensorboard=parts.config.output.tensorboard, done=done)
     if not resumption and parts.config.output.tensorboard:
         stages = parts.network.classifier.trained
         graph = graph_of(parts.network.classifier.frozen, trained=False)
         graph += graph_of([*stages, ("head", parts.network.classifier.head)], trained=True)
         tracker.start(to_yaml(parts.config), graph)
-        sample = _sample(parts.dataset.split("train"))
+        sample = _sample(parts.dataset.split("train"), IMAGES_SHOWN)
         shown = ImageBatches(sample, parts.train_pipeline, batch_size=len(sample), workers=0, seed=parts.config.seed)
         batch = next(shown.epoch(0, torch.device("cpu")))
         captions = [parts.dataset.classes[label] for label in batch.targets.tolist()]
@@ -196,9 +223,48 @@ def _tracker(parts: Parts, run_dir: Path, resumption: Resumption | None) -> Trac
     return tracker
 
 
-def _sample(split: Split) -> Split:
+def _log_outcome(parts: Parts, tracker: Tracker, best_epoch: int, scores: dict[str, Scores]) -> None:
+    """Into TensorBoard: the best epoch's pictures, the final figures, and the features of some validation images."""
+    if not parts.config.output.tensorboard:
+        return
+    final = {f"final/{name}_{key}": value for name, found in scores.items()
+             for key, value in asdict(figures(found)).items() if key != "n"}  # fmt: skip
+    dumped = parts.config.model_dump(include={"seed", "transforms", "model", "train"})
+    tracker.finish(best_epoch, scores["val"], final, dict(_flat(dumped)))
+    sample = _sample(parts.dataset.split("val"), IMAGES_EMBEDDED)
+    features = parts.network.embed(sample, parts.eval_pipeline, parts.config.train.batch_size)
+    thumbnails = torch.stack([_square(sample.open(index)) for index in range(len(sample))])
+    tracker.embedding(features, [parts.dataset.classes[label] for label in sample.targets], thumbnails)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    """The leaves of a configuration with their dotted paths; what is no number, text or truth value as text."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, (str, float, int, bool)) else str(value)
+
+
+def _square(picture: Image.Image) -> Tensor:
+    pixels: Tensor = pil_to_tensor(ImageOps.fit(picture, (THUMBNAIL, THUMBNAIL)))
+    return pixels / 255
+
+
+def _report(parts: Parts, run_dir: Path, scores: dict[str, Scores], best: Checkpoint) -> Path:
+    """The report on the best checkpoint, on the split that tl-eval would take too."""
+    what = "test" if "test" in scores else "val"
+    evaluation = Evaluation(what, parts.dataset.split(what), scores[what], best)
+    about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
+    make_folder(run_dir / "report", "--output")
+    return write_report(
+        run_dir / "report", evaluation, evaluation.measured(), parts.network.classifier, parts.eval_pipeline, about
+    )
+
+
+def _sample(split: Split, number: int) -> Split:
     """Images spread evenly over the split, which is ordered by class."""
-    number = min(IMAGES_SHOWN, len(split))
+    number = min(number, len(split))
     return split.subset([index * len(split) // number for index in range(number)])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, optim
 
 from tl_trainer.checkpoint import Checkpoint, save
 from tl_trainer.errors import Interrupted, RunError
-from tl_trainer.metrics import Figures
+from tl_trainer.metrics import Figures, Scores, fit_temperature
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.optim import Schedule
 from tl_trainer.signals import StopRequest
@@ -95,6 +95,7 @@ class Saver:
         self.state = state
         self.stop = stop
         self.best: Checkpoint | None = None
+        self.best_scores: Scores | None = None  # of the validation split; None where an earlier session had the best
         self._best_on_disk = False
         self.images = images  # the fingerprint of the training images, which a resumed run must have too
         self._saved_at = time.monotonic()
@@ -108,11 +109,18 @@ class Saver:
         if time.monotonic() - self._saved_at > self._pause:
             self.save()
 
-    def improved(self) -> None:
-        """Keep the weights as they are now for best.pth."""
+    def improved(self, scores: Scores) -> None:
+        """Keep the weights as they are now for best.pth, with the temperature that suits their validation scores."""
         progress = self.state.progress
         trained = {key: value.detach().cpu().clone() for key, value in self.state.classifier.trained_state().items()}
-        self.best = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best)
+        self.best = replace(
+            self.template,
+            trained=trained,
+            epoch=progress.epoch,
+            metrics=progress.best,
+            temperature=fit_temperature(scores),
+        )
+        self.best_scores = scores
         self._best_on_disk = False
 
     def adopt(self, best: Checkpoint | None) -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
+import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from tl_trainer.metrics import Figures
+from tl_trainer.errors import printable
+from tl_trainer.metrics import Figures, Scores, measure, probabilities, reliability
+from tl_trainer.plots import confusion_figure, png, reliability_figure
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +29,18 @@ Graph = list[tuple[str, str, bool]]
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
 CAPTION_HEIGHT = 14
 GAP = 4
+SECONDS_BETWEEN_DRAWINGS = 10.0  # an epoch on cached features takes less than a picture of its figures
+CURVES = 100  # classes up to which each has its own F1 and precision-recall curves
+PROJECTOR = "projector"  # the folder that add_embedding makes, which it names after a step
+COMPONENTS = 128  # of the features, for the projector, whose own methods reduce them further
 
 
-def bar(items: Iterable[Item], description: str, total: int, *, start: int = 0) -> Iterable[Item]:
+def bar(
+    items: Iterable[Item], description: str, total: int | None = None, *, start: int = 0, unit: str = "batch"
+) -> Iterable[Item]:
     """A progress bar on stderr; nothing where stderr is no terminal or --quiet was given."""
     quiet = not log.isEnabledFor(logging.INFO)
-    return tqdm(items, description, total, initial=start, leave=False, unit="batch", disable=True if quiet else None)
+    return tqdm(items, description, total, initial=start, leave=False, unit=unit, disable=True if quiet else None)
 
 
 class Tracker:
@@ -36,8 +49,10 @@ class Tracker:
     Rows and points of epochs after `done` are dropped: a run that was killed will train and log these again.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, done: int = 0) -> None:
+    def __init__(self, run_dir: Path, classes: Sequence[str], *, tensorboard: bool, done: int = 0) -> None:
         self.path = run_dir / "metrics.csv"
+        self.classes = classes
+        self._drawn_at, self._drawn_epoch = float("-inf"), 0
         rows = _rows(self.path)[:done]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
@@ -73,6 +88,60 @@ class Tracker:
             "epoch %*d/%d  train loss %.4f  val loss %.4f  top-1 %5.1f%%  top-5 %5.1f%%  lr %.2g  %.1f s",
             len(str(epochs)), epoch, epochs, train_loss, val.loss, 100 * val.top1, 100 * val.top5, lr, seconds,
         )  # fmt: skip
+
+    def improved(self, epoch: int, scores: Scores) -> None:
+        """Log what is worth knowing of the best epoch so far: F1 of each class, and from time to time pictures."""
+        if self.writer is None:
+            return
+        if len(self.classes) <= CURVES:
+            for row in measure(scores, self.classes, None, None)["per_class"]:
+                if row["f1"] is not None:
+                    self.writer.add_scalar(f"f1/{row['class']}", row["f1"], epoch)
+        if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
+            self._draw(epoch, scores)
+
+    def finish(
+        self, best_epoch: int, scores: Scores, figures: dict[str, float], settings: dict[str, str | float | bool]
+    ) -> None:
+        """Log the pictures of the best epoch, unless they are there, and the final figures beside the settings."""
+        if self.writer is None:
+            return
+        if self._drawn_epoch != best_epoch:
+            self._draw(best_epoch, scores)
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
+            self.writer._get_file_writer().add_summary(summary)
+        for tag, value in figures.items():
+            self.writer.add_scalar(tag, value, best_epoch)
+
+    def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
+        """Log features for the projector. features: (N, D); thumbnails: (N, 3, S, S) in [0, 1]."""
+        if self.writer is None:
+            return
+        features = features.flatten(1).float()
+        rank = min(COMPONENTS, *features.shape)
+        centred = features - features.mean(dim=0)
+        components = torch.linalg.svd(centred, full_matrices=False).Vh[:rank]
+        folder = Path(self.writer.log_dir)
+        shutil.rmtree(folder / PROJECTOR, ignore_errors=True)  # of before a resume
+        (folder / "projector_config.pbtxt").unlink(missing_ok=True)
+        names = [printable(label) for label in labels]
+        self.writer.add_embedding(centred @ components.T, names, thumbnails, PROJECTOR, "features")
+
+    def _draw(self, epoch: int, scores: Scores) -> None:
+        measured = measure(scores, self.classes, None, None)
+        self._figure("val/confusion_matrix", confusion_figure(measured["confusion_matrix"], self.classes), epoch)
+        self._figure("val/reliability", reliability_figure({"as trained": reliability(scores, None)}), epoch)
+        if len(self.classes) <= CURVES:
+            shares, labels = probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
+            for index, name in enumerate(self.classes):
+                self.writer.add_pr_curve(f"precision_recall/{name}", labels[:, index], shares[:, index], epoch)
+        self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
+
+    def _figure(self, tag: str, figure: Any, epoch: int) -> None:
+        picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
+        self.writer.add_image(tag, functional.pil_to_tensor(picture), epoch)
 
     def close(self) -> None:
         """Flush the event file."""

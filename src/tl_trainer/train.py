@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tl_trainer.errors import RunError
-from tl_trainer.metrics import Figures
+from tl_trainer.metrics import Scores, figures
 from tl_trainer.network import Feed
 from tl_trainer.saver import Saver, State
 from tl_trainer.tracking import Tracker, bar
@@ -23,7 +23,7 @@ class Training:
 
     state: State
     feed: Feed
-    validate: Callable[[], Figures]
+    validate: Callable[[], Scores]
     criterion: nn.Module
     device: torch.device
     epochs: int
@@ -60,13 +60,16 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             progress.images += len(batch.targets)
             progress.seconds = time.perf_counter() - started
             saver.tick()
-        figures = training.validate()
-        if not math.isfinite(figures.loss):
-            raise RunError(f"the validation loss is {figures.loss} after {name}; lower the rate with --lr")
+        scores = training.validate()
+        val = figures(scores)
+        if not math.isfinite(val.loss):
+            raise RunError(f"the validation loss is {val.loss} after {name}; lower the rate with --lr")
         saver.tick()
-        state.schedule.epoch_ended(figures.loss)
+        state.schedule.epoch_ended(val.loss)
         loss_mean, images, seconds = progress.loss / progress.images, progress.images, progress.seconds
-        if progress.epoch_ended(figures):
-            saver.improved()
-        tracker.epoch(progress.epoch, training.epochs, loss_mean, figures, lr, seconds, images)
+        improved = progress.epoch_ended(val)
+        tracker.epoch(progress.epoch, training.epochs, loss_mean, val, lr, seconds, images)
+        if improved:
+            saver.improved(scores)
+            tracker.improved(progress.epoch, scores)
     saver.finish()

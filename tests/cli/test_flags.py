@@ -34,9 +34,13 @@ FLAGS = {
         "overrides",
     ],
     "eval": [
-        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--split", "--workers", "-b", "-j",
+        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--report", "--split", "--tta",
+        "--workers", "-b", "-j",
     ],
-    "predict": ["--batch-size", "--checkpoint", "--device", "--format", "--output", "--topk", "-b", "paths"],
+    "predict": [
+        "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",
+        "paths",
+    ],
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ KEYS = """
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights
-    output.dir output.tensorboard
+    output.dir output.tensorboard output.report
 """
 
 
@@ -98,6 +98,7 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.loss.class_weights", ["none", "balanced"], ["None", None]),
         ("train.precision", ["auto", "fp32", "bf16", "fp16"], ["fp64"]),
         ("output.tensorboard", [True, False], ["off", 0]),
+        ("output.report", [True, False], ["off", 0]),
         ("output.dir", ["."], [1, None]),
     ],
 )
@@ -194,7 +195,7 @@ CONFIGURATIONS = some(
         | st.fixed_dictionaries({"name": st.just("sgd"), "momentum": FRACTIONS, "nesterov": st.booleans()}),
         schedule=some(name=st.sampled_from(get_args(ScheduleName)), warmup_epochs=FRACTIONS),
     ),
-    output=some(dir=WORDS, tensorboard=st.booleans()),
+    output=some(dir=WORDS, tensorboard=st.booleans(), report=st.booleans()),
 )
 
 

@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from tl_trainer.cli.main import new_parser, positive, run_command, worker_setting
+from tl_trainer.cli.main import TTA, new_parser, positive, run_command, worker_setting
 
 EPILOG = """\
 examples:
   tl-eval --checkpoint runs/flowers102-1/best.pth
   tl-eval --checkpoint best.pth --data-dir new-photos --split all --json
+  tl-eval --checkpoint best.pth --tta flip --report report
 """
 
 
@@ -27,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, metavar="N", help="images at a time (default: as trained)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
+    add("--tta", choices=TTA, help="test-time augmentation: the mean over mirror images, crops, or both")
+    add("--report", metavar="DIR", help="write a page with pictures (report.html) and files of all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -40,13 +44,27 @@ def _eval(args: argparse.Namespace) -> int:
     from tl_trainer.run import evaluate_checkpoint
 
     result = evaluate_checkpoint(
-        Path(args.checkpoint), args.data_dir, args.split, args.device, args.batch_size, args.workers
+        Path(args.checkpoint),
+        args.data_dir,
+        args.split,
+        args.device,
+        args.batch_size,
+        args.workers,
+        args.tta,
+        Path(args.report) if args.report else None,
     )
-    if args.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    else:
-        sys.stdout.write(
-            f"{result['split']}: top-1 {result['top1']:.1%}  top-5 {result['top5']:.1%}  "
-            f"loss {result['loss']:.4f}  ({result['n']} images)\n"
-        )
+    sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0
+
+
+def _summary(result: dict[str, Any]) -> str:
+    low, high = result["top1_interval"]
+    calibration = result["calibration"]["after"] or result["calibration"]["before"]
+    lines = [
+        f"{result['split']}: top-1 {result['top1']:.1%} ({low:.1%} to {high:.1%})  top-5 {result['top5']:.1%}  "
+        f"loss {result['loss']:.4f}  ({result['n']} images)",
+        f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}  "
+        f"calibration error {calibration['ece']:.1%}",
+    ]
+    lines += [f"report: {result['report']}"] if "report" in result else []
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from importlib import metadata
 from tl_trainer import __version__
 from tl_trainer.errors import InputError, TrainerError
 
+TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 Command = Callable[[argparse.Namespace], int]
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import new_parser, run_command
+from tl_trainer.cli.main import TTA, new_parser, run_command
 from tl_trainer.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 EPILOG = """\
 examples:
   tl-predict photo.jpg
+  tl-predict photo.jpg --explain evidence
   tl-predict holiday/ 'more/*.png' --checkpoint runs/flowers102-1/best.pth --topk 3
   find . -name '*.jpg' | tl-predict - --format jsonl --output labels.jsonl
 """
@@ -29,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="FILE", help="default: $TL_CHECKPOINT, else best.pth of the newest run under ./runs")
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
+    add("--tta", choices=TTA, help="test-time augmentation: the mean over mirror images, crops, or both")
+    add("--explain", metavar="DIR", help="write a picture per image into DIR: the evidence for its class (Grad-CAM)")
     add("--output", metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
@@ -45,10 +48,21 @@ def _predict(args: argparse.Namespace) -> int:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be 1 or more")
     path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
-    from tl_trainer.predict import expand_inputs, predict, write_rows
+    from tl_trainer.data.transforms import tta_pipelines
+    from tl_trainer.files import make_folder
+    from tl_trainer.predict import Predictor, expand_inputs, write_rows
     from tl_trainer.restore import restore
+    from tl_trainer.tracking import bar
 
-    rows = predict(restore(path, args.device), expand_inputs(args.paths, sys.stdin), args.topk, args.batch_size)
+    explanations = Path(args.explain) if args.explain else None
+    if explanations is not None:
+        make_folder(explanations, "--explain")
+    restored = restore(path, args.device)
+    pipelines = tta_pipelines(restored.checkpoint.preprocessing, args.tta)
+    predictor = Predictor(restored, args.topk, pipelines, explanations)
+    rows = predictor.rows(expand_inputs(args.paths, sys.stdin), args.batch_size)
+    if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
+        rows = iter(bar(rows, "images", unit="img"))
     if args.output is None:
         failed = write_rows(rows, args.format, sys.stdout)
     else:

@@ -111,4 +111,5 @@ def _report(result: dict[str, Any]) -> str:
                 f"loss {figures['loss']:.4f}  ({figures['n']} images)"
             )
     lines.append(f"checkpoint: {result['checkpoint']}")
+    lines += [f"report: {result['report']}"] if result["report"] else []
     return "\n".join(lines) + "\n"

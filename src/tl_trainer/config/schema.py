@@ -202,6 +202,7 @@ class TrainSection(Section):
 class OutputSection(Section):
     dir: str = Field("runs", description="The folder in which each run gets its own folder.")
     tensorboard: bool = Field(True, description="Whether to write TensorBoard event files into the run folder.")
+    report: bool = Field(True, description="Whether to write a report on the best checkpoint when the run has ended.")
 
 
 class Config(Section):

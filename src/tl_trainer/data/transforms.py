@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from tl_trainer.errors import SettingError, unknown
+from tl_trainer.errors import InputError, SettingError, unknown
 
 Step = tuple[str, Any]
 PlainSteps = list[dict[str, Any]]
@@ -34,7 +34,7 @@ TRANSFORMS: dict[str, type[v2.Transform]] = {
 }
 _DETERMINISTIC = {
     "CenterCrop", "ConvertImageDtype", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad",
-    "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor",
+    "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor", "CropOfFive",
 }  # fmt: skip
 _CONTAINERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}
 _TO_TENSOR = {"ToImage", "PILToTensor"}
@@ -42,6 +42,7 @@ _TO_FLOAT = {"ToDtype", "ConvertImageDtype"}
 _NEED_FLOAT = {"Normalize", "GaussianNoise", "LinearTransformation"}
 _NEED_TENSOR = _NEED_FLOAT | _TO_FLOAT | {"RandomErasing", "ToPureTensor"}
 _FLOAT: Step = ("ToDtype", {"dtype": "float32", "scale": True})
+_FLIP: Step = ("RandomHorizontalFlip", {"p": 1.0})  # always: nothing is random about it
 # What ToTensor, the familiar name of torchvision's first transforms, stands for.
 _TENSOR: list[Step] = [("ToImage", None), _FLOAT]
 
@@ -73,7 +74,7 @@ class Pipeline:
         self.image: Callable[[Image.Image], Tensor] = v2.Compose(built[:split])
         self.batch: Callable[[Tensor], Tensor] = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
         self.mean, self.std = _normalisation(named)
-        self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
+        self.deterministic = all(name in _DETERMINISTIC or (name, arguments) == _FLIP for name, arguments in named)
 
     def draw(self, picture: Image.Image, seed: int) -> Tensor:
         """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""
@@ -100,6 +101,48 @@ def spell_out(items: str | Sequence[Any], preprocessing: Preprocessing, *, train
     normalise = ("Normalize", {"mean": list(preprocessing.mean), "std": list(preprocessing.std)})
     _insert_if_missing(steps, normalise, {"Normalize"}, before=set())
     return [{name: arguments} for name, arguments in steps]
+
+
+def tta_pipelines(steps: PlainSteps, tta: str | None) -> list[Pipeline]:
+    """The pipelines over whose probabilities test-time augmentation takes the mean, each of them deterministic.
+
+    flip: the image and its mirror image. fivecrop: the corners and the centre of what CenterCrop cuts from. tencrop:
+    those and their mirror images. None: the pipeline alone. Raises InputError where there is no CenterCrop.
+    """
+    variants = [steps]
+    if tta in ("fivecrop", "tencrop"):
+        names = [name for name, _ in map(_named, steps)]
+        if "CenterCrop" not in names:
+            raise InputError(
+                f"--tta {tta} needs a CenterCrop in the preprocessing, which is {', '.join(names)}; use --tta flip"
+            )
+        place = names.index("CenterCrop")
+        size = steps[place]["CenterCrop"]
+        size = size["size"] if isinstance(size, dict) else size
+        crops = [{"CropOfFive": {"size": size, "index": index}} for index in range(5)]
+        variants = [[*steps[:place], crop, *steps[place + 1 :]] for crop in crops]
+    if tta in ("flip", "tencrop"):
+        variants += [_mirrored(variant) for variant in variants]
+    return [Pipeline(variant, "preprocessing") for variant in variants]
+
+
+class CropOfFive(v2.FiveCrop):  # type: ignore[misc]
+    """One of FiveCrop's: top left, top right, bottom left, bottom right, centre. Pads like CenterCrop where it must."""
+
+    def __init__(self, size: Any, index: int) -> None:
+        super().__init__(size)
+        self.index = index
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = v2.functional.get_size(inpt)
+        room = [max(height, self.size[0]), max(width, self.size[1])]
+        return super().transform(v2.functional.center_crop(inpt, room), params)[self.index]
+
+
+def _mirrored(steps: PlainSteps) -> PlainSteps:
+    """The steps with a flip before the image becomes a tensor."""
+    place = next(index for index, (name, _) in enumerate(map(_named, steps)) if name in _TO_TENSOR)
+    return [*steps[:place], dict([_FLIP]), *steps[place:]]
 
 
 def check(items: str | Sequence[Any], key: str) -> None:
@@ -150,9 +193,9 @@ def _build(name: str, arguments: Any, key: str) -> v2.Transform:
         if arguments is not None:
             raise SettingError(key, f"ToTensor takes no arguments, not {arguments!r}")
         return v2.Compose([_build(*step, key) for step in _TENSOR])
-    if name not in TRANSFORMS:
+    if name not in TRANSFORMS and name != CropOfFive.__name__:
         raise SettingError(key, unknown("transform", name, [*TRANSFORMS, "ToTensor"]))
-    cls = TRANSFORMS[name]
+    cls = TRANSFORMS.get(name, CropOfFive)
     try:
         positional, named = _arguments(cls, name, arguments, key)
         inspect.signature(cls).bind(*positional, **named)

@@ -1,0 +1,79 @@
+"""Where the evidence for a class is in an image: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import InputError
+from tl_trainer.models.classifier import Classifier
+
+OPACITY = 0.65
+GAP = 6
+
+
+class GradCam:
+    """Heat maps of the last stage of the classifier's chain whose output has a height and a width.
+
+    Raises InputError, when the first image comes, where there is no such stage.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier.eval()
+        self.stages = [stage.module for stage in [*classifier.frozen, *classifier.trained]]
+        self._cut: int | None = None
+
+    def heat(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Heat in [0, 1], (N, H, W), for the class of each target; zero everywhere where nothing speaks for it.
+
+        images: (N, 3, H, W) as the network takes them, on its device.
+        """
+        from captum.attr import LayerAttribution, LayerGradCam
+
+        with torch.no_grad():
+            if self._cut is None:
+                self._cut = _last_spatial(self.stages, images[:1])
+            activations = nn.Sequential(*self.stages[: self._cut])(images)
+        # The gradient is only needed from here on; the identity is the layer whose output captum looks at.
+        rest = nn.Sequential(nn.Identity(), *self.stages[self._cut :], nn.Flatten(), self.classifier.head)
+        activations.requires_grad_()
+        heat: Tensor = LayerGradCam(rest, rest[0]).attribute(activations, target=targets, relu_attributions=True)
+        large: Tensor = LayerAttribution.interpolate(heat.detach(), tuple(images.shape[-2:]), "bilinear")
+        heat = large[:, 0]
+        return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+
+    def picture(self, pipeline: Pipeline, tensor: Tensor, target: int) -> Image.Image:
+        """An image as the network sees it, and beside it the same under the heat of class `target`.
+
+        tensor: (3, H, W) as `pipeline.image` gives it.
+        """
+        device = next(self.classifier.parameters()).device
+        inputs = pipeline.batch(tensor[None].to(device))
+        heat = self.heat(inputs, torch.tensor([target], device=device))
+        return overlay(pipeline.denormalise(inputs)[0], heat[0])
+
+
+def overlay(picture: Tensor, heat: Tensor) -> Image.Image:
+    """The picture, and beside it the same under its heat. picture: (3, H, W) in [0, 1]; heat: (H, W) in [0, 1]."""
+    from matplotlib import colormaps
+
+    picture, heat = picture.cpu(), heat.cpu()
+    colours = torch.from_numpy(colormaps["turbo"](heat.numpy())[..., :3]).permute(2, 0, 1).float()
+    covered = picture * (1 - OPACITY * heat) + colours * OPACITY * heat
+    gap = torch.ones(3, picture.shape[1], GAP)
+    return functional.to_pil_image(torch.cat([picture, gap, covered], dim=2))  # type: ignore[no-any-return]
+
+
+def _last_spatial(stages: list[nn.Module], image: Tensor) -> int:
+    """How many stages lead to the last output with a height and a width."""
+    found = 0
+    for number, stage in enumerate(stages, start=1):
+        image = stage(image)
+        if image.dim() == 4 and max(image.shape[2:]) > 1:
+            found = number
+    if not found:
+        raise InputError("Grad-CAM needs a stage with a height and a width, and this backbone's chain has none")
+    return found

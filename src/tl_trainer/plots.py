@@ -1,0 +1,78 @@
+"""The pictures of an evaluation, for the report and for TensorBoard: confusion matrix and reliability diagram."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tl_trainer.errors import printable
+from tl_trainer.metrics import BINS, Reliability
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUMBERED = 20  # classes up to which every cell shows its count
+NAMED = 200  # classes up to which the axes show names
+LONGEST_NAME = 24
+
+
+def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Counts with a row per label and a column per predicted class, coloured by their share of the row."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    counts, number = np.array(matrix), len(classes)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = max(3.2, min(0.55 * number, 7) if number <= NUMBERED else min(0.155 * number, 30))
+    figure = Figure(figsize=(side + 2.2, side + 1.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="label")
+    if number <= NAMED:
+        names = [_short(name) for name in classes]
+        size = 9 if number <= NUMBERED else 6.5
+        axes.set_xticks(range(number), names, rotation=90 if number > 3 else 0, fontsize=size, parse_math=False)
+        axes.set_yticks(range(number), names, fontsize=size, parse_math=False)
+    if number <= NUMBERED:
+        for row, column in np.ndindex(counts.shape):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of the label's images")
+    return figure
+
+
+def reliability_figure(curves: dict[str, Reliability]) -> Figure:
+    """Accuracy against confidence for each of the named curves, and how many images are in each bin of the last."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    upper.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="confidence = accuracy")
+    for name, curve in curves.items():
+        filled = curve.images > 0
+        confidence, accuracy = curve.confidence[filled].numpy(), curve.accuracy[filled].numpy()
+        upper.plot(confidence, accuracy, marker="o", markersize=4, label=name)
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    upper.legend(loc="upper left", fontsize=8)
+    *_, last = curves.values()
+    lower.bar((np.arange(BINS) + 0.5) / BINS, last.images.numpy(), width=0.9 / BINS, color="tab:grey")
+    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    return figure
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as a PNG file. A character that no font has is drawn as a box, without a warning for each."""
+    import warnings
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

@@ -1,0 +1,203 @@
+"""`--report`: the figures of an evaluation as files to read by machine, and as one page to look at."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+from tl_trainer.checkpoint import Checkpoint, library_versions
+from tl_trainer.data.dataset import Split, fingerprint
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import InputError, printable
+from tl_trainer.explain import GradCam
+from tl_trainer.files import write_atomically, write_text
+from tl_trainer.metrics import Scores, measure, probabilities, ranked, reliability
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.plots import confusion_figure, png, reliability_figure
+
+MISTAKES = 12
+PAIRS = 6
+EXAMPLES = 4
+SIDE = 224  # pixels of the longer side of an example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a checkpoint on a split, `what` being the split's name."""
+
+    what: str
+    split: Split
+    scores: Scores
+    checkpoint: Checkpoint
+
+    def measured(self) -> dict[str, Any]:
+        """All figures, as metrics.json has them."""
+        temperature = self.checkpoint.temperature
+        withheld = None
+        if temperature is None:
+            withheld = "this checkpoint has no temperature; best.pth has"
+        elif fingerprint(self.split) == self.checkpoint.val_images:
+            withheld = "the temperature was fitted on these images, so only others can tell what it does"
+        return {"split": self.what, **measure(self.scores, self.checkpoint.classes, temperature, withheld)}
+
+
+def headline(measured: dict[str, Any]) -> dict[str, Any]:
+    """The figures without those that have a row per class."""
+    return {key: value for key, value in measured.items() if key not in ("per_class", "confusion_matrix", "undefined")}
+
+
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    measured: dict[str, Any],
+    classifier: Classifier,
+    pipeline: Pipeline,
+    about: dict[str, str],
+) -> Path:
+    """Write every file of the report into `folder`; the path of its page.
+
+    about: what the page tells of its origin, with the configuration as YAML under `config`.
+    """
+    curves = {"as trained": reliability(evaluation.scores, None)}
+    if measured["calibration"]["after"] is not None:
+        curves["with temperature"] = reliability(evaluation.scores, evaluation.checkpoint.temperature)
+    pictures = {
+        "confusion_matrix.png": png(confusion_figure(measured["confusion_matrix"], evaluation.checkpoint.classes)),
+        "reliability.png": png(reliability_figure(curves)),
+    }
+    predictions = _Predictions(evaluation)
+    write_text(folder / "metrics.json", json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "per_class.csv", _table(measured["per_class"][0], (r.values() for r in measured["per_class"])))
+    write_text(folder / "predictions.csv", _table(predictions.columns(), predictions.rows()))
+    for name, data in pictures.items():
+        write_atomically(folder / name, partial(_write, data))
+    page = _template().render(
+        measured=measured,
+        pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
+        pairs=list(_pair_examples(evaluation, predictions, measured)),
+        mistakes=_mistakes(evaluation, predictions, classifier, pipeline),
+        about=about,
+        versions=library_versions(),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+class _Predictions:
+    """The best classes of each image, their probabilities, and which of the images are wrong, surest first."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.best = ranked(evaluation.scores.logits, 5)
+        self.probability = probabilities(evaluation.scores.logits, evaluation.checkpoint.temperature).gather(
+            1, self.best
+        )
+        targets = evaluation.scores.targets
+        order = self.probability[:, 0].sort(descending=True, stable=True).indices
+        self.wrong: list[int] = order[self.best[order, 0] != targets[order]].tolist()
+
+    def columns(self) -> list[str]:
+        """The header of predictions.csv."""
+        more = [f"{name}_{rank}" for rank in range(2, self.best.shape[1] + 1) for name in ("class", "probability")]
+        return ["path", "label", "predicted", "probability", *more]
+
+    def rows(self) -> Iterator[list[Any]]:
+        """The rows of predictions.csv, in the split's order."""
+        names, split = self.evaluation.checkpoint.classes, self.evaluation.split
+        for name, label, best, shares in zip(
+            split.names, split.targets, self.best.tolist(), self.probability.tolist(), strict=True
+        ):
+            guesses = [cell for index, share in zip(best, shares, strict=True) for cell in (names[index], _six(share))]
+            yield [name, names[label], *guesses]
+
+    def caption(self, index: int) -> dict[str, str]:
+        """What is written below an example."""
+        names, split = self.evaluation.checkpoint.classes, self.evaluation.split
+        return {
+            "path": printable(split.names[index]),
+            "label": printable(names[split.targets[index]]),
+            "predicted": printable(names[int(self.best[index, 0])]),
+            "probability": f"{float(self.probability[index, 0]):.1%}",
+        }
+
+
+def _pair_examples(
+    evaluation: Evaluation, predictions: _Predictions, measured: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The most-confused pairs, each with photographs that were taken for the other class."""
+    index = {name: number for number, name in enumerate(evaluation.checkpoint.classes)}
+    for pair in measured["most_confused"][:PAIRS]:
+        cell = index[pair["label"]], index[pair["predicted"]]
+        examples = [
+            image
+            for image in predictions.wrong
+            if (evaluation.split.targets[image], int(predictions.best[image, 0])) == cell
+        ][:EXAMPLES]
+        pictures = [{"image": _thumbnail(evaluation.split.open(i)), **predictions.caption(i)} for i in examples]
+        yield {**pair, "examples": pictures}
+
+
+def _mistakes(
+    evaluation: Evaluation, predictions: _Predictions, classifier: Classifier, pipeline: Pipeline
+) -> list[dict[str, str]]:
+    """The mistakes that the classifier is surest of, as it saw them, each beside the evidence for what it said."""
+    cam, shown = GradCam(classifier), []
+    for index in predictions.wrong[:MISTAKES]:
+        tensor = pipeline.image(evaluation.split.open(index))
+        try:
+            picture = cam.picture(pipeline, tensor, int(predictions.best[index, 0]))
+        except InputError:  # a backbone without a spatial stage; the page says what a single picture means
+            picture = functional.to_pil_image(pipeline.denormalise(pipeline.batch(tensor[None]))[0])
+        shown.append({"image": _thumbnail(picture, 2 * SIDE), **predictions.caption(index)})
+    return shown
+
+
+def _write(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([list(header), *(list(row) for row in rows)])
+    return table.getvalue()
+
+
+def _six(share: float) -> float:
+    return round(share, 6)
+
+
+def _thumbnail(picture: Image.Image, side: int = SIDE) -> str:
+    picture = picture.copy()
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return _data_uri(buffer.getvalue(), "jpeg")
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tl_trainer", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(percent=_percent, printable=printable)
+    return environment.get_template("report.html")
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}%"

@@ -1,0 +1,301 @@
+"""The report: every file it writes, at 3 and at 102 classes and on degenerate splits; the page, in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from conftest import COLOURS, Run, draw_split, last_json
+from test_end_to_end import SMALL
+from tl_trainer.restore import restore
+
+FILES = {
+    "confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv", "reliability.png", "report.html",
+}  # fmt: skip
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in (Debian's package: chromium)")
+MANY = {f"sort {index:03}": (40 + 2 * index, 255 - 2 * index, (37 * index) % 256) for index in range(102)}
+
+
+BARELY = ("train.epochs=1", "train.optimizer.lr=0.0001")  # so that there are mistakes
+
+
+def trained(tl: Run, data: Path, *more: str) -> dict[str, Any]:
+    return last_json(tl("train", "--data-dir", data, "--epochs", 3, "--json", *SMALL, *more))
+
+
+def evaluated(tl: Run, *more: object) -> dict[str, Any]:
+    arguments = ["--checkpoint", "runs/run-1/best.pth", "--report", "report", "--json"]
+    return last_json(tl("eval", *arguments, *more))
+
+
+def size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def in_browser(page: Path, script: str, folder: Path, width: int = 1200) -> dict[str, Any]:
+    """What `script`, run in the page when everything has loaded, puts into the object `found`."""
+    assert CHROMIUM is not None
+    wait = f"addEventListener('load', () => {{ const found = {{}}; {script}; document.title = JSON.stringify(found) }})"
+    copy = folder / "page.html"
+    copy.write_text(page.read_text(encoding="utf-8") + f"<script>{wait}</script>", encoding="utf-8")
+    words = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000",
+        "--dump-dom", copy.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
+    assert title is not None, done.stderr
+    result: dict[str, Any] = json.loads(title.group(1).replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    return result
+
+
+def test_tl_train_writes_a_report_on_its_best_checkpoint(tl: Run, colours: Path) -> None:
+    result = trained(tl, colours, "output.report=true")
+    page = Path(result["report"])
+    assert page == Path("runs/run-1/report/report.html")
+    assert {path.name for path in page.parent.iterdir()} == FILES
+    found = json.loads((page.parent / "metrics.json").read_text())
+    assert {key: found[key] for key in result["val"]} == result["val"]
+    assert found["split"] == "val"
+    assert found["calibration"]["after"] is None
+    assert "fitted on these images" in found["undefined"]["calibration.after"]
+    assert found["calibration"]["temperature"] > 0
+
+
+def test_the_report_of_tl_eval_is_that_of_tl_train(tl: Run, colours: Path) -> None:
+    draw_split(colours / "test", 3)
+    trained(tl, colours, "output.report=true")
+    result = evaluated(tl)
+    assert result["split"] == "test"
+    assert result["report"] == "report/report.html"
+    for name in FILES - {"report.html"}:
+        assert (Path("report") / name).read_bytes() == (Path("runs/run-1/report") / name).read_bytes(), name
+
+
+def test_without_a_report_there_is_none(tl: Run, colours: Path) -> None:
+    assert trained(tl, colours)["report"] is None
+    assert not Path("runs/run-1/report").exists()
+
+
+def test_every_file_says_the_same(tl: Run, colours: Path) -> None:
+    draw_split(colours / "test", 6)
+    trained(tl, colours, *BARELY)
+    result = evaluated(tl)
+    found = json.loads(Path("report/metrics.json").read_text())
+    assert {key: found[key] for key in result if key != "report"} == {k: v for k, v in result.items() if k != "report"}
+    rows, per_class = table(Path("report/predictions.csv")), table(Path("report/per_class.csv"))
+    assert len(rows) == found["n"] == 18
+    assert sum(row["label"] == row["predicted"] for row in rows) / 18 == found["top1"]
+    assert [row["class"] for row in per_class] == ["blue", "green", "red"]
+    matrix = [[0] * 3 for _ in range(3)]
+    for row in rows:
+        matrix[sorted(COLOURS).index(row["label"])][sorted(COLOURS).index(row["predicted"])] += 1
+        assert float(row["probability"]) >= float(row["probability_2"]) >= float(row["probability_3"])
+        assert sum(float(row[key]) for key in ("probability", "probability_2", "probability_3")) == pytest.approx(
+            1, abs=3e-6
+        )
+    assert matrix == found["confusion_matrix"]
+    assert [int(row["support"]) for row in per_class] == [sum(row) for row in matrix]
+    assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+
+
+def test_the_probabilities_are_those_of_tl_predict(tl: Run, colours: Path) -> None:
+    draw_split(colours / "test", 2)
+    trained(tl, colours)
+    evaluated(tl)
+    rows = table(Path("report/predictions.csv"))
+    done = tl("predict", colours / "test", "--checkpoint", "runs/run-1/best.pth", "--format", "jsonl")
+    predicted = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["path"].endswith(found["path"]) for row, found in zip(predicted, rows, strict=True)] == [True] * 6
+    for row, found in zip(predicted, rows, strict=True):
+        first = row["predictions"][0]
+        assert first["label"] == found["predicted"]
+        assert first["probability"] == pytest.approx(float(found["probability"]), abs=2e-3)
+
+
+def test_an_over_confident_head_is_calibrated_and_ranks_as_before(tl: Run, tmp_path: Path) -> None:
+    noisy = {"one": (120, 120, 120), "two": (126, 126, 126)}
+    for split in ("train", "val", "test"):
+        draw_split(tmp_path / "noisy" / split, 30, classes=noisy)
+    trained(tl, tmp_path / "noisy", "train.epochs=30", "train.optimizer.lr=0.5")
+    result = evaluated(tl)
+    before, after = result["calibration"]["before"], result["calibration"]["after"]
+    assert result["calibration"]["temperature"] > 1
+    assert after["ece"] < before["ece"]
+    rows = table(Path("report/predictions.csv"))
+    assert sum(row["label"] == row["predicted"] for row in rows) / len(rows) == result["top1"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_split_of_one_class_or_one_image_has_null_figures_with_a_reason(tl: Run, tmp_path: Path, count: int) -> None:
+    rows = [(f"{split}/{name}/{index:02}.jpg", name, split) for split in ("train", "val") for name in COLOURS
+            for index in range(4)]  # fmt: skip
+    rows += [(f"test/red/{index:02}.jpg", "red", "test") for index in range(count)]
+    for split in ("train", "val", "test"):
+        draw_split(tmp_path / "data" / split, 4)
+    lines = ["id,label,split", *(",".join(row) for row in rows)]
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(lines) + "\n")
+    trained(tl, tmp_path / "data", "data.source=csv", "data.csv.split_column=split")
+    result = evaluated(tl)
+    assert (result["split"], result["n"]) == ("test", count)
+    found = json.loads(Path("report/metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [row["recall"] is None for row in found["per_class"]] == [True, True, False]
+    assert set(found["undefined"]) == {"per_class blue", "per_class green"}
+    page = Path("report/report.html").read_text()
+    assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page), re.IGNORECASE)
+
+
+def test_names_cannot_become_markup_or_move_the_cursor(tl: Run, tmp_path: Path) -> None:
+    nasty = {"<b>x<i>": (200, 30, 30), "$a_b$ & co": (30, 200, 30), "esc\x1b[31m\u202e": (30, 30, 200)}
+    for split in ("train", "val", "test"):
+        draw_split(tmp_path / "data" / split, 3, classes=nasty)
+    trained(tl, tmp_path / "data", *BARELY)
+    evaluated(tl)
+    page = Path("report/report.html").read_text(encoding="utf-8")
+    assert "<b>x" not in page
+    assert "&lt;b&gt;x&lt;i&gt;" in page
+    for character in ("\x1b", "\u202e"):
+        assert character not in page
+    shown = tl("predict", tmp_path / "data" / "test", "--checkpoint", "runs/run-1/best.pth").stdout
+    assert "\x1b" not in shown
+    assert "esc\\x1b[31m\\u202e" in shown
+
+
+@pytest.mark.parametrize("tta", ["flip", "fivecrop", "tencrop"])
+def test_views_are_averaged_in_evaluation_and_in_prediction_alike(tl: Run, colours: Path, tta: str) -> None:
+    draw_split(colours / "test", 3)
+    trained(tl, colours, "transforms.eval=[{Resize: 72}, {CenterCrop: 64}]", *BARELY)
+    plain, mean = evaluated(tl), evaluated(tl, "--tta", tta)
+    assert mean["loss"] != plain["loss"]
+    rows = table(Path("report/predictions.csv"))
+    checkpoint = ["--checkpoint", "runs/run-1/best.pth", "--format", "jsonl"]
+    done = tl("predict", colours / "test", *checkpoint, "--tta", tta)
+    for line, row in zip(done.stdout.splitlines(), rows, strict=True):
+        guesses = {guess["label"]: guess["probability"] for guess in json.loads(line)["predictions"]}
+        assert guesses[row["predicted"]] == pytest.approx(float(row["probability"]), abs=2e-3)
+
+
+def test_crops_need_a_crop(tl: Run, colours: Path) -> None:
+    trained(tl, colours)
+    done = tl("eval", "--checkpoint", "runs/run-1/best.pth", "--tta", "fivecrop")
+    assert done.returncode == 2
+    assert "--tta fivecrop needs a CenterCrop in the preprocessing, which is Resize, ToImage" in done.stderr
+
+
+def test_explain_writes_a_picture_per_image(tl: Run, colours: Path) -> None:
+    trained(tl, colours)
+    (colours / "val" / "blue" / "bad.jpg").write_bytes(b"no")
+    done = tl("predict", colours / "val" / "blue", "--checkpoint", "runs/run-1/best.pth", "--explain", "why")
+    assert done.returncode == 1
+    assert sorted(path.name for path in Path("why").iterdir()) == [f"{i + 1:05}-{i:02}.png" for i in range(4)]
+    assert size("why/00001-00.png") == (2 * 64 + 6, 64)
+
+
+def test_a_report_that_cannot_be_written_is_refused_first(tl: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = tl("eval", "--checkpoint", "nothing.pth", "--report", "file/report")
+    assert done.returncode == 2
+    assert "choose another folder with --report" in done.stderr
+
+
+def test_tl_eval_prints_what_matters(tl: Run, colours: Path) -> None:
+    trained(tl, colours)
+    done = tl("eval", "--checkpoint", "runs/run-1/best.pth", "--report", "report")
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"val: top-1 [\d.]+% \([\d.]+% to [\d.]+%\)  top-5 100.0%  loss [\d.]+  \(12 images\)", lines[0]
+    )
+    assert re.fullmatch(r"balanced accuracy [\d.]+%  macro F1 [\d.]+%  calibration error [\d.]+%", lines[1])
+    assert lines[2:] == ["report: report/report.html"]
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_102_classes_are_written_whole(tl: Run, tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        draw_split(tmp_path / "many" / split, 2, classes=MANY)
+    trained(tl, tmp_path / "many", "train.epochs=2")
+    result = evaluated(tl)
+    assert result["n"] == 204
+    assert result["top1"] < 1, "the pictures are too easy to show a mistake"
+    assert {path.name for path in Path("report").iterdir()} == FILES
+    assert len(table(Path("report/per_class.csv"))) == 102
+    assert "probability_5" in table(Path("report/predictions.csv"))[0]
+    assert min(size("report/confusion_matrix.png")) > 1500
+    if CHROMIUM:
+        found = in_browser(Path("report/report.html"), PROBE, tmp_path)
+        assert found["rows"] == 102
+        assert found["broken"] == found["fetched"] == []
+        assert found["top5"] == f"{100 * result['top5']:.1f}%"
+
+
+PROBE = """
+found.top1 = document.getElementById("top1").textContent;
+found.top5 = document.getElementById("top5")?.textContent;
+found.ece = document.getElementById("ece").textContent;
+const names = () => [...document.querySelectorAll("#classes tbody tr")].map(row => row.cells[0].textContent);
+const recalls = () => [...document.querySelectorAll("#classes tbody tr")].map(row => +row.cells[2].dataset.value);
+const press = column => document.querySelectorAll("#classes th button")[column].click();
+found.rows = names().length;
+press(2); found.up = recalls();
+press(2); found.down = recalls();
+press(0); press(0); found.names = names();
+found.images = document.images.length;
+found.broken = [...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt);
+found.fetched = performance.getEntriesByType("resource").map(e => e.name).filter(name => !name.startsWith("data:"));
+found.overflow = document.documentElement.scrollWidth - innerWidth;
+"""
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_works_in_a_browser(tl: Run, tmp_path: Path, width: int) -> None:
+    close = {"one": (120, 120, 120), "two": (126, 126, 126), "three": (132, 130, 128)}
+    for split in ("train", "val", "test"):
+        draw_split(tmp_path / "data" / split, 10, classes=close)
+    trained(tl, tmp_path / "data", *BARELY)
+    result = evaluated(tl)
+    found = in_browser(Path("report/report.html"), PROBE, tmp_path, width)
+    assert found["top1"] == f"{100 * result['top1']:.1f}%"
+    assert found["ece"] == f"{100 * result['calibration']['after']['ece']:.1f}%"
+    assert found["up"] == sorted(found["up"])
+    assert found["down"] == found["up"][::-1]
+    assert found["names"] == ["two", "three", "one"]
+    assert found["images"] > 4, "no mistake was shown"
+    assert found["broken"] == found["fetched"] == []
+    assert found["overflow"] <= 0
+
+
+@browser
+def test_the_page_of_photographs_works_in_a_browser(tl: Run, photos: Path, tmp_path: Path) -> None:
+    trained(tl, photos, "model.tap=maxpool", "transforms.eval=[{Resize: 72}, {CenterCrop: 64}]")
+    result = evaluated(tl)
+    assert {path.name for path in Path("report").iterdir()} == FILES
+    found = in_browser(Path("report/report.html"), PROBE, tmp_path)
+    assert found["top1"] == f"{100 * result['top1']:.1f}%"
+    assert found["images"] > 10
+    assert found["broken"] == found["fetched"] == []
+
+
+def test_tl_eval_finds_what_training_logged_whatever_the_temperature(tl: Run, colours: Path) -> None:
+    result = trained(tl, colours)
+    restored = restore(Path("runs/run-1/best.pth"), "cpu")
+    assert restored.checkpoint.temperature not in (None, 1.0)
+    again = evaluated(tl)
+    assert {key: again[key] for key in result["val"]} == result["val"]
