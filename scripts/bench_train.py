@@ -6,7 +6,8 @@
 All train a new head on the same images and a frozen backbone, each as a process of its own, timed from its start to its
 end. plain (fp32, NCHW, a DataLoader with a worker per core, the whole network in every epoch), timm and fastai run one
 epoch of training and validation; the other epochs are extrapolated from it. cold: tl-train with an empty cache, all
-epochs. warm: the same again. plain and tl-train start from one file of random weights and preprocess in the same way.
+epochs, without TensorBoard and report, which the others do not write either. warm: the same again. report: once more
+with both, as by default. plain and tl-train start from one file of random weights and preprocess in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from bench_report import report
 
 SIZES = {"efficientnet_v2_s": 300}
 TIMM_NAMES = {"efficientnet_v2_s": "tf_efficientnetv2_s"}
+BARE = ["output.report=false", "output.tensorboard=false"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -53,8 +55,8 @@ def main() -> None:
         args.weights = Path(scratch) / "weights.pth"
         torch.save(torchvision.models.get_model(args.backbone, weights=None).state_dict(), args.weights)
         seconds = {name: _extrapolated(name, args) for name in _installed(args.backbone)}
-        for name in ("cold", "warm"):
-            seconds[name] = _tl_train_seconds(args, Path(scratch))
+        for name, extras in (("cold", BARE), ("warm", BARE), ("report", [])):
+            seconds[name] = _tl_train_seconds(args, Path(scratch), extras)
     ratios = {name: seconds["plain"] / value for name, value in seconds.items()}
     print(f"{args.backbone}, {args.epochs} epochs on {args.folder.name}; seconds of the whole process")
     rows = [[name, value, ratios[name]] for name, value in seconds.items()]
@@ -82,9 +84,10 @@ def _extrapolated(name: str, args: argparse.Namespace) -> float:
     return whole + float(json.loads(done.stdout.splitlines()[-1])["epoch"]) * (args.epochs - 1)
 
 
-def _tl_train_seconds(args: argparse.Namespace, scratch: Path) -> float:
+def _tl_train_seconds(args: argparse.Namespace, scratch: Path, extras: Sequence[str]) -> float:
     words = [sys.executable, "-c", "import sys; from tl_trainer.cli.train import main; sys.exit(main())"]
     words += ["--data-dir", args.folder, "--quiet", "--epochs", args.epochs, "-b", args.batch, "--output", scratch]
+    words += extras
     words += [f"model.backbone={args.backbone}", f"model.weights={args.weights}", "transforms.train=eval"]
     words += [f"transforms.eval=[{{Resize: {args.size + 32}}}, {{CenterCrop: {args.size}}}]"]
     started = time.perf_counter()

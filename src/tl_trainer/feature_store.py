@@ -39,6 +39,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # A segment that was not written for so long has no writer any more, who would finish what looks cut off.
 ABANDONED_SECONDS = 60.0
 
+ROWS_AT_ONCE = 1024  # that are copied, so that no second copy of them all is ever in memory
+
 
 class _Rows(NamedTuple):
     """A segment as it was read: its file of records, its rows, and their checksums."""
@@ -124,8 +126,10 @@ class FeatureStore:
             ) from error
         numbers = np.empty((len(keys), self._row_numbers), dtype=self._number)
         for segment in np.unique(places[:, 0]):
-            chosen = places[:, 0] == segment
-            numbers[chosen] = self.segments[segment].rows[places[chosen, 1]]
+            chosen = np.flatnonzero(places[:, 0] == segment)
+            for first in range(0, len(chosen), ROWS_AT_ONCE):
+                block = chosen[first : first + ROWS_AT_ONCE]
+                numbers[block] = self.segments[segment].rows[places[block, 1]]
         return torch.from_numpy(numbers).view(self.dtype).view(len(keys), *self.shape)
 
     @property

@@ -59,8 +59,9 @@ class Extractor:
     ) -> Features:
         """The features of every image of the split, from the cache where they are there.
 
-        With random transforms, `views` of each image are drawn, each from (seed, view, image). Raises DataError for
-        images that cannot be read, unless they are to be skipped.
+        what: what messages call the split; nothing is said where it is empty. With random transforms, `views` of each
+        image are drawn, each from (seed, view, image). Raises DataError for images that cannot be read, unless they
+        are to be skipped.
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         make_folder(self.folder, "features.dir")
@@ -80,7 +81,8 @@ class Extractor:
                 forget(split, bad, memory)  # else a file that was changed with its time kept would stay bad
                 bad.update(_bad_copies(split, hashes, bad))
         cached = len(wanted) - len(missing)
-        log.info("features of %s images: %d computed, %d cached", what, self.computed - before, cached)
+        level = logging.INFO if what else logging.DEBUG
+        log.log(level, "features of %s images: %d computed, %d cached", what, self.computed - before, cached)
         kept = without_bad(split, bad, what, on_bad_image)
         good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
         return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)
@@ -143,17 +145,20 @@ class Features:
     """The features of a split's images that could be read (`split`): in memory where they fit, else memory-mapped."""
 
     def __init__(self, store: FeatureStore, keys: list[list[bytes]], split: Split) -> None:
-        self.store = store
+        self.store: FeatureStore | None = store
         self.keys = keys
         self.split = split
         self.targets = torch.tensor(list(split.targets))
         size = len(keys) * len(split) * store.row_bytes
         self.tables = [store.take(view) for view in keys] if size < free_memory() / 2 else None
+        if self.tables is not None:
+            self.store = None  # and with it the memory-mapped copy
 
     def take(self, view: int, indices: Sequence[int]) -> Tensor:
         """The features of one view of the images at `indices`, (N, ...) in the precision they were computed in."""
         if self.tables is not None:
             return self.tables[view][list(indices)]
+        assert self.store is not None
         return self.store.take([self.keys[view][index] for index in indices])
 
 
