@@ -1,11 +1,11 @@
-"""The error tree: exit codes, the sentence about an unknown name, how a value is quoted."""
+"""The error tree: exit codes, the sentence about an unknown name, how a value is quoted and a name shown."""
 
 from __future__ import annotations
 
 import pytest
 
 from tl_trainer import errors
-from tl_trainer.errors import Interrupted, SettingError, TrainerError, shown, unknown
+from tl_trainer.errors import Interrupted, SettingError, TrainerError, printable, shown, unknown
 
 CODES = {
     "TrainerError": 1,
@@ -70,3 +70,32 @@ def test_a_value_is_quoted_on_one_short_line() -> None:
     assert len(shown("x" * 100_000)) < 150
     assert len(shown([["x" * 1000] * 1000] * 1000)) < 5000
     assert len(unknown("name", "x" * 100_000, ["x"])) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("\x1b[31m\0", r"\x1b[31m\x00"),
+        ("a\nb\r\tc\v", r"a\nb\r\tc\x0b"),
+        ("\x7f\x85\x9b", r"\x7f\x85\x9b"),
+        ("\u202egpj\u202c", r"\u202egpj\u202c"),
+        ("\u2066\u200fx\u2069", r"\u2066\u200fx\u2069"),
+        ("zero\u200bwidth\ufeff", r"zero\u200bwidth\ufeff"),
+        (b"caf\xe9\x80".decode("utf-8", "surrogateescape"), r"caf\udce9\udc80"),
+    ],
+)
+def test_what_would_move_the_cursor_is_shown_as_an_escape(name: str, text: str) -> None:
+    assert printable(name) == text
+    assert printable(f"é{name}🐝") == f"é{text}🐝"
+    assert text.isascii()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "a b/c.jpg", r"$a_b$ \n <b>&amp;", "café", "cafe\u0301", "Größe", "Ελλάδα", "Москва", "עברית", "العربية",
+        "हिन्दी", "ไทย", "日本語", "한국어", "ⵜⴰⵎⴰⵣⵉⵖⵜ", "🐝🦋", "☀\ufe0f", "👍🏽", "€½°",
+    ],
+)  # fmt: skip
+def test_letters_of_every_script_and_emoji_stay_as_they_are(name: str) -> None:
+    assert printable(name) == name

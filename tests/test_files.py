@@ -34,6 +34,11 @@ def test_write_text_makes_and_replaces_a_file() -> None:
     assert [entry.name for entry in Path().iterdir()] == ["classes.txt"]
 
 
+def test_a_file_name_that_is_no_utf_8_keeps_its_bytes() -> None:
+    write_text(Path("split.csv"), "caf\udce9.jpg,val\ncafé.jpg,train\n")
+    assert Path("split.csv").read_bytes() == b"caf\xe9.jpg,val\ncaf\xc3\xa9.jpg,train\n"
+
+
 def test_the_new_content_is_on_disk_before_it_gets_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     fsync, replace = os.fsync, Path.replace

@@ -3,6 +3,7 @@ logits and gradients as the images do."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,47 @@ def test_views_are_used_in_turn(split: Split) -> None:
     assert torch.equal(inputs[0], inputs[2])
     assert torch.equal(inputs[1], inputs[3])
     assert not torch.equal(inputs[0], inputs[1])
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("trainable", ["head", "stage2", "all"])
+def test_an_embedding_is_the_input_of_the_head_in_the_splits_order(split: Split, trainable: str, cache: str) -> None:
+    net = network(trainable, cache=cache)
+    net.classifier.eval()
+    features = net.embed(split, FIXED, batch_size=7)
+    with torch.inference_mode():
+        expected = FIXED.batch(torch.stack([FIXED.image(split.open(index)) for index in range(len(split))]))
+        for stage in [*net.classifier.frozen, *net.classifier.trained]:
+            expected = stage.module(expected)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected.flatten(1), rtol=0, atol=1e-5)
+    assert not torch.allclose(features[:-1], features[1:], rtol=0, atol=1e-3), "the order could not be seen"
+    assert (net.extractor is not None and net.extractor.computed == 24) == (cache == "auto" and trainable != "all")
+
+
+def test_an_embedding_in_lower_precision_is_given_in_full(split: Split) -> None:
+    lower, full = (network("stage2", kind).embed(split, FIXED, batch_size=7) for kind in ("bf16", "fp32"))
+    assert lower.dtype == torch.float32
+    assert 0 < (lower - full).norm() < 0.2 * full.norm()
+
+
+def test_an_embedding_leaves_no_hook_and_says_nothing(
+    split: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    net = network()
+    net.embed(split, FIXED, batch_size=7)
+    assert not net.classifier.head._forward_pre_hooks
+    assert not caplog.messages
+
+    def fail(*_: object) -> None:
+        assert net.classifier.head._forward_pre_hooks
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module_under_test, "evaluate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        net.embed(split, FIXED, batch_size=7)
+    assert not net.classifier.head._forward_pre_hooks
 
 
 @contextmanager

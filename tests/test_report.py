@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from browser import CHROMIUM, browser, rendered
 from conftest import COLOURS, Run, draw_split, last_json
 from test_end_to_end import SMALL
 from tl_trainer.restore import restore
@@ -20,8 +19,6 @@ from tl_trainer.restore import restore
 FILES = {
     "confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv", "reliability.png", "report.html",
 }  # fmt: skip
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in (Debian's package: chromium)")
 MANY = {f"sort {index:03}": (40 + 2 * index, 255 - 2 * index, (37 * index) % 256) for index in range(102)}
 
 
@@ -49,21 +46,11 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def in_browser(page: Path, script: str, folder: Path, width: int = 1200) -> dict[str, Any]:
     """What `script`, run in the page when everything has loaded, puts into the object `found`."""
-    assert CHROMIUM is not None
     wait = f"addEventListener('load', () => {{ const found = {{}}; {script}; document.title = JSON.stringify(found) }})"
     copy = folder / "page.html"
     copy.write_text(page.read_text(encoding="utf-8") + f"<script>{wait}</script>", encoding="utf-8")
-    words = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000",
-        "--dump-dom", copy.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
-    assert title is not None, done.stderr
-    result: dict[str, Any] = json.loads(title.group(1).replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    return result
+    found: dict[str, Any] = json.loads(rendered(copy.as_uri(), folder / "profile", f"--window-size={width},900"))
+    return found
 
 
 def test_tl_train_writes_a_report_on_its_best_checkpoint(tl: Run, colours: Path) -> None:

@@ -8,21 +8,31 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from sklearn.decomposition import PCA
+from sklearn.metrics import confusion_matrix, f1_score
+from torch import Tensor, nn
 
-from tl_trainer.metrics import Figures
-from tl_trainer.tracking import GAP, Tracker, bar, graph_of, picture_grid
+from tiny import Clock
+from tl_trainer import tracking as module_under_test
+from tl_trainer.metrics import Figures, Scores, reliability
+from tl_trainer.plots import confusion_figure, png, reliability_figure
+from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, bar, graph_of, picture_grid
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
 TAGS = {"train/loss", "val/loss", "val/top1", "val/top5", "lr", "time/images_per_second"}
+PICTURES = ["val/confusion_matrix", "val/reliability"]
+TARGETS = [0, 0, 0, 1, 1, 2]
+EPOCHS = {epoch: [0, 0, epoch % 3, 1, epoch % 2, 2] for epoch in range(1, 6)}  # what is predicted after each
+EMBEDDING = Path("projector", "features")
 
 
 @contextmanager
@@ -56,6 +66,25 @@ def points(reader: Any, tag: str) -> dict[int, float]:
     found = [(event.step, event.value) for event in reader.Scalars(tag)]
     assert len(dict(found)) == len(found), "two points at one step"
     return dict(found)
+
+
+def scores(epoch: int, targets: Sequence[int] = TARGETS) -> Scores:
+    """Whose first class is that of EPOCHS, with another confidence for each image."""
+    logits = nn.functional.one_hot(torch.tensor(EPOCHS[epoch]), 3) * torch.linspace(0.5, 6, 6).unsqueeze(1)
+    return Scores(logits, torch.tensor(targets))
+
+
+def steps(reader: Any, tag: str) -> list[int]:
+    """When something was logged under a tag of pictures, or of tensors, as curves are."""
+    found = reader.Images(tag) if tag in reader.Tags()["images"] else reader.Tensors(tag)
+    return [event.step for event in found]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module_under_test, "time", clock)
+    return clock
 
 
 def test_metrics_csv_has_one_row_per_epoch(tmp_path: Path) -> None:
@@ -190,7 +219,182 @@ def test_without_tensorboard_there_is_no_event_file(tmp_path: Path) -> None:
         tracker.start("", [])
         tracker.images(torch.rand(1, 3, 8, 8), ["ant"])
         log_epochs(tracker, range(1, 2))
+        tracker.improved(1, scores(1))
+        tracker.finish(1, scores(1), {"final/val_top1": 0.5}, {"seed": 0})
+        tracker.embedding(torch.rand(2, 4), ["ant", "bee"], torch.rand(2, 3, 8, 8))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_an_improvement_logs_the_f1_of_each_class(tmp_path: Path) -> None:
+    with tracking(tmp_path) as tracker:
+        for epoch in (1, 2, 5):
+            tracker.improved(epoch, scores(epoch))
+    reader = events(tmp_path)
+    assert set(reader.Tags()["scalars"]) == {f"f1/{name}" for name in CLASSES}
+    for index, name in enumerate(CLASSES):
+        expected = {epoch: f1_score(TARGETS, EPOCHS[epoch], average=None)[index] for epoch in (1, 2, 5)}
+        assert points(reader, f"f1/{name}") == pytest.approx(expected)
+
+
+def test_a_class_that_the_split_does_not_have_has_no_f1(tmp_path: Path) -> None:
+    with tracking(tmp_path) as tracker:
+        tracker.improved(1, scores(1, targets=[0, 0, 0, 2, 2, 2]))
+    assert set(events(tmp_path).Tags()["scalars"]) == {"f1/ant", "f1/a $name$ <b>"}
+
+
+@pytest.mark.parametrize(("limit", "there"), [(3, True), (2, False)])
+def test_above_so_many_classes_there_are_no_curves_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, there: bool
+) -> None:
+    monkeypatch.setattr(module_under_test, "CURVES", limit)
+    with tracking(tmp_path) as tracker:
+        tracker.improved(1, scores(1))
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == PICTURES
+    assert tags["scalars"] == [f"f1/{name}" for name in CLASSES if there]
+    assert tags["tensors"] == [f"precision_recall/{name}" for name in CLASSES if there]
+
+
+def test_pictures_are_drawn_at_the_first_improvement_and_then_from_time_to_time(tmp_path: Path, clock: Clock) -> None:
+    limit = SECONDS_BETWEEN_DRAWINGS
+    with tracking(tmp_path) as tracker:
+        for epoch, moment in enumerate([0.0, limit, limit + 0.5, 2 * limit + 0.5, 2 * limit + 1], start=1):
+            clock.now = moment
+            tracker.improved(epoch, scores(epoch))
+    reader = events(tmp_path)
+    for tag in (*PICTURES, *(f"precision_recall/{name}" for name in CLASSES)):
+        assert steps(reader, tag) == [1, 3, 5], tag
+    assert all(points(reader, f"f1/{name}").keys() == EPOCHS.keys() for name in CLASSES)
+
+
+def test_the_pictures_are_those_of_the_epoch(tmp_path: Path) -> None:
+    with tracking(tmp_path) as tracker:
+        tracker.improved(2, scores(2))
+    reader = events(tmp_path)
+    matrix = confusion_matrix(TARGETS, EPOCHS[2]).tolist()
+    figures = confusion_figure(matrix, CLASSES), reliability_figure({"as trained": reliability(scores(2), None)})
+    for tag, figure in zip(PICTURES, figures, strict=True):
+        (event,) = reader.Images(tag)
+        with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(io.BytesIO(png(figure))) as drawn:
+            assert shown.tobytes() == drawn.convert("RGB").tobytes(), tag
+
+
+def test_the_curves_count_the_images_above_each_threshold(tmp_path: Path) -> None:
+    from tensorboard.util.tensor_util import make_ndarray
+
+    with tracking(tmp_path) as tracker:
+        tracker.improved(2, scores(2))
+    reader = events(tmp_path)
+    for index, name in enumerate(CLASSES):
+        (event,) = reader.Tensors(f"precision_recall/{name}")
+        right, wrong, *_ = make_ndarray(event.tensor_proto)
+        thresholds = np.linspace(0, 1, len(right)).reshape(-1, 1)
+        above = scores(2).logits.double().softmax(dim=1)[:, index].numpy() >= thresholds
+        label = np.array(TARGETS) == index
+        assert right.tolist() == (above & label).sum(axis=1).tolist()
+        assert wrong.tolist() == (above & ~label).sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("improved", "drawn"), [([2], [2]), ([1, 2], [1, 2]), ([], [2])])
+def test_the_best_epoch_is_drawn_in_the_end_unless_it_was(
+    tmp_path: Path, clock: Clock, improved: list[int], drawn: list[int]
+) -> None:
+    with tracking(tmp_path) as tracker:
+        for epoch in improved:
+            tracker.improved(epoch, scores(epoch))
+        tracker.finish(2, scores(2), {}, {})
+    reader = events(tmp_path)
+    for tag in (*PICTURES, *(f"precision_recall/{name}" for name in CLASSES)):
+        assert steps(reader, tag) == drawn, tag
+
+
+def test_the_final_figures_stand_beside_the_settings(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    settings: dict[str, str | float | bool] = {"seed": 3, "model.tap": "<b>", "lr": 0.25, "flag": True}
+    with tracking(tmp_path) as tracker:
+        tracker.finish(4, scores(4), {"final/val_top1": 0.75, "final/test_loss": 1.5}, settings)
+    reader = events(tmp_path)
+    assert points(reader, "final/val_top1") == {4: 0.75}
+    assert points(reader, "final/test_loss") == {4: 1.5}
+    found = {
+        tag.rpartition("/")[2]: HParamsPluginData.FromString(content)
+        for tag, content in reader.PluginTagToContent("hparams").items()
+    }
+    start = found["session_start_info"].session_start_info.hparams
+    assert {name: value.string_value or value.number_value for name, value in start.items()} == settings
+    metrics = found["experiment"].experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["final/val_top1", "final/test_loss"]
+
+
+def embed(run_dir: Path, features: Tensor, labels: Sequence[str] | None = None) -> None:
+    """Log features as a run does, with thumbnails of 6 pixels, each as bright as its place in the order."""
+    count = len(features)
+    brightness = torch.linspace(0, 1, count).view(-1, 1, 1, 1).expand(-1, 3, 6, 6)
+    with tracking(run_dir) as tracker:
+        tracker.embedding(features, labels or ["ant"] * count, brightness)
+
+
+def projected(run_dir: Path) -> np.ndarray:
+    """The coordinates of the points, (N, components)."""
+    return np.loadtxt(run_dir / EMBEDDING / "tensors.tsv", delimiter="\t", ndmin=2)
+
+
+def configured(run_dir: Path) -> list[Any]:
+    """The embeddings that the projector finds."""
+    from google.protobuf import text_format
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    text = (run_dir / "projector_config.pbtxt").read_text()
+    return list(text_format.Parse(text, ProjectorConfig()).embeddings)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (5, 40), (2, 3), (7, 2, 3, 3), (COMPONENTS + 20, COMPONENTS + 10)], ids=str)
+def test_an_embedding_is_the_principal_components(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 5
+    flat = features.flatten(1).numpy()
+    expected = PCA(min(COMPONENTS, *flat.shape), svd_solver="full").fit_transform(flat)
+    embed(tmp_path, features)
+    np.testing.assert_allclose(
+        abs(projected(tmp_path)), abs(expected), rtol=0, atol=1e-3
+    )  # a sign is as good as the other
+
+
+def test_a_single_image_is_embedded(tmp_path: Path) -> None:
+    embed(tmp_path, torch.rand(1, 40), ["bee"])
+    assert not projected(tmp_path).any()
+    assert (tmp_path / EMBEDDING / "metadata.tsv").read_text() == "bee\n"
+
+
+def test_an_embedding_has_the_files_that_its_configuration_names(tmp_path: Path) -> None:
+    embed(tmp_path, torch.rand(7, 4))
+    (found,) = configured(tmp_path)
+    assert found.tensor_name == "features:projector"
+    assert list(found.sprite.single_image_dim) == [6, 6]
+    named = {found.tensor_path, found.metadata_path, found.sprite.image_path}
+    assert named == {(EMBEDDING / name).as_posix() for name in ("tensors.tsv", "metadata.tsv", "sprite.png")}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("projector/**/*.*")} == named
+    with Image.open(tmp_path / EMBEDDING / "sprite.png") as sprite:
+        assert sprite.size == (18, 18)  # seven thumbnails in a square of nine
+        shades = [sprite.convert("L").getpixel((6 * (place % 3) + 3, 6 * (place // 3) + 3)) for place in range(7)]
+    assert shades == pytest.approx([255 * place / 6 for place in range(7)], abs=1)
+
+
+def test_a_name_cannot_break_the_table_of_an_embedding(tmp_path: Path) -> None:
+    embed(tmp_path, torch.rand(6, 4), ["a\tb", "c\nd\r\n", "$e$", "<b>", "caf\udce9", "日本 🐝"])
+    lines = (tmp_path / EMBEDDING / "metadata.tsv").read_bytes().decode().split("\n")
+    assert lines == ["a\\tb", "c\\nd\\r\\n", "$e$", "<b>", "caf\\udce9", "日本 🐝", ""]
+
+
+def test_an_embedding_after_a_resume_replaces_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(tmp_path, torch.rand(9, 4))
+    embed(tmp_path, torch.rand(5, 3), ["bee"] * 5)
+    assert len(configured(tmp_path)) == 1
+    assert projected(tmp_path).shape == (5, 3)
+    assert (tmp_path / EMBEDDING / "metadata.tsv").read_text() == "bee\n" * 5
+    assert capsys.readouterr().out == "", "TensorBoard's writer found the folder of before"
 
 
 def test_an_epoch_is_one_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

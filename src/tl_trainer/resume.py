@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
-from tl_trainer.config.schema import expand
+from tl_trainer.config.schema import expand, flat
 from tl_trainer.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -27,6 +25,7 @@ CHANGEABLE = (
     "data.workers",
     "output.dir",
     "output.tensorboard",
+    "output.report",
     "features.dir",
     "features.limit_gb",
     "performance.compile",
@@ -82,17 +81,9 @@ def _newest_unfinished(loaded: Loaded) -> Path:
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:
-    before, now = dict(_flat(last.config)), dict(_flat(loaded.config.model_dump()))
+    before, now = dict(flat(last.config)), dict(flat(loaded.config.model_dump()))
     changes = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     for key, old, new in changes:
         if key not in CHANGEABLE:
             raise InputError(f"{path}: this run has {key}: {old!r}, not {new!r}; start a new run without --resume")
         log.warning("resuming with %s: %r instead of %r", key, new, old)
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tl_trainer.assembly import Parts, assemble, new_state, new_training
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, to_yaml
-from tl_trainer.config.schema import expand
+from tl_trainer.config.schema import expand, flat
 from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
@@ -230,20 +230,12 @@ def _log_outcome(parts: Parts, tracker: Tracker, best_epoch: int, scores: dict[s
     final = {f"final/{name}_{key}": value for name, found in scores.items()
              for key, value in asdict(figures(found)).items() if key != "n"}  # fmt: skip
     dumped = parts.config.model_dump(include={"seed", "transforms", "model", "train"})
-    tracker.finish(best_epoch, scores["val"], final, dict(_flat(dumped)))
+    settings = {key: value if isinstance(value, (str, float, int)) else str(value) for key, value in flat(dumped)}
+    tracker.finish(best_epoch, scores["val"], final, settings)
     sample = _sample(parts.dataset.split("val"), IMAGES_EMBEDDED)
     features = parts.network.embed(sample, parts.eval_pipeline, parts.config.train.batch_size)
     thumbnails = torch.stack([_square(sample.open(index)) for index in range(len(sample))])
     tracker.embedding(features, [parts.dataset.classes[label] for label in sample.targets], thumbnails)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
-    """The leaves of a configuration with their dotted paths; what is no number, text or truth value as text."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, (str, float, int, bool)) else str(value)
 
 
 def _square(picture: Image.Image) -> Tensor:

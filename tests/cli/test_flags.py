@@ -21,9 +21,10 @@ from tl_trainer import __version__, errors
 from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
-from tl_trainer.cli.main import new_parser, run_command
+from tl_trainer.cli.main import TTA, new_parser, run_command
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config
+from tl_trainer.data.transforms import tta_pipelines
 
 COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
@@ -96,6 +97,14 @@ def test_choices_and_defaults() -> None:
         assert tl_predict.build_parser().parse_args(["-", "--format", value]).format == value
     for value in ("train", "val", "test", "all"):
         assert tl_eval.build_parser().parse_args(["--checkpoint", "x", "--split", value]).split == value
+
+
+def test_each_choice_of_tta_is_one_that_the_transforms_know() -> None:
+    steps = [{"CenterCrop": 8}, {"ToImage": None}]
+    assert {name: len(tta_pipelines(steps, name)) for name in TTA} == {"flip": 2, "fivecrop": 5, "tencrop": 10}
+    for command, words in ((tl_eval, ["--checkpoint", "x"]), (tl_predict, ["x"])):
+        assert command.build_parser().parse_args(words).tta is None
+        assert [command.build_parser().parse_args([*words, "--tta", name]).tta for name in TTA] == [*TTA]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

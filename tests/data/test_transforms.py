@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.models import get_weight
 from torchvision.transforms import InterpolationMode, v2
 
-from tl_trainer.data.transforms import TRANSFORMS, Pipeline, Preprocessing, check, spell_out
-from tl_trainer.errors import SettingError
+from tl_trainer.data.transforms import TRANSFORMS, Pipeline, Preprocessing, check, spell_out, tta_pipelines
+from tl_trainer.errors import InputError, SettingError
 from tl_trainer.models.backbones import preprocessing
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -195,6 +195,9 @@ def test_default_train_has_the_interpolation_of_the_weights() -> None:
         ([{"Resize": 32}, {"CenterCrop": 24}, {"Pad": 2}, "Grayscale"], True),
         ([{"Compose": [{"Resize": 32}, "ToTensor"]}], True),
         (["RandomHorizontalFlip"], False),
+        ([{"RandomHorizontalFlip": {"p": 0.5}}], False),
+        ([{"RandomHorizontalFlip": {"p": 1.0}}], True),
+        ([{"RandomVerticalFlip": {"p": 1.0}}], False),
         ([{"Resize": 32}, {"ColorJitter": 0.1}], False),
         ([{"GaussianBlur": 3}], False),
         (["TrivialAugmentWide"], False),
@@ -205,6 +208,82 @@ def test_default_train_has_the_interpolation_of_the_weights() -> None:
 )
 def test_the_determinism_flag(items: str | list[Any], deterministic: bool) -> None:
     assert Pipeline(spell_out(items, PRESET, train=False), "transforms.train").deterministic == deterministic
+
+
+# Test-time augmentation
+
+CROPS: list[Any] = [24, [20, 31], {"size": 25}, {"size": [31, 20]}]
+
+
+def _views(items: str | list[Any], tta: str | None, picture: Image.Image) -> list[Tensor]:
+    """What the network sees of a picture, in each view of the augmentation."""
+    pipelines = tta_pipelines(spell_out(items, PRESET, train=False), tta)
+    assert all(pipeline.deterministic for pipeline in pipelines)
+    return [pipeline.batch(pipeline.image(picture).unsqueeze(0))[0].as_subclass(Tensor) for pipeline in pipelines]
+
+
+def _expected_views(tta: str | None, picture: Image.Image, size: Any) -> list[Tensor]:
+    """The same by torchvision's own functions, from the picture that is to be cropped."""
+    views = {
+        None: lambda: [v2.functional.center_crop(picture, size)],
+        "flip": lambda: [view := v2.functional.center_crop(picture, size), v2.functional.hflip(view)],
+        "fivecrop": lambda: v2.functional.five_crop(picture, size),
+        "tencrop": lambda: v2.functional.ten_crop(picture, size),
+    }
+    return [_reference(v2.Identity(), view) for view in views[tta]()]
+
+
+def _assert_same_views(found: list[Tensor], expected: list[Tensor]) -> None:
+    """In whatever order: it is their mean that is taken."""
+    assert [view.shape for view in found] == [view.shape for view in expected]
+    assert sorted(view.numpy().tobytes() for view in found) == sorted(view.numpy().tobytes() for view in expected)
+
+
+@pytest.mark.parametrize("crop", CROPS, ids=str)
+@pytest.mark.parametrize(("tta", "number"), [(None, 1), ("flip", 2), ("fivecrop", 5), ("tencrop", 10)])
+def test_views_are_torchvisions_own(tta: str | None, number: int, crop: Any) -> None:
+    size = crop["size"] if isinstance(crop, dict) else crop
+    height, width = (size, size) if isinstance(size, int) else size
+    resized = (height + 16, width + 30)  # where the room is uneven, the mirrored centre is not the mirror's centre
+    found = _views([{"Resize": list(resized)}, {"CenterCrop": crop}], tta, _picture())
+    assert len(found) == number == len({view.numpy().tobytes() for view in found})
+    _assert_same_views(found, _expected_views(tta, v2.functional.resize(_picture(), list(resized)), size))
+
+
+@pytest.mark.parametrize("tta", [None, "flip", "fivecrop", "tencrop"])
+def test_views_are_the_same_where_the_tensor_is_made_before_the_crop(tta: str | None) -> None:
+    _assert_same_views(_views(["ToTensor", {"CenterCrop": 24}], tta, _picture()), _expected_views(tta, _picture(), 24))
+
+
+@pytest.mark.parametrize(
+    ("crop", "padding"), [([80, 60], [0, 5, 0, 5]), ([60, 100], [5, 0, 5, 0]), ([100, 100], [5, 15, 5, 15])], ids=str
+)
+@pytest.mark.parametrize("tta", ["fivecrop", "tencrop"])
+def test_an_image_smaller_than_the_crop_is_padded_as_by_center_crop(
+    tta: str, crop: list[int], padding: list[int]
+) -> None:
+    found = _views([{"CenterCrop": crop}], tta, _picture())
+    _assert_same_views(found, _expected_views(tta, v2.functional.pad(_picture(), padding), crop))
+    assert any(torch.equal(view, _apply([{"CenterCrop": crop}], _picture())) for view in found)
+
+
+def test_only_crops_need_a_crop() -> None:
+    steps = spell_out([{"Resize": [32, 32]}], PRESET, train=False)
+    for tta in ("fivecrop", "tencrop"):
+        with pytest.raises(InputError) as caught:
+            tta_pipelines(steps, tta)
+        assert str(caught.value) == (
+            f"--tta {tta} needs a CenterCrop in the preprocessing, which is Resize, ToImage, ToDtype, Normalize; "
+            "use --tta flip"
+        )
+    resized = v2.functional.resize(_picture(), [32, 32])
+    _assert_same_views(_views([{"Resize": [32, 32]}], "flip", _picture()), _expected_views("flip", resized, [32, 32]))
+
+
+def test_without_augmentation_the_pipeline_is_as_it_was() -> None:
+    steps = spell_out("default", PRESET, train=False)
+    (pipeline,) = tta_pipelines(steps, None)
+    assert pipeline.steps == steps
 
 
 ARGUMENTS: dict[str, Any] = {

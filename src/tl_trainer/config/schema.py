@@ -5,6 +5,7 @@ The descriptions feed the JSON Schema of `--print-schema`, so they are written f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -229,6 +230,15 @@ class Config(Section):
         if device not in ("auto", "cpu", "cuda", "mps") and not (kind == "cuda" and index.isdecimal()):
             raise ValueError("use auto, cpu, cuda, cuda:N or mps")
         return device
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a dumped configuration with their dotted paths."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def expand(path: str) -> Path:

@@ -1,0 +1,125 @@
+"""The figures: what their axes, cells and curves say at few and at many classes, and that any class name can be drawn.
+
+A warning is an error here, so a picture that is drawn at all was drawn without one.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tl_trainer.metrics import Scores, reliability
+from tl_trainer.plots import LONGEST_NAME, NAMED, NUMBERED, confusion_figure, png, reliability_figure
+
+AWKWARD = {
+    "math": r"$\frac{$ $a_b$", "unclosed": "5$", "markup": "<b>x & y", "CJK": "日本語の花", "emoji": "🐝🦋",
+    "right to left": "שלום עליכם", "escape": "\x1b[31m\0", "direction": "\u202egpj", "lines": "a\nb\r\tc",
+    "bytes": "caf\udce9", "blank": " ", "long": "x" * 100,
+}  # fmt: skip
+
+
+def counts(number: int) -> list[list[int]]:
+    """A confusion matrix in which no two cells of a row are alike, and the last class has no image."""
+    return [[row * column + column for column in range(number)] for row in range(number - 1)] + [[0] * number]
+
+
+def labels(figure: Figure) -> tuple[list[str], list[str]]:
+    """What stands along the first axes, across and down."""
+    axes = figure.axes[0]
+    return [tick.get_text() for tick in axes.get_xticklabels()], [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def drawn(figure: Figure) -> Image.Image:
+    """The figure's PNG, decoded whole."""
+    with Image.open(io.BytesIO(png(figure))) as picture:
+        assert picture.format == "PNG"
+        return picture.convert("RGB")
+
+
+@pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD.keys())
+def test_any_class_name_can_be_drawn(name: str) -> None:
+    figure = confusion_figure([[1, 2], [0, 3]], [name, "bee"])
+    assert len(drawn(figure).getcolors(1 << 20)) > 10
+    across, down = labels(figure)
+    assert across == down
+    assert across[1] == "bee"
+    assert len(across[0]) <= LONGEST_NAME
+    assert across[0].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (r"$a_b$", r"$a_b$"),
+        ("a\nb\x1b", r"a\nb\x1b"),
+        ("caf\udce9", r"caf\udce9"),
+        ("x" * LONGEST_NAME, "x" * LONGEST_NAME),
+        ("x" * LONGEST_NAME + "y", "x" * (LONGEST_NAME - 1) + "…"),
+    ],
+)
+def test_a_name_is_shown_on_one_short_line_and_as_it_is_written(name: str, shown: str) -> None:
+    figure = confusion_figure([[1, 2], [0, 3]], [name, "bee"])
+    assert labels(figure) == ([shown, "bee"], [shown, "bee"])
+    ticks = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
+    assert not any(tick.get_parse_math() for tick in ticks)
+
+
+@pytest.mark.parametrize("number", [2, 10, NUMBERED, NUMBERED + 1, 102, NAMED, NAMED + 1, 300])
+def test_what_a_confusion_matrix_tells_depends_on_the_number_of_classes(number: int) -> None:
+    matrix, names = counts(number), [f"sort {index:03}" for index in range(number)]
+    figure = confusion_figure(matrix, names)
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "label")
+    if number <= NAMED:
+        assert labels(figure) == (names, names)
+        assert list(axes.get_xticks()) == list(axes.get_yticks()) == list(range(number))
+    else:
+        assert not set(labels(figure)[0]) & set(names)
+    written = {(round(y), round(x)): text.get_text() for text in axes.texts for x, y in [text.get_position()]}
+    cells = {(row, column): str(matrix[row][column]) for row in range(number) for column in range(number)}
+    assert written == (cells if number <= NUMBERED else {})
+    (image,) = axes.images
+    totals = np.array(matrix).sum(axis=1, keepdims=True)
+    assert (totals[:-1] > 0).all()
+    np.testing.assert_allclose(image.get_array()[:-1], (np.array(matrix) / np.maximum(totals, 1))[:-1])
+    assert not image.get_array()[-1].any(), "a class without images has no share"
+
+
+@pytest.mark.parametrize("number", [2, 10, 102, 300])
+def test_a_confusion_matrix_is_as_large_as_its_classes_need(number: int) -> None:
+    width, height = drawn(confusion_figure(counts(number), [f"sort {index:03}" for index in range(number)])).size
+    assert min(width, height) > max(300, min(10 * number, 2500))
+    assert max(width, height) < 4000
+
+
+def test_a_number_can_be_read_on_its_cell() -> None:
+    texts = confusion_figure([[9, 1], [4, 6]], ["ant", "bee"]).axes[0].texts
+    assert [(text.get_text(), text.get_color()) for text in texts] == [
+        ("9", "white"), ("1", "black"), ("4", "black"), ("6", "white"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [["as trained"], ["as trained", "with temperature"]], ids=len)
+def test_a_reliability_diagram_has_a_curve_for_each_and_the_images_of_the_last(names: list[str]) -> None:
+    scores = Scores(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3)
+    curves = {name: reliability(scores, 1.0 + index) for index, name in enumerate(names)}
+    figure = reliability_figure(curves)
+    upper, lower = figure.axes
+    diagonal, *lines = upper.lines
+    assert np.array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    assert [line.get_label() for line in lines] == names
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["confidence = accuracy", *names]
+    for line, curve in zip(lines, curves.values(), strict=True):
+        filled = curve.images > 0
+        assert 2 < filled.sum() < len(filled)
+        assert torch.equal(torch.tensor(line.get_xdata()), curve.confidence[filled])
+        assert torch.equal(torch.tensor(line.get_ydata()), curve.accuracy[filled])
+    assert [bar.get_height() for bar in lower.patches] == list(curves.values())[-1].images.tolist()
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in lower.patches]
+    assert middles == pytest.approx([(index + 0.5) / len(middles) for index in range(len(middles))])
+    assert min(drawn(figure).size) > 400

@@ -1,0 +1,142 @@
+"""Rows from images, as the classifier gives them for one image at a time: their order, how far ahead images are read,
+how many classes, the temperature, the views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tiny import CLASSES, tiny_classifier, tiny_template
+from tl_trainer.config.load import load
+from tl_trainer.config.schema import FeaturesSection
+from tl_trainer.data import images
+from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta_pipelines
+from tl_trainer.network import Network
+from tl_trainer.predict import Predictor, Row
+from tl_trainer.restore import Restored
+
+PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+CROPPED = spell_out("default", PRESET, train=False)
+ANY_SIZE = spell_out([], PRESET, train=False)
+BAD = {0, 3, 4, 5, 6, 10}  # of the eleven that `paths` gives
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Pictures of noise, no two alike or of one size, and among them what is none: missing, empty, cut, a folder."""
+    generator = torch.Generator().manual_seed(0)
+    found = [tmp_path / f"{index:02}.png" for index in range(11)]
+    for index, path in enumerate(found):
+        noise = torch.randint(0, 256, (20 + index, 30 - index, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray((noise * torch.rand(3, generator=generator)).byte().numpy()).save(path)
+    found[0].unlink()
+    found[3].write_bytes(b"")
+    found[4].write_bytes(found[4].read_bytes()[:200])
+    found[5].unlink()
+    found[5].mkdir()
+    found[6].write_text("no picture")
+    found[10].unlink()
+    return [str(path) for path in found]
+
+
+def restored(temperature: float | None = None) -> Restored:
+    """The tiny classifier with weights that spread the probabilities."""
+    torch.manual_seed(0)
+    classifier = tiny_classifier().eval()
+    with torch.no_grad():
+        classifier.head[-1].weight.mul_(20)
+    network = Network(classifier, torch.device("cpu"), "fp32", FeaturesSection(cache="off"), {})
+    (pipeline,) = tta_pipelines(CROPPED, None)
+    return Restored(replace(tiny_template(), temperature=temperature), load(None), network, pipeline)
+
+
+def predictor(
+    temperature: float | None = None, *, topk: int = 5, steps: PlainSteps = CROPPED, tta: str | None = None
+) -> Predictor:
+    return Predictor(restored(temperature), topk, tta_pipelines(steps, tta), None)
+
+
+def one_by_one(path: str, temperature: float, steps: PlainSteps, tta: str | None) -> list[float]:
+    """The probability of each class: the mean over the views, then the temperature."""
+    classifier, picture = restored().network.classifier, images.load(Path(path))
+    with torch.no_grad():
+        views = [
+            classifier(pipeline.batch(pipeline.image(picture).unsqueeze(0)))[0].softmax(dim=0)
+            for pipeline in tta_pipelines(steps, tta)
+        ]
+    mean = torch.stack(views).mean(dim=0) ** (1 / temperature)
+    shares: list[float] = (mean / mean.sum()).tolist()
+    return shares
+
+
+def shares(row: Row) -> list[float]:
+    """The probabilities in the order of the classes."""
+    return [guess.probability for guess in sorted(row.predictions, key=lambda guess: guess.index)]
+
+
+@pytest.mark.parametrize("steps", [CROPPED, ANY_SIZE], ids=["one size", "any size"])
+@pytest.mark.parametrize(("temperature", "tta"), [(None, None), (2.5, None), (2.5, "flip")])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 100])
+def test_each_row_is_what_its_image_gives_alone(
+    paths: list[str], batch_size: int, temperature: float | None, tta: str | None, steps: PlainSteps
+) -> None:
+    rows = list(predictor(temperature, steps=steps, tta=tta).rows(paths, batch_size))
+    assert [row.path for row in rows] == paths
+    assert {index for index, row in enumerate(rows) if row.error is not None} == BAD
+    for row in rows:
+        if row.error is None:
+            assert shares(row) == pytest.approx(one_by_one(row.path, temperature or 1, steps, tta), abs=2e-6)
+            assert all(guess.label == "abc"[guess.index] for guess in row.predictions)
+        else:
+            assert row.predictions == []
+            assert row.path in row.error
+    assert len({tuple(shares(row)) for row in rows if row.error is None}) == len(paths) - len(BAD)
+
+
+def test_many_images_are_drawn_no_further_ahead_than_two_batches(paths: list[str]) -> None:
+    drawn = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal drawn
+        for path in paths * 6:
+            drawn += 1
+            yield path
+
+    rows = predictor().rows(counted(), batch_size=4)
+    assert drawn == 0
+    for number, row in enumerate(rows):
+        assert row.path == paths[number % len(paths)]
+        assert number < drawn <= number + 2 * 4
+    assert number + 1 == drawn == 66
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_any_number_of_images_has_as_many_rows(paths: list[str], count: int) -> None:
+    assert [row.path for row in predictor().rows(iter(paths[:count]), batch_size=4)] == paths[:count]
+
+
+@pytest.mark.parametrize("topk", [1, 2, CLASSES, CLASSES + 1, 1000])
+def test_as_many_classes_as_asked_for_and_there_are_best_first(paths: list[str], topk: int) -> None:
+    (row,) = predictor(topk=topk).rows(paths[1:2], batch_size=4)
+    found = [(guess.index, guess.probability) for guess in row.predictions]
+    expected = one_by_one(paths[1], 1, CROPPED, None)
+    best = sorted(range(CLASSES), key=expected.__getitem__, reverse=True)[:topk]
+    assert [index for index, _ in found] == best
+    assert [share for _, share in found] == pytest.approx([expected[index] for index in best], abs=2e-6)
+
+
+def test_a_temperature_changes_the_probabilities_and_not_the_order(paths: list[str]) -> None:
+    plain, one, cold, hot = (list(predictor(value).rows(paths, 4)) for value in (None, 1.0, 0.5, 4.0))
+    assert plain == one
+    for rows in (cold, hot):
+        assert [[guess.index for guess in row.predictions] for row in rows] == [
+            [guess.index for guess in row.predictions] for row in plain
+        ]
+    for low, middle, high in zip(cold, plain, hot, strict=True):
+        if middle.error is None:
+            assert max(shares(low)) > max(shares(middle)) > max(shares(high)) > 1 / CLASSES
