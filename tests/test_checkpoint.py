@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import tl_trainer
 from tl_trainer.checkpoint import Checkpoint, library_versions, load, save
 from tl_trainer.errors import CheckpointError, RunError
+from tl_trainer.files import save_sealed
 
 
 def example() -> Checkpoint:
@@ -89,7 +91,7 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
 
 def test_a_newer_version_says_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
-    torch.save({**content, "version": 3, "libraries": {"tl-trainer": "9.8.7"}}, path)
+    save_sealed(path, {**content, "version": 3, "libraries": {"tl-trainer": "9.8.7"}})
     with pytest.raises(CheckpointError, match=r"best\.pth: format version 3, .* reads 2; .*\(9\.8\.7\)"):
         load(path)
 
@@ -97,7 +99,7 @@ def test_a_newer_version_says_what_wrote_it(path: Path) -> None:
 @pytest.mark.parametrize("name", [field.name for field in fields(Checkpoint)])
 def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
     content = content_of(example(), path)
-    torch.save({**content, name: ("words",)}, path)
+    save_sealed(path, {**content, name: ("words",)})
     with pytest.raises(
         CheckpointError, match=rf"best\.pth: damaged checkpoint: {name} is missing or of the wrong kind"
     ):
@@ -108,7 +110,7 @@ def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
 def test_a_missing_field_is_named(path: Path, name: str) -> None:
     content = content_of(example(), path)
     del content[name]
-    torch.save(content, path)
+    save_sealed(path, content)
     with pytest.raises(CheckpointError, match=f"damaged checkpoint: {name} is missing"):
         load(path)
 
@@ -117,7 +119,7 @@ def test_a_missing_field_is_named(path: Path, name: str) -> None:
     ("name", "value"), [("trained", {"head.0.weight": [[1.0]]}), ("frozen", {"x": None}), ("classes", ["ant", 7])]
 )
 def test_what_is_in_a_field_is_of_the_right_kind_as_well(path: Path, name: str, value: Any) -> None:
-    torch.save({**content_of(example(), path), name: value}, path)
+    save_sealed(path, {**content_of(example(), path), name: value})
     with pytest.raises(CheckpointError, match=f"damaged checkpoint: {name} is missing or of the wrong kind"):
         load(path)
 
@@ -128,8 +130,27 @@ def test_a_truncated_file(path: Path, keep: int) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
     assert len(path.read_bytes()) < len(whole)
-    with pytest.raises(CheckpointError, match=r"best\.pth: damaged or not a PyTorch file"):
+    with pytest.raises(CheckpointError, match=r"best\.pth: damaged"):
         load(path)
+
+
+def test_every_flipped_bit_is_found(path: Path) -> None:
+    save(example(), path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    places = [*range(0, 64), *range(len(whole) - 64, len(whole)), *rng.sample(range(len(whole)), 200)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"best\.pth: "):
+            load(path)
+    path.write_bytes(whole)
+    assert_equal(asdict(load(path)), asdict(load(path)))
+
+
+def test_torch_itself_reads_a_checkpoint(path: Path) -> None:
+    save(example(), path)
+    assert torch.load(path, weights_only=True)["classes"] == ["ant", "bee", "ÿ #1"]
 
 
 def test_a_missing_file_and_a_folder(path: Path) -> None:

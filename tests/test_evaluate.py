@@ -36,6 +36,13 @@ def test_nothing_is_kept_for_a_gradient() -> None:
     assert seen[0].is_inference()
 
 
+def test_what_is_to_happen_after_each_batch_happens_outside_of_inference_mode() -> None:
+    modes: list[bool] = []
+    batch = Batch(torch.randn(2, 7), torch.tensor([0, 1]), torch.arange(2))
+    evaluate(nn.Identity(), [batch, batch], lambda: modes.append(torch.is_inference_mode_enabled()))
+    assert modes == [False, False]
+
+
 def test_a_split_without_images_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="no batch"):
         evaluate(nn.Identity(), [])

@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import stat
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -18,7 +19,15 @@ import pytest
 import torch
 
 from tl_trainer.errors import CheckpointError, InputError, RunError
-from tl_trainer.files import cache_folder, content_hash, load_plain, make_folder, write_atomically, write_text
+from tl_trainer.files import (
+    cache_folder,
+    content_hash,
+    load_plain,
+    make_folder,
+    sole_use,
+    write_atomically,
+    write_text,
+)
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -292,3 +301,13 @@ def test_a_missing_file_and_a_folder_are_named() -> None:
     Path("folder.pth").mkdir()
     with pytest.raises(CheckpointError, match=r"folder\.pth: cannot be read: "):
         load_plain(Path("folder.pth"))
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tl_trainer.files import sole_use\nwith sole_use(Path('.')): pass"
+    words = [sys.executable, "-c", code]
+    with sole_use(tmp_path):
+        refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert "another tl-train is at work in it" in refused.stderr
+    assert subprocess.run(words, cwd=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []

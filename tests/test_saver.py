@@ -9,6 +9,7 @@ import copy
 import hashlib
 import io
 import math
+import os
 import shutil
 import signal
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
+from tl_trainer.files import previous
 from tl_trainer.metrics import Figures
 from tl_trainer.models.backbones import build_backbone, state_hash
 from tl_trainer.models.classifier import Classifier
@@ -367,3 +369,31 @@ def test_tiny_classifiers_of_two_seeds_differ() -> None:
     first = tiny_classifier().state_dict()
     torch.manual_seed(1)
     assert not same(tiny_classifier().state_dict(), first)
+
+
+def test_the_last_pth_of_before_is_kept(tmp_path: Path) -> None:
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    saver.save()
+    first = (tmp_path / "last.pth").read_bytes()
+    assert not previous(tmp_path / "last.pth").exists()
+    steps(state, 1)
+    saver.save()
+    assert previous(tmp_path / "last.pth").read_bytes() == first
+    assert (tmp_path / "last.pth").read_bytes() != first
+    steps(state, 1)
+    saver.save()
+    assert previous(tmp_path / "last.pth").read_bytes() != first
+
+
+def test_without_hard_links_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    saver = make_saver(tmp_path, make_state())
+    saver.save()
+    first = (tmp_path / "last.pth").read_bytes()
+    saver.save()
+    assert previous(tmp_path / "last.pth").read_bytes() == first
+    assert len(list(tmp_path.iterdir())) == 2

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tl_trainer.signals import StopRequest
+from tl_trainer.signals import StopRequest, Terminated, raise_terminated
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -42,6 +42,18 @@ def test_the_handlers_of_before_come_back(failing: bool) -> None:
     except ValueError:
         pass
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_nobody_waits_for_ends_what_is_going_on() -> None:
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        with pytest.raises(Terminated):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Exception:
+                pytest.fail("held up by an except Exception")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_after_the_block_a_signal_interrupts_again() -> None:

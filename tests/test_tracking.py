@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tiny import Clock
 from tl_trainer import tracking as module_under_test
+from tl_trainer.errors import RunError
 from tl_trainer.metrics import Figures, Scores, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, bar, graph_of, picture_grid
@@ -410,3 +411,33 @@ def test_a_bar_writes_nothing_where_stderr_is_no_terminal(capsys: pytest.Capture
     assert list(bar(range(3), "epoch 1/2", 3)) == [0, 1, 2]
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("broken", ["add_text", "add_image", "add_scalar", "add_pr_curve", "close"])
+def test_a_writer_that_fails_is_left_out_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with tracking(tmp_path) as tracker:
+        setattr(tracker.writer, broken, fail)
+        tracker.start("seed: 0\n", [])
+        tracker.images(torch.rand(1, 3, 8, 8), ["ant"])
+        log_epochs(tracker, range(1, 3))
+        scores = Scores(torch.eye(3), torch.arange(3))
+        tracker.improved(2, scores)
+        tracker.finish(2, scores, {"final/val_top1": 1.0}, {"seed": 0})
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "TensorBoard cannot be written, and is left out from here on: [Errno 28] No space left on device"
+    ]
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path: Path) -> None:
+    with tracking(tmp_path, tensorboard=False) as tracker:
+        (tmp_path / "metrics.csv").unlink()
+        (tmp_path / "metrics.csv").mkdir()
+        with pytest.raises(RunError, match=r"cannot write .*metrics\.csv: Is a directory"):
+            log_epochs(tracker, range(1, 2))

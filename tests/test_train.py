@@ -85,13 +85,13 @@ class Run:
             logits: Tensor = state.classifier(inputs)
             return logits
 
-        def validate() -> Scores:
+        def validate(after_batch: Callable[[], None]) -> Scores:
             event()
             state.classifier.eval()
             device = torch.device("cpu")
-            return evaluate(state.classifier, TinyBatches(2, shuffle=False).epoch(0, device))
+            return evaluate(state.classifier, TinyBatches(2, shuffle=False).epoch(0, device), after_batch)
 
-        feed = Feed(TinyBatches(), forward, Split([], [], []))
+        feed = Feed(TinyBatches(), forward, Split([f"{index}.jpg" for index in range(IMAGES)], [0] * IMAGES))
         criterion = _Criterion(self.criterion)
         fit(Training(state, feed, validate, criterion, torch.device("cpu"), self.epochs), tracker, saver)
         return state
@@ -278,7 +278,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_batch(
 ) -> None:
     run = Run(tmp_path / "run", clock=clock)
     run.criterion = lambda logits, targets: logits.sum() * value if run.events == event else logits.square().mean()
-    with pytest.raises(RunError, match=f"the loss is -?(nan|inf) in {where};.* --lr") as caught:
+    with pytest.raises(
+        RunError, match=rf"the loss is -?(nan|inf) in {where} \(\d+\.jpg, \d+\.jpg, \d+\.jpg and 3 more\);.* --lr"
+    ) as caught:
         run.train()
     assert caught.value.exit_code == 1
     assert_finite(run.folder, written=event > 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,15 +54,11 @@ class Parts:
     backbone: dict[str, Any]
     feeds: dict[str, Feed]
 
-    def evaluation(self, split: str) -> Callable[[], Scores]:
-        """The function that measures the classifier, as it is when called, on a split."""
+    def evaluate(self, split: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
+        """The scores of the classifier, as it is now, on a split."""
         feed, device = self.feeds[split], self.network.device
-
-        def run() -> Scores:
-            self.network.classifier.eval()
-            return evaluate(feed.forward, bar(feed.batches.epoch(0, device), split, len(feed.batches)))
-
-        return run
+        self.network.classifier.eval()
+        return evaluate(feed.forward, bar(feed.batches.epoch(0, device), split, len(feed.batches)), after_batch)
 
 
 def assemble(loaded: Loaded, resumed: Checkpoint | None = None) -> Parts:
@@ -117,7 +114,7 @@ def new_training(parts: Parts, state: State) -> Training:
     return Training(
         state=state,
         feed=parts.feeds["train"],
-        validate=parts.evaluation("val"),
+        validate=partial(parts.evaluate, "val"),
         criterion=nn.CrossEntropyLoss(weights, label_smoothing=loss.label_smoothing).to(parts.network.device),
         device=parts.network.device,
         epochs=parts.config.train.epochs,

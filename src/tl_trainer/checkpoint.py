@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tl_trainer
 from tl_trainer.errors import CheckpointError
-from tl_trainer.files import load_plain, write_atomically
+from tl_trainer.files import check_seal, load_plain, save_sealed
 
 FORMAT = "tl-trainer checkpoint"
 VERSION = 2
@@ -65,7 +65,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint atomically. Raises RunError where it cannot be written."""
     content = {"format": FORMAT, "version": VERSION, "libraries": library_versions()}
     content |= {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-    write_atomically(path, lambda file: torch.save(content, file))
+    save_sealed(path, content)
 
 
 def load(path: Path) -> Checkpoint:
@@ -73,6 +73,7 @@ def load(path: Path) -> Checkpoint:
 
     Raises CheckpointError where it is damaged, another program's, from a newer version, or not plain data.
     """
+    sealed = check_seal(path)
     content = load_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
@@ -81,6 +82,8 @@ def load(path: Path) -> Checkpoint:
             f"{path}: format version {content.get('version')}, this tl-trainer reads {VERSION}; install the version "
             f"that wrote it ({content.get('libraries', {}).get('tl-trainer')})"
         )
+    if not sealed:
+        raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
     for name in _TYPES:
         if not _is_right_kind(name, content.get(name)):
             raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")

@@ -11,12 +11,17 @@ from tl_trainer.data.loaders import Batch
 from tl_trainer.metrics import Scores
 
 
-def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
+def evaluate(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], after_batch: Callable[[], None] = lambda: None
+) -> Scores:
     """The scores of `forward` (inputs -> logits, in eval mode) over all batches; AssertionError where none."""
-    with torch.inference_mode():
-        parts = [(forward(batch.inputs).float(), batch.targets) for batch in batches]
-        assert parts, "no batch to evaluate"
-        return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    parts = []
+    for batch in batches:
+        with torch.inference_mode():
+            parts.append((forward(batch.inputs).float(), batch.targets))
+        after_batch()
+    assert parts, "no batch to evaluate"
+    return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def averaged(views: Sequence[Tensor]) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
+import shutil
 import socket
+import stat
 import sys
 import tempfile
 import warnings
@@ -17,7 +20,14 @@ from typing import IO, Any
 
 from tl_trainer.errors import CheckpointError, InputError, RunError
 
+log = logging.getLogger(__name__)
+
 STALL_SECONDS = 30
+
+# A checkpoint ends with this and the SHA-256 of all bytes before: torch's own checksums are not read when the file is
+# memory-mapped, and none covers its headers. torch.load does not mind what follows the end of its archive.
+_SEAL = b"tl-sha256:"
+_SEAL_BYTES = len(_SEAL) + 32
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -53,6 +63,103 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
+class _Sealed:
+    """A file that hashes what is written to it, for torch.save."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_sealed(path: Path, content: Any) -> None:
+    """Replace `path` by plain data and tensors with a checksum over the whole file, atomically."""
+    import torch
+
+    def write(file: IO[bytes]) -> None:
+        sealed = _Sealed(file)
+        torch.save(content, sealed)  # type: ignore[arg-type]  # it asks for no more
+        file.write(_SEAL + sealed.digest.digest())
+
+    write_atomically(path, write)
+
+
+def previous(path: Path) -> Path:
+    """Where `keep_previous` keeps what was in `path` before."""
+    return path.with_name(f".{path.stem}.previous{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Keep what is in `path`, if anything, before it is replaced; at no moment is there neither of the two."""
+    spare = previous(path).with_suffix(".tmp")
+    try:
+        spare.unlink(missing_ok=True)
+        if path.is_file():
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, spare)
+            spare.replace(previous(path))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.unlink(missing_ok=True)
+        raise RunError(f"cannot write {spare}: {error.strerror}") from error
+
+
+def check_seal(path: Path) -> bool:
+    """Whether `save_sealed` wrote the file. Raises CheckpointError where it did, and a bit is not as it was."""
+    with _named(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - _SEAL_BYTES
+        file.seek(max(0, size))
+        if file.read(len(_SEAL)) != _SEAL:
+            return False
+        expected, digest = file.read(), hashlib.sha256()
+        file.seek(0)
+        while size and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    if digest.digest() != expected:
+        raise CheckpointError(f"{path}: damaged: its checksum is wrong")
+    return True
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn the operating system's reason why a file cannot be read into a CheckpointError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise CheckpointError(f"{path}: not an ordinary file")
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. Raises InputError where another one holds it; Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
+        except OSError:  # a file system without locks
+            log.debug("%s cannot be locked", folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def content_hash(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
@@ -69,10 +176,8 @@ def load_plain(path: Path) -> Any:
     """
     import torch  # here, so that a command's --help does not wait for it
 
-    try:
+    with _named(path):
         path.open("rb").close()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on a file that is about to be refused

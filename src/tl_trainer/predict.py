@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError, printable
 from tl_trainer.evaluate import averaged
 from tl_trainer.explain import GradCam
+from tl_trainer.files import write_atomically
 from tl_trainer.metrics import probabilities, ranked
 from tl_trainer.restore import Restored
 
@@ -106,7 +108,8 @@ class Predictor:
             row = Row(path, error=item) if isinstance(item, str) else Row(path, next(ranked))
             if self.explanations is not None and not isinstance(item, str):
                 picture = self.cam.picture(self.pipelines[0], item[0], row.predictions[0].index)
-                picture.save(self.explanations / f"{self.number:05}-{Path(path).stem[:80]}.png")
+                name = f"{self.number:05}-{Path(path).stem[:80]}.png"
+                write_atomically(self.explanations / name, partial(picture.save, format="PNG"))
             yield row
 
     def _ranked(self, pictures: list[Views]) -> list[list[Prediction]]:

@@ -13,6 +13,7 @@ from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
 from tl_trainer.config.schema import expand, flat
 from tl_trainer.errors import CheckpointError, InputError
+from tl_trainer.files import previous
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def resume(target: str | None, config: str | None, overrides: Overrides) -> tupl
     else:
         path = Path(target).expanduser()
         path = path / "last.pth" if path.is_dir() else path
-    if not path.is_file():
+    if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
-    last = checkpoint.load(path)
+    last = _load_last(path)
     if last.resume is None:
         raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
     loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
@@ -73,11 +74,22 @@ def _newest_unfinished(loaded: Loaded) -> Path:
     for path in newest:
         description = path.with_name("config.yaml")
         same = description.is_file() and yaml.safe_load(description.read_text(encoding="utf-8")) == wanted
-        if same and checkpoint.load(path).epoch < loaded.config.train.epochs:
+        if same and _load_last(path).epoch < loaded.config.train.epochs:
             return path
     others = ", ".join(str(path.parent) for path in newest[:3])
     hint = f"\nThe newest runs there are {others}; to go on with one, give it: --resume RUN" if others else ""
     raise InputError(f"no unfinished run of this configuration under {output}; start one without --resume{hint}")
+
+
+def _load_last(path: Path) -> Checkpoint:
+    """last.pth, or with a warning the one that was saved before it where it is damaged or gone."""
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        if not previous(path).is_file():
+            raise
+        log.warning("%s; going on from the one saved before it, %s", error, previous(path).name)
+        return checkpoint.load(previous(path))
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:

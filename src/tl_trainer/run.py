@@ -29,7 +29,7 @@ from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import DataError, InputError
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
-from tl_trainer.files import make_folder, write_text
+from tl_trainer.files import make_folder, sole_use, write_text
 from tl_trainer.metrics import Scores, figures
 from tl_trainer.report import Evaluation, headline, write_report
 from tl_trainer.restore import restore
@@ -63,8 +63,8 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
     state = new_state(parts)
     template = _template(parts)
-    _describe(parts, run_dir)
-    with contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
+    with sole_use(run_dir), contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
+        _describe(parts, run_dir)
         with StopRequest() as stop, _threads_for(parts):
             saver = Saver(run_dir, template, state, stop, images)
             if resumption:
@@ -74,9 +74,9 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
             fit(new_training(parts, state), tracker, saver)
         assert saver.best is not None
         parts.network.classifier.load_trained_state(saver.best.trained)
-        scores = {"val": saver.best_scores or parts.evaluation("val")()}
+        scores = {"val": saver.best_scores or parts.evaluate("val")}
         if "test" in parts.dataset.splits:
-            scores["test"] = parts.evaluation("test")()
+            scores["test"] = parts.evaluate("test")
         _log_outcome(parts, tracker, state.progress.best_epoch, scores)
     result: dict[str, Any] = {
         "run_dir": str(run_dir),

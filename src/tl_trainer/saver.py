@@ -13,6 +13,7 @@ from torch import Tensor, optim
 
 from tl_trainer.checkpoint import Checkpoint, save
 from tl_trainer.errors import Interrupted, RunError
+from tl_trainer.files import keep_previous
 from tl_trainer.metrics import Figures, Scores, fit_temperature
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.optim import Schedule
@@ -148,6 +149,7 @@ class Saver:
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
         last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)
+        keep_previous(self.run_dir / "last.pth")
         save(last, self.run_dir / "last.pth")
         self._saved_at = time.monotonic()
         # A twentieth of the time at the most goes into saving, however large the weights are.

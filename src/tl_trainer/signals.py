@@ -7,6 +7,15 @@ from types import FrameType
 from typing import Any
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nobody waits for it as a request; like Ctrl-C no `except Exception` holds it up."""
+
+
+def raise_terminated(number: int, _: FrameType | None) -> None:
+    """A handler for SIGTERM."""
+    raise Terminated
+
+
 class StopRequest:
     """Within the `with` block the first Ctrl-C or SIGTERM only sets `signal`; a second one stops at once."""
 
@@ -25,5 +34,5 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.signal = number

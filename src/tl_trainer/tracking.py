@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from tl_trainer.errors import printable
+from tl_trainer.errors import RunError, printable
 from tl_trainer.metrics import Figures, Scores, measure, probabilities, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Logged = ParamSpec("Logged")
 Graph = list[tuple[str, str, bool]]
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
 CAPTION_HEIGHT = 14
@@ -43,6 +45,25 @@ def bar(
     return tqdm(items, description, total, initial=start, leave=False, unit=unit, disable=True if quiet else None)
 
 
+def _on_tensorboard(
+    method: Callable[Concatenate[Tracker, Logged], None],
+) -> Callable[Concatenate[Tracker, Logged], None]:
+    """A method that does nothing without TensorBoard, whose failure must not end a run: it is left out from then on."""
+
+    @functools.wraps(method)
+    def tolerant(self: Tracker, /, *args: Logged.args, **kwargs: Logged.kwargs) -> None:
+        if self.writer is None:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # its writer is a thread with a file, and raises whatever that met
+            if self.writer is not None:  # else a step of this method has failed and said so
+                log.warning("TensorBoard cannot be written, and is left out from here on: %s", error)
+            self.writer = None
+
+    return tolerant
+
+
 class Tracker:
     """metrics.csv and, where wanted, TensorBoard, for a run that has `done` epochs behind it.
 
@@ -54,71 +75,62 @@ class Tracker:
         self.classes = classes
         self._drawn_at, self._drawn_epoch = float("-inf"), 0
         rows = _rows(self.path)[:done]
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        self._append([COLUMNS, *rows], "w")
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
             self.writer = SummaryWriter(str(run_dir), purge_step=done + 1)
 
+    @_on_tensorboard
     def start(self, config: str, graph: Graph) -> None:
         """Log what does not change: the configuration as text and the chain of stages as a graph."""
-        if self.writer is not None:
-            self.writer.add_text("config", "```yaml\n" + config + "```")
-            _add_graph(self.writer, graph)
+        self.writer.add_text("config", "```yaml\n" + config + "```")
+        _add_graph(self.writer, graph)
 
+    @_on_tensorboard
     def images(self, batch: Tensor, captions: Sequence[str]) -> None:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
-        if self.writer is not None:
-            self.writer.add_image("train/images", functional.pil_to_tensor(picture_grid(batch, captions)), 0)
+        self.writer.add_image("train/images", pil_to_tensor(picture_grid(batch, captions)), 0)
 
     def epoch(
         self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, images: int
     ) -> None:
         """Log an epoch, counted from 1; `images` were trained on in `seconds`, validation not included."""
         row = (epoch, train_loss, val.loss, val.top1, val.top5, lr, round(seconds, 3))
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-        if self.writer is not None:
-            scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
-            for tag, value in {**scalars, "lr": lr, "time/images_per_second": images / seconds}.items():
-                self.writer.add_scalar(tag, value, epoch)
+        self._append([row])
+        scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
+        self._scalars({**scalars, "lr": lr, "time/images_per_second": images / seconds}, epoch)
         log.info(
             "epoch %*d/%d  train loss %.4f  val loss %.4f  top-1 %5.1f%%  top-5 %5.1f%%  lr %.2g  %.1f s",
             len(str(epochs)), epoch, epochs, train_loss, val.loss, 100 * val.top1, 100 * val.top5, lr, seconds,
         )  # fmt: skip
 
+    @_on_tensorboard
     def improved(self, epoch: int, scores: Scores) -> None:
         """Log what is worth knowing of the best epoch so far: F1 of each class, and from time to time pictures."""
-        if self.writer is None:
-            return
         if len(self.classes) <= CURVES:
-            for row in measure(scores, self.classes, None, None)["per_class"]:
-                if row["f1"] is not None:
-                    self.writer.add_scalar(f"f1/{row['class']}", row["f1"], epoch)
+            rows = measure(scores, self.classes, None, None)["per_class"]
+            self._scalars({f"f1/{row['class']}": row["f1"] for row in rows if row["f1"] is not None}, epoch)
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw(epoch, scores)
 
+    @_on_tensorboard
     def finish(
         self, best_epoch: int, scores: Scores, figures: dict[str, float], settings: dict[str, str | float | bool]
     ) -> None:
         """Log the pictures of the best epoch, unless they are there, and the final figures beside the settings."""
-        if self.writer is None:
-            return
         if self._drawn_epoch != best_epoch:
             self._draw(best_epoch, scores)
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(summary)
-        for tag, value in figures.items():
-            self.writer.add_scalar(tag, value, best_epoch)
+        self._scalars(figures, best_epoch)
 
+    @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
         """Log features for the projector. features: (N, D); thumbnails: (N, 3, S, S) in [0, 1]."""
-        if self.writer is None:
-            return
         features = features.flatten(1).float()
         rank = min(COMPONENTS, *features.shape)
         centred = features - features.mean(dim=0)
@@ -141,12 +153,24 @@ class Tracker:
 
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:
         picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
-        self.writer.add_image(tag, functional.pil_to_tensor(picture), epoch)
+        self.writer.add_image(tag, pil_to_tensor(picture), epoch)
 
+    @_on_tensorboard
     def close(self) -> None:
         """Flush the event file."""
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
+
+    @_on_tensorboard
+    def _scalars(self, values: dict[str, float], epoch: int) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, epoch)
+
+    def _append(self, rows: Iterable[Sequence[object]], mode: str = "a") -> None:
+        try:
+            with self.path.open(mode, newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def graph_of(stages: Iterable[tuple[str, nn.Module]], *, trained: bool) -> Graph:
@@ -163,7 +187,7 @@ def picture_grid(batch: Tensor, captions: Sequence[str], columns: int = 8) -> Im
     draw = ImageDraw.Draw(grid)
     for index, (picture, caption) in enumerate(zip(batch.cpu(), captions, strict=True)):
         x, y = index % columns * across, index // columns * down
-        grid.paste(functional.to_pil_image(picture), (x, y))
+        grid.paste(to_pil_image(picture), (x, y))
         draw.text((x + 2, y + height + 1), caption[: max(1, width // 6)], fill="black")
     return grid
 

@@ -10,20 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tl_trainer.errors import RunError
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch
+from tl_trainer.errors import RunError, printable
 from tl_trainer.metrics import Scores, figures
 from tl_trainer.network import Feed
 from tl_trainer.saver import Saver, State
 from tl_trainer.tracking import Tracker, bar
 
+NAMED = 3  # images of a batch whose loss is not finite
+
 
 @dataclass
 class Training:
-    """What `fit` works with. `feed.forward` takes the inputs of `feed.batches`, images or features, to logits."""
+    """What `fit` works with. `feed.forward` takes the inputs of `feed.batches`, images or features, to logits;
+    `validate` calls what it is given after every batch, so that a long validation can be stopped too.
+    """
 
     state: State
     feed: Feed
-    validate: Callable[[], Scores]
+    validate: Callable[[Callable[[], None]], Scores]
     criterion: nn.Module
     device: torch.device
     epochs: int
@@ -48,7 +54,8 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             value = loss.item()
             if not math.isfinite(value):
                 raise RunError(
-                    f"the loss is {value} in {name}, batch {progress.batch + 1}/{steps}; "
+                    f"the loss is {value} in {name}, batch {progress.batch + 1}/{steps} "
+                    f"({_names(training.feed.split, batch)}); "
                     "lower the rate with --lr or set train.schedule.warmup_epochs"
                 )
             state.optimizer.zero_grad(set_to_none=True)
@@ -60,11 +67,10 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             progress.images += len(batch.targets)
             progress.seconds = time.perf_counter() - started
             saver.tick()
-        scores = training.validate()
+        scores = training.validate(saver.tick)
         val = figures(scores)
         if not math.isfinite(val.loss):
             raise RunError(f"the validation loss is {val.loss} after {name}; lower the rate with --lr")
-        saver.tick()
         state.schedule.epoch_ended(val.loss)
         loss_mean, images, seconds = progress.loss / progress.images, progress.images, progress.seconds
         improved = progress.epoch_ended(val)
@@ -73,3 +79,10 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             saver.improved(scores)
             tracker.improved(progress.epoch, scores)
     saver.finish()
+
+
+def _names(split: Split, batch: Batch) -> str:
+    """Some of a batch's images, for the person who has to look for the bad one."""
+    shown = [printable(split.names[index]) for index in batch.indices[:NAMED].tolist()]
+    more = len(batch.indices) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

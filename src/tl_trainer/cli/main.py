@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from importlib import metadata
 
 from tl_trainer import __version__
 from tl_trainer.errors import InputError, TrainerError
+from tl_trainer.signals import Terminated, raise_terminated
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 Command = Callable[[argparse.Namespace], int]
@@ -46,9 +48,12 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
     args = parser.parse_intermixed_args(argv)
     _set_up_logging(args)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         _check_floors()
         return command(args)
+    except Terminated:
+        return _fail(parser.prog, "terminated", 143)
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -61,6 +66,8 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             return _fail(parser.prog, str(error), error.exit_code)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+            return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
         return _fail(
             parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
         )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from tqdm import tqdm
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import DataError, ImageError
+from tl_trainer.errors import DataError, ImageError, RunError
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 _PRIME = 1_000_003
 
 
@@ -65,10 +66,10 @@ class ImageBatches:
             batch_size=None,  # each item of the sampler is a batch already
             num_workers=min(self.workers, len(chunks)),
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_set_signals,
             generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
         )
-        for batch in loader:
+        for batch in _named_deaths(loader):
             if isinstance(batch, DataError):
                 raise batch
             inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
@@ -160,9 +161,27 @@ class _Batches(Dataset[Batch | DataError]):
         return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + self.epoch) * _PRIME + index)
 
 
-def _ignore_interrupts(_: int) -> None:
-    """A Ctrl-C reaches the workers too; the main process decides what it means."""
+def _set_signals(_: int) -> None:
+    """A Ctrl-C reaches the workers too; the main process decides what it means. SIGTERM ends a worker at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:
+    """The batches; RunError, with the remedy, where a worker dies, of which torch only says that it did."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        if "shared memory" in str(error) or "Bus error" in str(error):
+            raise RunError(
+                "the shared memory (/dev/shm) is too small for the processes that load images; load in the main "
+                "process with --workers 0, or give a container more with --shm-size"
+            ) from error
+        raise RunError(
+            "a process that loads images was killed, perhaps because memory ran out; try fewer with --workers"
+        ) from error
 
 
 def stacked(pictures: list[Tensor]) -> Tensor:
