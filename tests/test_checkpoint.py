@@ -28,7 +28,7 @@ def example() -> Checkpoint:
         epoch=12,
         metrics={"loss": 0.25, "top1": 0.875, "top5": 1.0, "n": 8},
         val_names=["ant/1.jpg"],
-        val_images="cd" * 32,
+        val_images=["cd" * 8],
         temperature=1.25,
         resume={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "random": {"cpu": torch.get_rng_state()}},
     )

@@ -6,6 +6,7 @@ A warning is an error here, so a picture that is drawn at all was drawn without 
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tl_trainer.plots import LONGEST_NAME, NAMED, NUMBERED, confusion_figure, pn
 AWKWARD = {
     "math": r"$\frac{$ $a_b$", "unclosed": "5$", "markup": "<b>x & y", "CJK": "日本語の花", "emoji": "🐝🦋",
     "right to left": "שלום עליכם", "escape": "\x1b[31m\0", "direction": "\u202egpj", "lines": "a\nb\r\tc",
-    "bytes": "caf\udce9", "blank": " ", "long": "x" * 100,
+    "bytes": "caf\udce9", "blank": " ", "long": "x" * 100, "wide": "花" * 100,
 }  # fmt: skip
 
 
@@ -67,6 +68,25 @@ def test_a_name_is_shown_on_one_short_line_and_as_it_is_written(name: str, shown
     assert labels(figure) == ([shown, "bee"], [shown, "bee"])
     ticks = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
     assert not any(tick.get_parse_math() for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("names", "turned"),
+    [
+        (["ant", "bee"], 0),
+        (["ant", "bee", "moth"], 0),
+        (["great willowherb", "mountain pansy"], 90),
+        (["ant"] * 10, 90),
+    ],
+    ids=str,
+)
+def test_names_below_the_columns_do_not_run_into_each_other(names: list[str], turned: int) -> None:
+    figure = confusion_figure(counts(len(names)), names)
+    png(figure)  # draws, and so places
+    ticks = figure.axes[0].get_xticklabels()
+    assert {tick.get_rotation() for tick in ticks} == {turned}
+    boxes = [tick.get_window_extent() for tick in ticks]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize("number", [2, 10, NUMBERED, NUMBERED + 1, 102, NAMED, NAMED + 1, 300])

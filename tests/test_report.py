@@ -14,11 +14,20 @@ from PIL import Image
 from browser import CHROMIUM, browser, rendered
 from conftest import COLOURS, Run, draw_split, last_json
 from test_end_to_end import SMALL
+from tl_trainer import checkpoint
+from tl_trainer import run as run_module
+from tl_trainer.errors import RunError
 from tl_trainer.restore import restore
 
 FILES = {
-    "confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv", "reliability.png", "report.html",
-}  # fmt: skip
+    "confusion_matrix.csv",
+    "confusion_matrix.png",
+    "metrics.json",
+    "per_class.csv",
+    "predictions.csv",
+    "reliability.png",
+    "report.html",
+}
 MANY = {f"sort {index:03}": (40 + 2 * index, 255 - 2 * index, (37 * index) % 256) for index in range(102)}
 
 
@@ -32,6 +41,12 @@ def trained(tl: Run, data: Path, *more: str) -> dict[str, Any]:
 def evaluated(tl: Run, *more: object) -> dict[str, Any]:
     arguments = ["--checkpoint", "runs/run-1/best.pth", "--report", "report", "--json"]
     return last_json(tl("eval", *arguments, *more))
+
+
+def draw_splits(folder: Path, count: int, classes: dict[str, tuple[int, int, int]]) -> None:
+    """train, val and test, with no image in two of them."""
+    for index, split in enumerate(("train", "val", "test")):
+        draw_split(folder / split, count, size=40 + index, classes=classes)
 
 
 def size(path: str) -> tuple[int, int]:
@@ -62,8 +77,7 @@ def test_tl_train_writes_a_report_on_its_best_checkpoint(tl: Run, colours: Path)
     assert {key: found[key] for key in result["val"]} == result["val"]
     assert found["split"] == "val"
     assert found["calibration"]["after"] is None
-    assert "fitted on these images" in found["undefined"]["calibration.after"]
-    assert found["calibration"]["temperature"] > 0
+    assert "has no temperature" in found["undefined"]["calibration.after"]
 
 
 def test_the_report_of_tl_eval_is_that_of_tl_train(tl: Run, colours: Path) -> None:
@@ -98,7 +112,11 @@ def test_every_file_says_the_same(tl: Run, colours: Path) -> None:
         assert sum(float(row[key]) for key in ("probability", "probability_2", "probability_3")) == pytest.approx(
             1, abs=3e-6
         )
-    assert matrix == found["confusion_matrix"]
+    with Path("report/confusion_matrix.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["label", *sorted(COLOURS)],
+            *([name, *map(str, row)] for name, row in zip(sorted(COLOURS), matrix, strict=True)),
+        ]
     assert [int(row["support"]) for row in per_class] == [sum(row) for row in matrix]
     assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
 
@@ -119,8 +137,7 @@ def test_the_probabilities_are_those_of_tl_predict(tl: Run, colours: Path) -> No
 
 def test_an_over_confident_head_is_calibrated_and_ranks_as_before(tl: Run, tmp_path: Path) -> None:
     noisy = {"one": (120, 120, 120), "two": (126, 126, 126)}
-    for split in ("train", "val", "test"):
-        draw_split(tmp_path / "noisy" / split, 30, classes=noisy)
+    draw_splits(tmp_path / "noisy", 30, noisy)
     trained(tl, tmp_path / "noisy", "train.epochs=30", "train.optimizer.lr=0.5")
     result = evaluated(tl)
     before, after = result["calibration"]["before"], result["calibration"]["after"]
@@ -144,15 +161,14 @@ def test_a_split_of_one_class_or_one_image_has_null_figures_with_a_reason(tl: Ru
     assert (result["split"], result["n"]) == ("test", count)
     found = json.loads(Path("report/metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert [row["recall"] is None for row in found["per_class"]] == [True, True, False]
-    assert set(found["undefined"]) == {"per_class blue", "per_class green"}
+    assert {"per_class blue recall", "per_class green recall"} <= set(found["undefined"])
     page = Path("report/report.html").read_text()
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page), re.IGNORECASE)
 
 
 def test_names_cannot_become_markup_or_move_the_cursor(tl: Run, tmp_path: Path) -> None:
     nasty = {"<b>x<i>": (200, 30, 30), "$a_b$ & co": (30, 200, 30), "esc\x1b[31m\u202e": (30, 30, 200)}
-    for split in ("train", "val", "test"):
-        draw_split(tmp_path / "data" / split, 3, classes=nasty)
+    draw_splits(tmp_path / "data", 3, nasty)
     trained(tl, tmp_path / "data", *BARELY)
     evaluated(tl)
     page = Path("report/report.html").read_text(encoding="utf-8")
@@ -195,9 +211,10 @@ def test_explain_writes_a_picture_per_image(tl: Run, colours: Path) -> None:
     assert size("why/00001-00.png") == (2 * 64 + 6, 64)
 
 
-def test_a_report_that_cannot_be_written_is_refused_first(tl: Run, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_first(tl: Run, colours: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = tl("eval", "--checkpoint", "nothing.pth", "--report", "file/report")
+    trained(tl, colours)
+    done = tl("eval", "--checkpoint", "runs/run-1/best.pth", "--report", "file/report")
     assert done.returncode == 2
     assert "choose another folder with --report" in done.stderr
 
@@ -209,14 +226,15 @@ def test_tl_eval_prints_what_matters(tl: Run, colours: Path) -> None:
     assert re.fullmatch(
         r"val: top-1 [\d.]+% \([\d.]+% to [\d.]+%\)  top-5 100.0%  loss [\d.]+  \(12 images\)", lines[0]
     )
-    assert re.fullmatch(r"balanced accuracy [\d.]+%  macro F1 [\d.]+%  calibration error [\d.]+%", lines[1])
+    assert re.fullmatch(
+        r"balanced accuracy [\d.]+%  macro F1 [\d.]+%  calibration error [\d.]+% \(as trained\)", lines[1]
+    )
     assert lines[2:] == ["report: report/report.html"]
     assert all(len(line) <= 80 for line in lines)
 
 
 def test_102_classes_are_written_whole(tl: Run, tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        draw_split(tmp_path / "many" / split, 2, classes=MANY)
+    draw_splits(tmp_path / "many", 2, MANY)
     trained(tl, tmp_path / "many", "train.epochs=2")
     result = evaluated(tl)
     assert result["n"] == 204
@@ -254,8 +272,7 @@ found.overflow = document.documentElement.scrollWidth - innerWidth;
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_page_works_in_a_browser(tl: Run, tmp_path: Path, width: int) -> None:
     close = {"one": (120, 120, 120), "two": (126, 126, 126), "three": (132, 130, 128)}
-    for split in ("train", "val", "test"):
-        draw_split(tmp_path / "data" / split, 10, classes=close)
+    draw_splits(tmp_path / "data", 10, close)
     trained(tl, tmp_path / "data", *BARELY)
     result = evaluated(tl)
     found = in_browser(Path("report/report.html"), PROBE, tmp_path, width)
@@ -280,8 +297,61 @@ def test_the_page_of_photographs_works_in_a_browser(tl: Run, photos: Path, tmp_p
     assert found["broken"] == found["fetched"] == []
 
 
-def test_tl_eval_finds_what_training_logged_whatever_the_temperature(tl: Run, colours: Path) -> None:
-    result = trained(tl, colours)
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("val", "the temperature was fitted on 30 of these images"),
+        ("train", "the network was trained on these images"),
+        ("test", None),
+    ],
+)
+def test_the_temperature_is_measured_on_other_images_only(
+    tl: Run, tmp_path: Path, split: str, reason: str | None
+) -> None:
+    draw_splits(tmp_path / "data", 10, COLOURS)
+    trained(tl, tmp_path / "data")
+    found = evaluated(tl, "--split", split)
+    assert found["calibration"]["temperature"] > 0
+    assert (found["calibration"]["after"] is None) == (reason is not None)
+    assert found["undefined"].get("calibration.after", "").startswith(reason or "")
+    if split == "val":  # the same images, elsewhere and under other names
+        (tmp_path / "data" / "val").rename(tmp_path / "moved")
+        (tmp_path / "moved" / "red" / "00.jpg").rename(tmp_path / "moved" / "red" / "other.jpg")
+        moved = evaluated(tl, "--data-dir", tmp_path / "moved", "--split", "all")
+        assert moved["undefined"] == found["undefined"]
+
+
+def test_a_report_that_fails_does_not_take_the_run_with_it(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RunError("cannot write report.html: the disk is full")
+
+    monkeypatch.setattr(run_module, "write_report", fail)
+    done = tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, "output.report=true")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["report"] is None
+    assert "the disk is full" in done.stderr
+    assert "tl-eval --report DIR makes it" in done.stderr
+
+
+def test_an_output_that_is_not_finite_is_refused(tl: Run, colours: Path) -> None:
+    trained(tl, colours)
+    path = Path("runs/run-1/best.pth")
+    damaged = checkpoint.load(path)
+    damaged.trained["head.0.weight"] = damaged.trained["head.0.weight"].clone().fill_(float("nan"))
+    checkpoint.save(damaged, Path("nan.pth"))
+    for words in (["eval"], ["predict", colours / "val"]):
+        done = tl(*words, "--checkpoint", "nan.pth")
+        assert done.returncode == 1
+        assert "the network's output is not finite" in done.stderr
+        assert "nan%" not in done.stdout
+
+
+def test_tl_eval_finds_what_training_logged_whatever_the_temperature(tl: Run, tmp_path: Path) -> None:
+    draw_splits(tmp_path / "data", 10, COLOURS)
+    (tmp_path / "data" / "test").rename(tmp_path / "test")
+    result = trained(tl, tmp_path / "data")
     restored = restore(Path("runs/run-1/best.pth"), "cpu")
     assert restored.checkpoint.temperature not in (None, 1.0)
     again = evaluated(tl)

@@ -37,8 +37,10 @@ EMBEDDING = Path("projector", "features")
 
 
 @contextmanager
-def tracking(run_dir: Path, *, tensorboard: bool = True, done: int = 0) -> Iterator[Tracker]:
-    tracker = Tracker(run_dir, CLASSES, tensorboard=tensorboard, done=done)
+def tracking(
+    run_dir: Path, classes: Sequence[str] = CLASSES, *, tensorboard: bool = True, done: int = 0
+) -> Iterator[Tracker]:
+    tracker = Tracker(run_dir, classes, tensorboard=tensorboard, done=done)
     try:
         yield tracker
     finally:
@@ -125,7 +127,7 @@ def test_a_row_that_was_cut_is_dropped(tmp_path: Path) -> None:
 def test_tensorboard_has_exactly_the_documented_tags(tmp_path: Path) -> None:
     with tracking(tmp_path) as tracker:
         tracker.start("seed: 0\nmodel: {backbone: alexnet}\n", [("features.0", "Conv2d(3, 64)", False)])
-        tracker.images(torch.rand(3, 3, 20, 30), ["ant", "bee", "bee"])
+        tracker.images("train/images", torch.rand(3, 3, 20, 30), ["ant", "bee", "bee"])
         log_epochs(tracker, range(1, 3))
     reader = events(tmp_path)
     tags = reader.Tags()
@@ -154,7 +156,7 @@ def test_the_points_are_the_rows(tmp_path: Path) -> None:
 def test_points_of_epochs_that_are_trained_again_are_dropped(tmp_path: Path, done: int) -> None:
     with tracking(tmp_path) as tracker:
         tracker.start("seed: 0\n", [])
-        tracker.images(torch.rand(1, 3, 8, 8), ["ant"])
+        tracker.images("train/images", torch.rand(1, 3, 8, 8), ["ant"])
         log_epochs(tracker, range(1, 4))
     with tracking(tmp_path, done=done) as tracker:
         log_epochs(tracker, range(done + 1, 4), loss=7.0)
@@ -191,7 +193,7 @@ def test_the_graph_is_the_chain_of_stages(tmp_path: Path) -> None:
 def test_the_images_are_those_that_were_given(tmp_path: Path) -> None:
     batch = torch.stack([torch.full((3, 40, 50), shade) for shade in (0.0, 0.4, 1.0)])
     with tracking(tmp_path) as tracker:
-        tracker.images(batch, ["ant", "bee", "a name that is far too long for its picture"])
+        tracker.images("train/images", batch, ["ant", "bee", "a name that is far too long for its picture"])
     (event,) = events(tmp_path).Images("train/images")
     grid = Image.open(io.BytesIO(event.encoded_image_string))
     assert event.step == 0
@@ -218,7 +220,7 @@ def test_a_grid_has_a_caption_below_each_picture(count: int, columns: int, lines
 def test_without_tensorboard_there_is_no_event_file(tmp_path: Path) -> None:
     with tracking(tmp_path, tensorboard=False) as tracker:
         tracker.start("", [])
-        tracker.images(torch.rand(1, 3, 8, 8), ["ant"])
+        tracker.images("train/images", torch.rand(1, 3, 8, 8), ["ant"])
         log_epochs(tracker, range(1, 2))
         tracker.improved(1, scores(1))
         tracker.finish(1, scores(1), {"final/val_top1": 0.5}, {"seed": 0})
@@ -237,10 +239,24 @@ def test_an_improvement_logs_the_f1_of_each_class(tmp_path: Path) -> None:
         assert points(reader, f"f1/{name}") == pytest.approx(expected)
 
 
-def test_a_class_that_the_split_does_not_have_has_no_f1(tmp_path: Path) -> None:
+def test_a_class_that_is_neither_there_nor_predicted_has_no_f1(tmp_path: Path) -> None:
+    found = scores(1, targets=[0, 0, 0, 2, 2, 2])
+    found.logits[:, 1] = -1
     with tracking(tmp_path) as tracker:
-        tracker.improved(1, scores(1, targets=[0, 0, 0, 2, 2, 2]))
+        tracker.improved(1, found)
     assert set(events(tmp_path).Tags()["scalars"]) == {"f1/ant", "f1/a $name$ <b>"}
+
+
+def test_any_class_name_can_be_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names, shown = ["caf\udce9", "a\nb\t", "日本 🐝"], [r"caf\udce9", r"a\nb\t", "日本 🐝"]
+    with tracking(tmp_path, names) as tracker:
+        tracker.images("train/images", torch.rand(3, 3, 40, 90), names)
+        tracker.improved(1, scores(1))
+    tags = events(tmp_path).Tags()
+    assert not caplog.messages, "TensorBoard was left out"
+    assert tags["scalars"] == [f"f1/{name}" for name in shown]
+    assert tags["tensors"] == [f"precision_recall/{name}" for name in shown]
+    assert set(tags["images"]) == {"train/images", *PICTURES}
 
 
 @pytest.mark.parametrize(("limit", "there"), [(3, True), (2, False)])
@@ -423,7 +439,7 @@ def test_a_writer_that_fails_is_left_out_with_one_warning(
     with tracking(tmp_path) as tracker:
         setattr(tracker.writer, broken, fail)
         tracker.start("seed: 0\n", [])
-        tracker.images(torch.rand(1, 3, 8, 8), ["ant"])
+        tracker.images("train/images", torch.rand(1, 3, 8, 8), ["ant"])
         log_epochs(tracker, range(1, 3))
         scores = Scores(torch.eye(3), torch.arange(3))
         tracker.improved(2, scores)

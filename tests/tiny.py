@@ -90,5 +90,5 @@ def tiny_template() -> Checkpoint:
         epoch=0,
         metrics=None,
         val_names=["a/1.jpg"],
-        val_images="cd" * 32,
+        val_images=["cd" * 8],
     )

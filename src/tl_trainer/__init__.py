@@ -1,3 +1,3 @@
 """Transfer learning for image classification from the command line."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -26,8 +26,9 @@ class Checkpoint:
     config: the resolved configuration. classes: names in index order. preprocessing: the evaluation pipeline spelled
     out. backbone: {name, weights, tap, sha256 of the frozen state}. trained: the tensors that training changed.
     frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation figures of these
-    weights. val_names: the validation split, where the run drew it. val_images: its fingerprint. temperature: fitted on
-    it, None before the first epoch has ended. resume: the optimizer and so on, only in last.pth.
+    weights. val_names: the validation split, where the run drew it. val_images: the contents of its images.
+    temperature: fitted on these, None where they are too few, and in last.pth. resume: the optimizer and so on, only
+    in last.pth.
     """
 
     config: dict[str, Any]
@@ -39,7 +40,7 @@ class Checkpoint:
     epoch: int
     metrics: dict[str, Any] | None
     val_names: list[str] | None
-    val_images: str
+    val_images: list[str]
     temperature: float | None = None
     resume: dict[str, Any] | None = None
 
@@ -54,11 +55,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "epoch": (int,),
     "metrics": (dict, type(None)),
     "val_names": (list, type(None)),
-    "val_images": (str,),
+    "val_images": (list,),
     "temperature": (float, type(None)),
     "resume": (dict, type(None)),
 }
-_ITEM_TYPES: dict[str, type] = {"classes": str, "trained": Tensor, "frozen": Tensor}
+_ITEM_TYPES: dict[str, type] = {"classes": str, "val_images": str, "trained": Tensor, "frozen": Tensor}
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -54,6 +54,11 @@ class Extractor:
     device: torch.device
     computed: int = field(default=0, init=False)
 
+    @property
+    def memory(self) -> Path:
+        """What `content_hashes` remembers by."""
+        return self.folder / "files.sqlite"
+
     def features(
         self, split: Split, what: str, pipeline: Pipeline, on_bad_image: str, views: int = 1, seed: int = 0
     ) -> Features:
@@ -65,7 +70,7 @@ class Extractor:
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         make_folder(self.folder, "features.dir")
-        memory = self.folder / "files.sqlite"
+        memory = self.memory
         with ThreadPoolExecutor(cores()) as pool:
             hashes = content_hashes(split, memory, pool)
             bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}

@@ -15,6 +15,7 @@ from tl_trainer.errors import RunError
 
 BINS = 15  # of confidence, for the calibration error; what the literature uses since Guo et al. (2017)
 PAIRS = 20
+FEWEST = 30  # images from which a temperature can be fitted
 Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
@@ -47,9 +48,11 @@ def figures(scores: Scores) -> Figures:
     """Loss, top-1 and top-5. With five classes or fewer, top-5 is 1. Raises AssertionError where there is no image."""
     logits, targets = scores
     assert len(targets), "no image to measure"
-    hits = ranked(logits, 5) == targets.unsqueeze(1)
+    of_label, index = logits.gather(1, targets[:, None]), torch.arange(logits.shape[1])
+    better = (logits > of_label) | ((logits == of_label) & (index < targets[:, None]))
+    rank = better.sum(dim=1)
     loss = functional.cross_entropy(logits.double(), targets).item()
-    return Figures(loss, hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item(), len(targets))
+    return Figures(loss, (rank < 1).double().mean().item(), (rank < 5).double().mean().item(), len(targets))
 
 
 def ranked(logits: Tensor, count: int) -> Tensor:
@@ -60,6 +63,14 @@ def ranked(logits: Tensor, count: int) -> Tensor:
 def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
     """(N, classes) float64; a temperature of None is 1, the probabilities as the head gives them."""
     return (logits.double() / (temperature or 1.0)).softmax(dim=1)
+
+
+def surest_mistakes(scores: Scores, temperature: float | None, count: int) -> list[int]:
+    """The images that are put into a wrong class with the highest probabilities, highest first."""
+    confidence, predicted = probabilities(scores.logits, temperature).max(dim=1)
+    order = confidence.sort(descending=True, stable=True).indices
+    wrong: list[int] = order[predicted[order] != scores.targets[order]].tolist()
+    return wrong[:count]
 
 
 def class_weights(targets: list[int], classes: int) -> Tensor:
@@ -76,12 +87,15 @@ def wilson(fraction: float, n: int) -> list[float]:
     return [max(0.0, (middle - spread) / (1 + square / n)), min(1.0, (middle + spread) / (1 + square / n))]
 
 
-def fit_temperature(scores: Scores) -> float:
+def fit_temperature(scores: Scores) -> float | None:
     """What to divide the logits by so that the probabilities mean what they say (Guo et al., ICML 2017).
 
     It minimises the cross-entropy. The targets are smoothed by 1 / (n + 2), as Platt (1999) did, or a split without a
-    mistake would ask for a certainty that n images cannot support.
+    mistake would ask for a certainty that n images cannot support. None where there are fewer than FEWEST images: what
+    so few say would make the probabilities worse as often as better.
     """
+    if len(scores.targets) < FEWEST:
+        return None
     from scipy.optimize import minimize_scalar
 
     logits, smoothing = scores.logits.double(), 1 / (len(scores.targets) + 2)
@@ -97,7 +111,7 @@ def fit_temperature(scores: Scores) -> float:
 def reliability(scores: Scores, temperature: float | None) -> Reliability:
     """How often the first class is right among images of like confidence."""
     confidence = probabilities(scores.logits, temperature).max(dim=1).values
-    right = (ranked(scores.logits, 1)[:, 0] == scores.targets).double()
+    right = (scores.logits.argmax(dim=1) == scores.targets).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     count = torch.bincount(bins, minlength=BINS)
     mean = [torch.bincount(bins, weights=values, minlength=BINS) / count.clamp(min=1) for values in (confidence, right)]
@@ -107,17 +121,19 @@ def reliability(scores: Scores, temperature: float | None) -> Reliability:
 def measure(scores: Scores, classes: Sequence[str], temperature: float | None, withheld: str | None) -> dict[str, Any]:
     """All figures as plain data. What is undefined is None, and `undefined` says why.
 
-    Averages over classes (balanced accuracy, macro, weighted) are over those that the split has. `withheld` is
-    the reason why the figures with the temperature are not given, None where they are. Raises RunError where a logit
-    is not finite.
+    As in scikit-learn, balanced accuracy is over the classes that the split has, macro over those that it has or that
+    were predicted, with 0 for what is undefined. `withheld` is the reason why the figures with the temperature are not
+    given, None where they are. Raises RunError where a logit is not finite.
     """
-    if not scores.logits.isfinite().all():
-        raise RunError("the network's output is not finite for some images; were the weights damaged, or the training?")
+    check_finite(scores.logits)
     found = figures(scores)
-    per_class, matrix = _per_class(scores, classes)
-    present = [row for row in per_class if row["support"]]
-    absent = [row["class"] for row in per_class if not row["support"]]
-    undefined = {f"per_class {name}": "the split has no image of this class" for name in absent}
+    matrix = confusion(scores, len(classes))
+    rows = per_class(scores, classes)
+    present = [row for row in rows if row["support"]]
+    counted = [row for row in rows if row["support"] or row["predicted"]]
+    undefined = {
+        f"per_class {row['class']} recall": "the split has no image of this class" for row in rows if not row["support"]
+    }
     if withheld is not None:
         undefined["calibration.after"] = withheld
     return {
@@ -125,7 +141,7 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
         "top1_interval": wilson(found.top1, found.n),
         "top5_interval": wilson(found.top5, found.n),
         "balanced_accuracy": sum(row["recall"] for row in present) / len(present),
-        "macro": {key: sum(row[key] for row in present) / len(present) for key in ("precision", "recall", "f1")},
+        "macro": {key: sum(row[key] or 0 for row in counted) / len(counted) for key in ("precision", "recall", "f1")},
         "weighted": {
             key: sum(row[key] * row["support"] for row in present) / found.n for key in ("precision", "recall", "f1")
         },
@@ -135,18 +151,33 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
             "after": _calibration(scores, temperature) if withheld is None else None,
         },
         "most_confused": _most_confused(matrix, classes),
-        "per_class": per_class,
+        "per_class": rows,
         "confusion_matrix": matrix.tolist(),
         "undefined": undefined,
     }
 
 
-def _per_class(scores: Scores, classes: Sequence[str]) -> tuple[list[dict[str, Any]], Tensor]:
-    """A row per class, and the confusion matrix (classes, classes): rows are labels, columns predictions."""
+def check_finite(logits: Tensor) -> None:
+    """Raise RunError where a logit is not finite, before it becomes a figure or a probability."""
+    if not logits.isfinite().all():
+        raise RunError("the network's output is not finite; its weights were damaged, or its training went wrong")
+
+
+def confusion(scores: Scores, classes: int) -> Tensor:
+    """(classes, classes) counts: rows are labels, columns predictions."""
     from torchmetrics.functional import classification  # takes a second to import
 
-    predicted, number = ranked(scores.logits, 1)[:, 0], len(classes)
-    matrix = classification.multiclass_confusion_matrix(predicted, scores.targets, number)
+    return classification.multiclass_confusion_matrix(scores.logits.argmax(dim=1), scores.targets, classes)
+
+
+def per_class(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and numbers of images of each class; None for what is undefined: recall where the split
+    has no image of the class, the others where it was not predicted either.
+    """
+    from torchmetrics.functional import classification
+
+    predicted, number = scores.logits.argmax(dim=1), len(classes)
+    counts = [torch.bincount(values, minlength=number).tolist() for values in (scores.targets, predicted)]
     shares = {
         name: function(predicted, scores.targets, number, average=None).tolist()
         for name, function in (
@@ -156,11 +187,11 @@ def _per_class(scores: Scores, classes: Sequence[str]) -> tuple[list[dict[str, A
         )
     }
     rows = []
-    for index, name in enumerate(classes):
-        support = int(matrix[index].sum())
-        values = {key: value[index] if support else None for key, value in shares.items()}
-        rows.append({"class": name, **values, "support": support, "predicted": int(matrix[:, index].sum())})
-    return rows, matrix
+    for index, (name, support, times) in enumerate(zip(classes, *counts, strict=True)):
+        defined = {"precision": support or times, "recall": support, "f1": support or times}
+        values = {key: value[index] if defined[key] else None for key, value in shares.items()}
+        rows.append({"class": name, **values, "support": support, "predicted": times})
+    return rows
 
 
 def _most_confused(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection
+from tl_trainer.data.content import contents
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches, readable
 from tl_trainer.data.transforms import Pipeline
@@ -110,6 +111,10 @@ class Network:
         """The frozen prefix's output, float32 -> (N, classes) float32."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return self.classifier.suffix(features).float()
+
+    def contents(self, split: Split) -> list[str]:
+        """What tells the images of the split from others, as `data.content.contents`."""
+        return contents(split, self.extractor.memory if self.extractor else None)
 
     def embed(self, split: Split, pipeline: Pipeline, batch_size: int) -> Tensor:
         """The input of the head for every image of the split, (N, features) float32 on the CPU."""

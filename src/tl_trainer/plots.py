@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NUMBERED = 20  # classes up to which every cell shows its count
 NAMED = 200  # classes up to which the axes show names
 LONGEST_NAME = 24
+ACROSS = 24  # letters of all names together that fit below the columns
 
 
 def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
@@ -32,7 +33,8 @@ def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     if number <= NAMED:
         names = [_short(name) for name in classes]
         size = 9 if number <= NUMBERED else 6.5
-        axes.set_xticks(range(number), names, rotation=90 if number > 3 else 0, fontsize=size, parse_math=False)
+        upright = sum(map(len, names)) > ACROSS
+        axes.set_xticks(range(number), names, rotation=90 if upright else 0, fontsize=size, parse_math=False)
         axes.set_yticks(range(number), names, fontsize=size, parse_math=False)
     if number <= NUMBERED:
         for row, column in np.ndindex(counts.shape):
@@ -58,7 +60,7 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
     upper.legend(loc="upper left", fontsize=8)
     *_, last = curves.values()
     lower.bar((np.arange(BINS) + 0.5) / BINS, last.images.numpy(), width=0.9 / BINS, color="tab:grey")
-    lower.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    lower.set(xlabel="confidence (probability of the predicted class)", ylabel=f"images\n({name})")
     return figure
 
 

@@ -25,7 +25,7 @@ from tl_trainer.errors import ImageError, InputError, printable
 from tl_trainer.evaluate import averaged
 from tl_trainer.explain import GradCam
 from tl_trainer.files import write_atomically
-from tl_trainer.metrics import probabilities, ranked
+from tl_trainer.metrics import check_finite, probabilities, ranked
 from tl_trainer.restore import Restored
 
 THREADS = 4
@@ -102,10 +102,10 @@ class Predictor:
         return [pipeline.image(picture) for pipeline in self.pipelines]
 
     def _rows(self, paths: list[str], decoded: list[Views | str]) -> Iterator[Row]:
-        ranked = iter(self._ranked([item for item in decoded if not isinstance(item, str)]))
+        found = iter(self._ranked([item for item in decoded if not isinstance(item, str)]))
         for path, item in zip(paths, decoded, strict=True):
             self.number += 1
-            row = Row(path, error=item) if isinstance(item, str) else Row(path, next(ranked))
+            row = Row(path, error=item) if isinstance(item, str) else Row(path, next(found))
             if self.explanations is not None and not isinstance(item, str):
                 picture = self.cam.picture(self.pipelines[0], item[0], row.predictions[0].index)
                 name = f"{self.number:05}-{Path(path).stem[:80]}.png"
@@ -131,7 +131,9 @@ class Predictor:
         network, views = self.restored.network, []
         for pipeline, tensors in zip(self.pipelines, zip(*pictures, strict=True), strict=True):
             views.append(network.images_to_logits(pipeline.batch(torch.stack(tensors).to(network.device))))
-        return averaged(views).cpu()
+        logits = averaged(views).cpu()
+        check_finite(logits)
+        return logits
 
 
 def _chunks(paths: Iterable[str], size: int) -> Iterator[list[str]]:

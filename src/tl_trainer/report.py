@@ -6,9 +6,9 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,80 +16,87 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from tl_trainer.checkpoint import Checkpoint, library_versions
-from tl_trainer.data.dataset import Split, fingerprint
+from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, printable
 from tl_trainer.explain import GradCam
 from tl_trainer.files import write_atomically, write_text
-from tl_trainer.metrics import Scores, measure, probabilities, ranked, reliability
+from tl_trainer.metrics import Scores, measure, probabilities, ranked, reliability, surest_mistakes
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 
 MISTAKES = 12
-PAIRS = 6
+PAIRS_SHOWN = 6
 EXAMPLES = 4
 SIDE = 224  # pixels of the longer side of an example
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a checkpoint on a split, `what` being the split's name."""
+    """The scores of a checkpoint on a split, `what` being the split's name and `contents` those of its images."""
 
     what: str
     split: Split
     scores: Scores
+    contents: Sequence[str]
     checkpoint: Checkpoint
 
+    @cached_property
     def measured(self) -> dict[str, Any]:
-        """All figures, as metrics.json has them."""
-        temperature = self.checkpoint.temperature
-        withheld = None
+        """All figures as plain data."""
+        temperature, withheld = self.checkpoint.temperature, None
+        shared = len(set(self.contents) & set(self.checkpoint.val_images))
         if temperature is None:
-            withheld = "this checkpoint has no temperature; best.pth has"
-        elif fingerprint(self.split) == self.checkpoint.val_images:
-            withheld = "the temperature was fitted on these images, so only others can tell what it does"
+            withheld = "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
+        elif shared:
+            withheld = f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
+        elif self.what == "train":
+            withheld = "the network was trained on these images, so its probabilities for them say nothing of others"
         return {"split": self.what, **measure(self.scores, self.checkpoint.classes, temperature, withheld)}
 
-
-def headline(measured: dict[str, Any]) -> dict[str, Any]:
-    """The figures without those that have a row per class."""
-    return {key: value for key, value in measured.items() if key not in ("per_class", "confusion_matrix", "undefined")}
+    @property
+    def headline(self) -> dict[str, Any]:
+        """The figures without those that take a row per class."""
+        return {key: value for key, value in self.measured.items() if key not in ("per_class", "confusion_matrix")}
 
 
 def write_report(
-    folder: Path,
-    evaluation: Evaluation,
-    measured: dict[str, Any],
-    classifier: Classifier,
-    pipeline: Pipeline,
-    about: dict[str, str],
+    folder: Path, evaluation: Evaluation, classifier: Classifier, pipeline: Pipeline, about: dict[str, str]
 ) -> Path:
-    """Write every file of the report into `folder`; the path of its page.
+    """Write every file of the report into `folder`, which is there; the path of its page.
 
-    about: what the page tells of its origin, with the configuration as YAML under `config`.
+    about: what the page tells of its origin: `name`, `checkpoint`, and the configuration as YAML under `config`.
+    Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
+    measured, classes = evaluation.measured, evaluation.checkpoint.classes
     curves = {"as trained": reliability(evaluation.scores, None)}
     if measured["calibration"]["after"] is not None:
         curves["with temperature"] = reliability(evaluation.scores, evaluation.checkpoint.temperature)
     pictures = {
-        "confusion_matrix.png": png(confusion_figure(measured["confusion_matrix"], evaluation.checkpoint.classes)),
+        "confusion_matrix.png": png(confusion_figure(measured["confusion_matrix"], classes)),
         "reliability.png": png(reliability_figure(curves)),
     }
     predictions = _Predictions(evaluation)
-    write_text(folder / "metrics.json", json.dumps(measured, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "per_class.csv", _table(measured["per_class"][0], (r.values() for r in measured["per_class"])))
-    write_text(folder / "predictions.csv", _table(predictions.columns(), predictions.rows()))
+    figures = {key: value for key, value in measured.items() if key != "confusion_matrix"}
+    rows = [[name, *counts] for name, counts in zip(classes, measured["confusion_matrix"], strict=True)]
+    texts = {
+        "metrics.json": json.dumps(figures, indent=1, allow_nan=False) + "\n",
+        "per_class.csv": _table(measured["per_class"][0], (row.values() for row in measured["per_class"])),
+        "confusion_matrix.csv": _table(["label", *classes], rows),
+        "predictions.csv": _table(predictions.columns(), predictions.rows()),
+        "report.html": _template().render(
+            measured=measured,
+            pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
+            pairs=list(_pair_examples(evaluation, predictions)),
+            mistakes=_mistakes(evaluation, predictions, classifier, pipeline),
+            about=about,
+            versions=library_versions(),
+        ),
+    }
     for name, data in pictures.items():
         write_atomically(folder / name, partial(_write, data))
-    page = _template().render(
-        measured=measured,
-        pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
-        pairs=list(_pair_examples(evaluation, predictions, measured)),
-        mistakes=_mistakes(evaluation, predictions, classifier, pipeline),
-        about=about,
-        versions=library_versions(),
-    )
-    write_text(folder / "report.html", page)
+    for name, text in texts.items():
+        write_text(folder / name, text)
     return folder / "report.html"
 
 
@@ -102,9 +109,7 @@ class _Predictions:
         self.probability = probabilities(evaluation.scores.logits, evaluation.checkpoint.temperature).gather(
             1, self.best
         )
-        targets = evaluation.scores.targets
-        order = self.probability[:, 0].sort(descending=True, stable=True).indices
-        self.wrong: list[int] = order[self.best[order, 0] != targets[order]].tolist()
+        self.wrong = surest_mistakes(evaluation.scores, evaluation.checkpoint.temperature, len(self.best))
 
     def columns(self) -> list[str]:
         """The header of predictions.csv."""
@@ -131,12 +136,10 @@ class _Predictions:
         }
 
 
-def _pair_examples(
-    evaluation: Evaluation, predictions: _Predictions, measured: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterator[dict[str, Any]]:
     """The most-confused pairs, each with photographs that were taken for the other class."""
     index = {name: number for number, name in enumerate(evaluation.checkpoint.classes)}
-    for pair in measured["most_confused"][:PAIRS]:
+    for pair in evaluation.measured["most_confused"][:PAIRS_SHOWN]:
         cell = index[pair["label"]], index[pair["predicted"]]
         examples = [
             image

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -26,12 +26,12 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import DataError, InputError
+from tl_trainer.errors import DataError, InputError, TrainerError
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, sole_use, write_text
-from tl_trainer.metrics import Scores, figures
-from tl_trainer.report import Evaluation, headline, write_report
+from tl_trainer.metrics import Scores, figures, surest_mistakes
+from tl_trainer.report import Evaluation, write_report
 from tl_trainer.restore import restore
 from tl_trainer.resume import Resumption
 from tl_trainer.saver import Saver
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 IMAGES_SHOWN = 16
 IMAGES_EMBEDDED = 256
-THUMBNAIL = 48  # pixels
+THUMBNAIL, MISTAKE = 48, 128  # pixels
 SMALL_STEP = 50_000_000  # multiply-adds
 
 
@@ -63,9 +63,10 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
     state = new_state(parts)
     template = _template(parts)
-    with sole_use(run_dir), contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
-        _describe(parts, run_dir)
+    with sole_use(run_dir), contextlib.ExitStack() as stack:
         with StopRequest() as stop, _threads_for(parts):
+            _describe(parts, run_dir)
+            tracker = stack.enter_context(contextlib.closing(_tracker(parts, run_dir, resumption)))
             saver = Saver(run_dir, template, state, stop, images)
             if resumption:
                 assert resumption.last.resume is not None
@@ -77,11 +78,16 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
         scores = {"val": saver.best_scores or parts.evaluate("val")}
         if "test" in parts.dataset.splits:
             scores["test"] = parts.evaluate("test")
-        _log_outcome(parts, tracker, state.progress.best_epoch, scores)
+        report = None
+        try:
+            _log_outcome(parts, tracker, state.progress.best_epoch, scores)
+            report = _report(parts, run_dir, scores, saver.best) if parts.config.output.report else None
+        except TrainerError as error:  # the run has succeeded, and everything that matters is saved
+            log.warning("%s\nthe run is complete, its report is not; tl-eval --report DIR makes it", error)
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(run_dir / "best.pth"),
-        "report": str(_report(parts, run_dir, scores, saver.best)) if parts.config.output.report else None,
+        "report": None if report is None else str(report),
         "best_epoch": state.progress.best_epoch,
         "epochs": state.progress.epoch,
         "val": state.progress.best,
@@ -120,6 +126,7 @@ def dry_run(loaded: Loaded) -> str:
 
 def evaluate_checkpoint(
     path: Path,
+    *,
     data_dir: str | None,
     split: str | None,
     device: str | None,
@@ -132,9 +139,9 @@ def evaluate_checkpoint(
 
     report: the folder to write the report into, if any. tta: the test-time augmentation, if any.
     """
+    restored = restore(path, device)
     if report is not None:
         make_folder(report, "--report")
-    restored = restore(path, device)
     config, network = restored.loaded.config, restored.network
     data = config.data.model_copy(update={"root": data_dir} if data_dir else {})
     dataset = open_dataset(data, restored.checkpoint.classes)
@@ -148,22 +155,18 @@ def evaluate_checkpoint(
             log.warning("%s; going on without the cache", error)
             network.extractor = None
     size, processes = batch_size or config.train.batch_size, worker_count(data.workers if workers is None else workers)
-    logits = []
+    images, views = dataset.split(split), []
     for pipeline in tta_pipelines(restored.checkpoint.preprocessing, tta):
-        images = dataset.split(split)
         feed = network.evaluation_feed(images, split, pipeline, data.on_bad_image, size, processes)
-        batches = bar(feed.batches.epoch(0, network.device), split, len(feed.batches))
-        logits.append(evaluate(feed.forward, batches).logits)
-    evaluation = Evaluation(
-        split, feed.split, Scores(averaged(logits), torch.tensor(list(feed.split.targets))), restored.checkpoint
-    )
-    measured = evaluation.measured()
-    result = headline(measured)
-    if report is not None:
-        about = {"name": restored.loaded.name, "checkpoint": str(path), "config": to_yaml(config)}
-        page = write_report(report, evaluation, measured, network.classifier, restored.pipeline, about)
-        result["report"] = str(page)
-    return result
+        images = feed.split  # bad ones are found, and told, once
+        views.append(evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), split, len(feed.batches))))
+    scores = Scores(averaged([view.logits for view in views]), views[0].targets)
+    evaluation = Evaluation(split, images, scores, network.contents(images), restored.checkpoint)
+    if report is None:
+        return evaluation.headline
+    about = {"name": restored.loaded.name, "checkpoint": str(path), "config": to_yaml(config)}
+    page = write_report(report, evaluation, network.classifier, restored.pipeline, about)
+    return {**evaluation.headline, "report": str(page)}
 
 
 def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
@@ -185,7 +188,7 @@ def _template(parts: Parts) -> Checkpoint:
         epoch=0,
         metrics=None,
         val_names=list(parts.dataset.split("val").names) if parts.drawn else None,
-        val_images=fingerprint(parts.dataset.split("val")),
+        val_images=parts.network.contents(parts.dataset.split("val")),
     )
 
 
@@ -219,7 +222,7 @@ def _tracker(parts: Parts, run_dir: Path, resumption: Resumption | None) -> Trac
         shown = ImageBatches(sample, parts.train_pipeline, batch_size=len(sample), workers=0, seed=parts.config.seed)
         batch = next(shown.epoch(0, torch.device("cpu")))
         captions = [parts.dataset.classes[label] for label in batch.targets.tolist()]
-        tracker.images(parts.train_pipeline.denormalise(batch.inputs), captions)
+        tracker.images("train/images", parts.train_pipeline.denormalise(batch.inputs), captions)
     return tracker
 
 
@@ -232,26 +235,30 @@ def _log_outcome(parts: Parts, tracker: Tracker, best_epoch: int, scores: dict[s
     dumped = parts.config.model_dump(include={"seed", "transforms", "model", "train"})
     settings = {key: value if isinstance(value, (str, float, int)) else str(value) for key, value in flat(dumped)}
     tracker.finish(best_epoch, scores["val"], final, settings)
-    sample = _sample(parts.dataset.split("val"), IMAGES_EMBEDDED)
+    val, classes = parts.dataset.split("val"), parts.dataset.classes
+    if mistakes := surest_mistakes(scores["val"], None, IMAGES_SHOWN):
+        said = scores["val"].logits.argmax(dim=1).tolist()
+        captions = [f"{classes[val.targets[index]]}? {classes[said[index]]}" for index in mistakes]
+        tracker.images("val/mistakes", _thumbnails(val.subset(mistakes), MISTAKE), captions, best_epoch)
+    sample = _sample(val, IMAGES_EMBEDDED)
     features = parts.network.embed(sample, parts.eval_pipeline, parts.config.train.batch_size)
-    thumbnails = torch.stack([_square(sample.open(index)) for index in range(len(sample))])
-    tracker.embedding(features, [parts.dataset.classes[label] for label in sample.targets], thumbnails)
+    tracker.embedding(features, [classes[label] for label in sample.targets], _thumbnails(sample, THUMBNAIL))
 
 
-def _square(picture: Image.Image) -> Tensor:
-    pixels: Tensor = pil_to_tensor(ImageOps.fit(picture, (THUMBNAIL, THUMBNAIL)))
-    return pixels / 255
+def _thumbnails(split: Split, side: int) -> Tensor:
+    """(N, 3, side, side) in [0, 1]: what is in the middle of each image."""
+    pictures = [ImageOps.fit(split.open(index), (side, side)) for index in range(len(split))]
+    return torch.stack([pil_to_tensor(picture) for picture in pictures]) / 255
 
 
 def _report(parts: Parts, run_dir: Path, scores: dict[str, Scores], best: Checkpoint) -> Path:
     """The report on the best checkpoint, on the split that tl-eval would take too."""
     what = "test" if "test" in scores else "val"
-    evaluation = Evaluation(what, parts.dataset.split(what), scores[what], best)
+    split = parts.dataset.split(what)
+    evaluation = Evaluation(what, split, scores[what], parts.network.contents(split), best)
     about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
     make_folder(run_dir / "report", "--output")
-    return write_report(
-        run_dir / "report", evaluation, evaluation.measured(), parts.network.classifier, parts.eval_pipeline, about
-    )
+    return write_report(run_dir / "report", evaluation, parts.network.classifier, parts.eval_pipeline, about)
 
 
 def _sample(split: Split, number: int) -> Split:

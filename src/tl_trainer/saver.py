@@ -111,16 +111,10 @@ class Saver:
             self.save()
 
     def improved(self, scores: Scores) -> None:
-        """Keep the weights as they are now for best.pth, with the temperature that suits their validation scores."""
+        """Keep the weights as they are now for best.pth, and the scores from which its temperature will be fitted."""
         progress = self.state.progress
         trained = {key: value.detach().cpu().clone() for key, value in self.state.classifier.trained_state().items()}
-        self.best = replace(
-            self.template,
-            trained=trained,
-            epoch=progress.epoch,
-            metrics=progress.best,
-            temperature=fit_temperature(scores),
-        )
+        self.best = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best)
         self.best_scores = scores
         self._best_on_disk = False
 
@@ -146,6 +140,8 @@ class Saver:
                 "lower the rate with --lr or set train.schedule.warmup_epochs"
             )
         if self.best is not None and not self._best_on_disk:
+            if self.best_scores is not None:
+                self.best = replace(self.best, temperature=fit_temperature(self.best_scores))
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
         last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from tl_trainer.errors import RunError, printable
-from tl_trainer.metrics import Figures, Scores, measure, probabilities, reliability
+from tl_trainer.metrics import Figures, Scores, confusion, per_class, probabilities, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "sec
 CAPTION_HEIGHT = 14
 GAP = 4
 SECONDS_BETWEEN_DRAWINGS = 10.0  # an epoch on cached features takes less than a picture of its figures
-CURVES = 100  # classes up to which each has its own F1 and precision-recall curves
+CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
 PROJECTOR = "projector"  # the folder that add_embedding makes, which it names after a step
 COMPONENTS = 128  # of the features, for the projector, whose own methods reduce them further
 
@@ -89,9 +89,9 @@ class Tracker:
         _add_graph(self.writer, graph)
 
     @_on_tensorboard
-    def images(self, batch: Tensor, captions: Sequence[str]) -> None:
+    def images(self, tag: str, batch: Tensor, captions: Sequence[str], epoch: int = 0) -> None:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
-        self.writer.add_image("train/images", pil_to_tensor(picture_grid(batch, captions)), 0)
+        self.writer.add_image(tag, pil_to_tensor(picture_grid(batch, captions)), epoch)
 
     def epoch(
         self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, images: int
@@ -110,8 +110,9 @@ class Tracker:
     def improved(self, epoch: int, scores: Scores) -> None:
         """Log what is worth knowing of the best epoch so far: F1 of each class, and from time to time pictures."""
         if len(self.classes) <= CURVES:
-            rows = measure(scores, self.classes, None, None)["per_class"]
-            self._scalars({f"f1/{row['class']}": row["f1"] for row in rows if row["f1"] is not None}, epoch)
+            rows = per_class(scores, self.classes)
+            found = {f"f1/{printable(row['class'])}": row["f1"] for row in rows if row["f1"] is not None}
+            self._scalars(found, epoch)
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw(epoch, scores)
 
@@ -142,13 +143,15 @@ class Tracker:
         self.writer.add_embedding(centred @ components.T, names, thumbnails, PROJECTOR, "features")
 
     def _draw(self, epoch: int, scores: Scores) -> None:
-        measured = measure(scores, self.classes, None, None)
-        self._figure("val/confusion_matrix", confusion_figure(measured["confusion_matrix"], self.classes), epoch)
+        matrix = confusion(scores, len(self.classes)).tolist()
+        self._figure("val/confusion_matrix", confusion_figure(matrix, self.classes), epoch)
         self._figure("val/reliability", reliability_figure({"as trained": reliability(scores, None)}), epoch)
         if len(self.classes) <= CURVES:
             shares, labels = probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
             for index, name in enumerate(self.classes):
-                self.writer.add_pr_curve(f"precision_recall/{name}", labels[:, index], shares[:, index], epoch)
+                self.writer.add_pr_curve(
+                    f"precision_recall/{printable(name)}", labels[:, index], shares[:, index], epoch
+                )
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
 
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:
@@ -188,7 +191,7 @@ def picture_grid(batch: Tensor, captions: Sequence[str], columns: int = 8) -> Im
     for index, (picture, caption) in enumerate(zip(batch.cpu(), captions, strict=True)):
         x, y = index % columns * across, index // columns * down
         grid.paste(to_pil_image(picture), (x, y))
-        draw.text((x + 2, y + height + 1), caption[: max(1, width // 6)], fill="black")
+        draw.text((x + 2, y + height + 1), printable(caption)[: max(1, width // 6)], fill="black")
     return grid
 
 

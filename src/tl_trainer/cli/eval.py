@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tl_trainer.cli.main import TTA, new_parser, positive, run_command, worker_setting
+from tl_trainer.cli.main import TTA, TTA_HELP, new_parser, positive, run_command, worker_setting
 
 EPILOG = """\
 examples:
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, metavar="N", help="images at a time (default: as trained)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
-    add("--tta", choices=TTA, help="test-time augmentation: the mean over mirror images, crops, or both")
+    add("--tta", choices=TTA, help=TTA_HELP)
     add("--report", metavar="DIR", help="write a page with pictures (report.html) and files of all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -45,13 +45,13 @@ def _eval(args: argparse.Namespace) -> int:
 
     result = evaluate_checkpoint(
         Path(args.checkpoint),
-        args.data_dir,
-        args.split,
-        args.device,
-        args.batch_size,
-        args.workers,
-        args.tta,
-        Path(args.report) if args.report else None,
+        data_dir=args.data_dir,
+        split=args.split,
+        device=args.device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        tta=args.tta,
+        report=Path(args.report) if args.report else None,
     )
     sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0
@@ -59,12 +59,14 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _summary(result: dict[str, Any]) -> str:
     low, high = result["top1_interval"]
-    calibration = result["calibration"]["after"] or result["calibration"]["before"]
+    calibration, how = result["calibration"]["after"], "with temperature"
+    if calibration is None:
+        calibration, how = result["calibration"]["before"], "as trained"
     lines = [
         f"{result['split']}: top-1 {result['top1']:.1%} ({low:.1%} to {high:.1%})  top-5 {result['top5']:.1%}  "
         f"loss {result['loss']:.4f}  ({result['n']} images)",
         f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}  "
-        f"calibration error {calibration['ece']:.1%}",
+        f"calibration error {calibration['ece']:.1%} ({how})",
     ]
     lines += [f"report: {result['report']}"] if "report" in result else []
     return "\n".join(lines)

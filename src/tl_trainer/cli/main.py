@@ -15,6 +15,7 @@ from tl_trainer.errors import InputError, TrainerError
 from tl_trainer.signals import Terminated, raise_terminated
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
+TTA_HELP = "average over views of each image: with its mirror image, five crops, or five crops and their mirror images"
 Command = Callable[[argparse.Namespace], int]
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import TTA, new_parser, run_command
+from tl_trainer.cli.main import TTA, TTA_HELP, new_parser, run_command
 from tl_trainer.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="FILE", help="default: $TL_CHECKPOINT, else best.pth of the newest run under ./runs")
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
-    add("--tta", choices=TTA, help="test-time augmentation: the mean over mirror images, crops, or both")
+    add("--tta", choices=TTA, help=TTA_HELP)
     add("--explain", metavar="DIR", help="write a picture per image into DIR: the evidence for its class (Grad-CAM)")
     add("--output", metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
@@ -58,6 +58,8 @@ def _predict(args: argparse.Namespace) -> int:
     if explanations is not None:
         make_folder(explanations, "--explain")
     restored = restore(path, args.device)
+    if restored.checkpoint.temperature is None:
+        log.info("this checkpoint has no temperature; probabilities are as trained, which often says too much")
     pipelines = tta_pipelines(restored.checkpoint.preprocessing, args.tta)
     predictor = Predictor(restored, args.topk, pipelines, explanations)
     rows = predictor.rows(expand_inputs(args.paths, sys.stdin), args.batch_size)

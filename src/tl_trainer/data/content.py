@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from tl_trainer.data import images
@@ -40,12 +41,19 @@ def content_hashes(split: Split, memory: Path, pool: Executor) -> list[bytes | I
     _remember(
         memory,
         [
-            (path, *stamp, digest)
+            (os.fsencode(path), *stamp, digest)
             for path, stamp, digest in zip(paths, stamps, hashes, strict=True)
             if stamp and isinstance(digest, bytes) and known.get(path) != (stamp, digest) and stamp[1] < settled
         ],
     )
     return hashes
+
+
+def contents(split: Split, memory: Path | None) -> list[str]:
+    """What tells the readable images of a split from others: 64 bits of each one's content hash, in hexadecimal."""
+    with ThreadPoolExecutor() as pool:
+        hashes = content_hashes(split, memory or Path(":memory:"), pool)
+    return [digest.hex()[:16] for digest in hashes if isinstance(digest, bytes)]
 
 
 def forget(split: Split, indices: Iterable[int], memory: Path) -> None:
@@ -97,11 +105,11 @@ def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
 
     def read(connection: sqlite3.Connection) -> None:
         for first in range(0, len(paths), _CHUNK):
-            chunk = paths[first : first + _CHUNK]
+            chunk = [os.fsencode(path) for path in paths[first : first + _CHUNK]]  # a name may be any bytes
             marks = ",".join("?" * len(chunk))
             query = f"SELECT path, size, time, hash FROM files WHERE path IN ({marks})"
             known.update(
-                (path, ((size, when), digest))
+                (os.fsdecode(path), ((size, when), digest))
                 for path, size, when, digest in connection.execute(query, chunk)
                 if isinstance(digest, bytes) and len(digest) == hashlib.sha256().digest_size  # SQLite has no checksums
             )
@@ -110,7 +118,7 @@ def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
     return known
 
 
-def _remember(memory: Path, rows: list[tuple[str, int, int, bytes]]) -> None:
+def _remember(memory: Path, rows: list[tuple[bytes, int, int, bytes]]) -> None:
     if rows:
         statement = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)"
         _with_database(memory, lambda connection: connection.executemany(statement, rows))

@@ -34,7 +34,7 @@ TRANSFORMS: dict[str, type[v2.Transform]] = {
 }
 _DETERMINISTIC = {
     "CenterCrop", "ConvertImageDtype", "Grayscale", "Identity", "LinearTransformation", "Normalize", "Pad",
-    "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor", "CropOfFive",
+    "PILToTensor", "RGB", "Resize", "ToDtype", "ToImage", "ToPureTensor", "CropOfFive", "Mirror",
 }  # fmt: skip
 _CONTAINERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}
 _TO_TENSOR = {"ToImage", "PILToTensor"}
@@ -42,7 +42,6 @@ _TO_FLOAT = {"ToDtype", "ConvertImageDtype"}
 _NEED_FLOAT = {"Normalize", "GaussianNoise", "LinearTransformation"}
 _NEED_TENSOR = _NEED_FLOAT | _TO_FLOAT | {"RandomErasing", "ToPureTensor"}
 _FLOAT: Step = ("ToDtype", {"dtype": "float32", "scale": True})
-_FLIP: Step = ("RandomHorizontalFlip", {"p": 1.0})  # always: nothing is random about it
 # What ToTensor, the familiar name of torchvision's first transforms, stands for.
 _TENSOR: list[Step] = [("ToImage", None), _FLOAT]
 
@@ -74,7 +73,7 @@ class Pipeline:
         self.image: Callable[[Image.Image], Tensor] = v2.Compose(built[:split])
         self.batch: Callable[[Tensor], Tensor] = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
         self.mean, self.std = _normalisation(named)
-        self.deterministic = all(name in _DETERMINISTIC or (name, arguments) == _FLIP for name, arguments in named)
+        self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
 
     def draw(self, picture: Image.Image, seed: int) -> Tensor:
         """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""
@@ -109,6 +108,7 @@ def tta_pipelines(steps: PlainSteps, tta: str | None) -> list[Pipeline]:
     flip: the image and its mirror image. fivecrop: the corners and the centre of what CenterCrop cuts from. tencrop:
     those and their mirror images. None: the pipeline alone. Raises InputError where there is no CenterCrop.
     """
+    assert tta in (None, "flip", "fivecrop", "tencrop"), tta
     variants = [steps]
     if tta in ("fivecrop", "tencrop"):
         names = [name for name, _ in map(_named, steps)]
@@ -123,7 +123,7 @@ def tta_pipelines(steps: PlainSteps, tta: str | None) -> list[Pipeline]:
         variants = [[*steps[:place], crop, *steps[place + 1 :]] for crop in crops]
     if tta in ("flip", "tencrop"):
         variants += [_mirrored(variant) for variant in variants]
-    return [Pipeline(variant, "preprocessing") for variant in variants]
+    return [Pipeline(variant, _VIEW) for variant in variants]
 
 
 class CropOfFive(v2.FiveCrop):  # type: ignore[misc]
@@ -139,10 +139,22 @@ class CropOfFive(v2.FiveCrop):  # type: ignore[misc]
         return super().transform(v2.functional.center_crop(inpt, room), params)[self.index]
 
 
+class Mirror(v2.Transform):  # type: ignore[misc]
+    """The mirror image, always."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.horizontal_flip(inpt)
+
+
+# What only test-time augmentation uses, in pipelines under this key.
+_VIEW = "view"
+_VIEWS: dict[str, type[v2.Transform]] = {"CropOfFive": CropOfFive, "Mirror": Mirror}
+
+
 def _mirrored(steps: PlainSteps) -> PlainSteps:
     """The steps with a flip before the image becomes a tensor."""
     place = next(index for index, (name, _) in enumerate(map(_named, steps)) if name in _TO_TENSOR)
-    return [*steps[:place], dict([_FLIP]), *steps[place:]]
+    return [*steps[:place], {"Mirror": None}, *steps[place:]]
 
 
 def check(items: str | Sequence[Any], key: str) -> None:
@@ -193,9 +205,10 @@ def _build(name: str, arguments: Any, key: str) -> v2.Transform:
         if arguments is not None:
             raise SettingError(key, f"ToTensor takes no arguments, not {arguments!r}")
         return v2.Compose([_build(*step, key) for step in _TENSOR])
-    if name not in TRANSFORMS and name != CropOfFive.__name__:
+    transforms = {**TRANSFORMS, **_VIEWS} if key.startswith(_VIEW) else TRANSFORMS
+    if name not in transforms:
         raise SettingError(key, unknown("transform", name, [*TRANSFORMS, "ToTensor"]))
-    cls = TRANSFORMS.get(name, CropOfFive)
+    cls = transforms[name]
     try:
         positional, named = _arguments(cls, name, arguments, key)
         inspect.signature(cls).bind(*positional, **named)
