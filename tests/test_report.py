@@ -207,8 +207,8 @@ def test_explain_writes_a_picture_per_image(tl: Run, colours: Path) -> None:
     (colours / "val" / "blue" / "bad.jpg").write_bytes(b"no")
     done = tl("predict", colours / "val" / "blue", "--checkpoint", "runs/run-1/best.pth", "--explain", "why")
     assert done.returncode == 1
-    assert sorted(path.name for path in Path("why").iterdir()) == [f"{i + 1:05}-{i:02}.png" for i in range(4)]
-    assert size("why/00001-00.png") == (2 * 64 + 6, 64)
+    assert sorted(path.name for path in Path("why").iterdir()) == [f"{i + 1:05}-{i:02}-blue.png" for i in range(4)]
+    assert size("why/00001-00-blue.png") == (2 * 64 + 6, 64)
 
 
 def test_a_report_that_cannot_be_written_is_refused_first(tl: Run, colours: Path, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(
     assert done.returncode == 0
     assert json.loads(done.stdout)["report"] is None
     assert "the disk is full" in done.stderr
-    assert "tl-eval --report DIR makes it" in done.stderr
+    assert "tl-eval --report DIR makes the report that is missing" in done.stderr
 
 
 def test_an_output_that_is_not_finite_is_refused(tl: Run, colours: Path) -> None:

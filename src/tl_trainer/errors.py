@@ -73,12 +73,20 @@ def shown(given: object) -> str:
     return "nothing" if given is None else _QUOTE.repr(given)
 
 
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
 def printable(text: str) -> str:
     """The text on one line, with control and direction characters as escapes: a name must not move the cursor."""
     return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character)[0] == "C" else character
-        for character in text
+        character.encode("unicode_escape").decode() if _moves_the_cursor(character) else character for character in text
     )
+
+
+def _moves_the_cursor(character: str) -> bool:
+    """Joiners and the other invisible characters that ordinary text needs do not."""
+    direction = unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u061c\u200e\u200f"
+    return direction or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> str:

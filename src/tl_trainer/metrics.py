@@ -179,7 +179,7 @@ def per_class(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
     predicted, number = scores.logits.argmax(dim=1), len(classes)
     counts = [torch.bincount(values, minlength=number).tolist() for values in (scores.targets, predicted)]
     shares = {
-        name: function(predicted, scores.targets, number, average=None).tolist()
+        name: [round(value, 7) for value in function(predicted, scores.targets, number, average=None).tolist()]
         for name, function in (
             ("precision", classification.multiclass_precision),
             ("recall", classification.multiclass_recall),

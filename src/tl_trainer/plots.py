@@ -77,4 +77,4 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 
 def _short(name: str) -> str:
     name = printable(name)
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    return name if len(name) <= LONGEST_NAME else f"{name[:15]}…{name[-8:]}"  # the end often tells them apart

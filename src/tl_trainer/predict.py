@@ -6,6 +6,7 @@ import csv
 import glob
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,11 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
     for argument in arguments:
         path = Path(argument)
         if argument == "-":
-            yield from (line.rstrip("\n") for line in stdin if line.strip())
+            listed = (line.rstrip("\r\n") for line in stdin if line.strip())
+            first = next(listed, None)
+            if first is None:
+                raise InputError("-: no paths on stdin; write one on each line")
+            yield from itertools.chain([first], listed)
         elif path.is_dir():
             found = [str(file) for file in walk(path) if file.suffix.lower() in IMG_EXTENSIONS]
             if not found:
@@ -107,8 +112,10 @@ class Predictor:
             self.number += 1
             row = Row(path, error=item) if isinstance(item, str) else Row(path, next(found))
             if self.explanations is not None and not isinstance(item, str):
-                picture = self.cam.picture(self.pipelines[0], item[0], row.predictions[0].index)
-                name = f"{self.number:05}-{Path(path).stem[:80]}.png"
+                pipeline = self.restored.pipeline  # the whole view, whatever views were averaged
+                picture = self.cam.picture(pipeline, pipeline.image(images.load(Path(path))), row.predictions[0].index)
+                said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
+                name = f"{self.number:05}-{Path(path).stem[:60]}-{said[:40]}.png"
                 write_atomically(self.explanations / name, partial(picture.save, format="PNG"))
             yield row
 
@@ -160,7 +167,7 @@ def _write_text(rows: Iterable[Row], file: IO[str]) -> None:
     for row in rows:
         guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
         # An image's error names its path already.
-        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {row.error}\n")
+        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
         file.flush()
 
 

@@ -33,13 +33,19 @@ SIDE = 224  # pixels of the longer side of an example
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a checkpoint on a split, `what` being the split's name and `contents` those of its images."""
+    """The scores of a checkpoint on a split.
+
+    what: the split's name. data: where its images are. contents: what `data.content.contents` says of them. tta: the
+    test-time augmentation, if any.
+    """
 
     what: str
+    data: str
     split: Split
     scores: Scores
     contents: Sequence[str]
     checkpoint: Checkpoint
+    tta: str | None = None
 
     @cached_property
     def measured(self) -> dict[str, Any]:
@@ -52,7 +58,8 @@ class Evaluation:
             withheld = f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
         elif self.what == "train":
             withheld = "the network was trained on these images, so its probabilities for them say nothing of others"
-        return {"split": self.what, **measure(self.scores, self.checkpoint.classes, temperature, withheld)}
+        origin = {"split": self.what, "data": self.data, "tta": self.tta}
+        return {**origin, **measure(self.scores, self.checkpoint.classes, temperature, withheld)}
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -158,10 +165,11 @@ def _mistakes(
     for index in predictions.wrong[:MISTAKES]:
         tensor = pipeline.image(evaluation.split.open(index))
         try:
-            picture = cam.picture(pipeline, tensor, int(predictions.best[index, 0]))
-        except InputError:  # a backbone without a spatial stage; the page says what a single picture means
+            picture, explained = cam.picture(pipeline, tensor, int(predictions.best[index, 0])), "yes"
+        except InputError:  # a backbone without a spatial stage
             picture = functional.to_pil_image(pipeline.denormalise(pipeline.batch(tensor[None]))[0])
-        shown.append({"image": _thumbnail(picture, 2 * SIDE), **predictions.caption(index)})
+            explained = ""
+        shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
     return shown
 
 

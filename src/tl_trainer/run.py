@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import DataError, InputError, TrainerError
+from tl_trainer.errors import DataError, InputError, Interrupted, TrainerError
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, sole_use, write_text
@@ -35,7 +36,7 @@ from tl_trainer.report import Evaluation, write_report
 from tl_trainer.restore import restore
 from tl_trainer.resume import Resumption
 from tl_trainer.saver import Saver
-from tl_trainer.signals import StopRequest
+from tl_trainer.signals import StopRequest, Terminated
 from tl_trainer.tracking import Tracker, bar, graph_of
 from tl_trainer.train import fit
 
@@ -78,12 +79,15 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
         scores = {"val": saver.best_scores or parts.evaluate("val")}
         if "test" in parts.dataset.splits:
             scores["test"] = parts.evaluate("test")
-        report = None
+        report, best = None, f"the run is complete, its best epoch in {run_dir / 'best.pth'}"
         try:
             _log_outcome(parts, tracker, state.progress.best_epoch, scores)
             report = _report(parts, run_dir, scores, saver.best) if parts.config.output.report else None
         except TrainerError as error:  # the run has succeeded, and everything that matters is saved
-            log.warning("%s\nthe run is complete, its report is not; tl-eval --report DIR makes it", error)
+            log.warning("%s\n%s; tl-eval --report DIR makes the report that is missing", error, best)
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            raise Interrupted(number, f"stopped; {best}; tl-eval --report DIR makes its report") from error
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(run_dir / "best.pth"),
@@ -132,6 +136,7 @@ def evaluate_checkpoint(
     device: str | None,
     batch_size: int | None,
     workers: int | str | None,
+    on_bad_image: str | None,
     tta: str | None,
     report: Path | None,
 ) -> dict[str, Any]:
@@ -156,12 +161,14 @@ def evaluate_checkpoint(
             network.extractor = None
     size, processes = batch_size or config.train.batch_size, worker_count(data.workers if workers is None else workers)
     images, views = dataset.split(split), []
-    for pipeline in tta_pipelines(restored.checkpoint.preprocessing, tta):
-        feed = network.evaluation_feed(images, split, pipeline, data.on_bad_image, size, processes)
+    pipelines = tta_pipelines(restored.checkpoint.preprocessing, tta)
+    for number, pipeline in enumerate(pipelines, start=1):
+        what = f"{split} (view {number} of {len(pipelines)})" if tta else split
+        feed = network.evaluation_feed(images, what, pipeline, on_bad_image or data.on_bad_image, size, processes)
         images = feed.split  # bad ones are found, and told, once
-        views.append(evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), split, len(feed.batches))))
+        views.append(evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), what, len(feed.batches))))
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
-    evaluation = Evaluation(split, images, scores, network.contents(images), restored.checkpoint)
+    evaluation = Evaluation(split, dataset.where, images, scores, network.contents(images), restored.checkpoint, tta)
     if report is None:
         return evaluation.headline
     about = {"name": restored.loaded.name, "checkpoint": str(path), "config": to_yaml(config)}
@@ -255,7 +262,8 @@ def _report(parts: Parts, run_dir: Path, scores: dict[str, Scores], best: Checkp
     """The report on the best checkpoint, on the split that tl-eval would take too."""
     what = "test" if "test" in scores else "val"
     split = parts.dataset.split(what)
-    evaluation = Evaluation(what, split, scores[what], parts.network.contents(split), best)
+    evaluation = Evaluation(what, parts.dataset.where, split, scores[what], parts.network.contents(split), best)
+    log.info("writing the report on %s images", what)
     about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
     make_folder(run_dir / "report", "--output")
     return write_report(run_dir / "report", evaluation, parts.network.classifier, parts.eval_pipeline, about)

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
@@ -139,8 +139,9 @@ class Tracker:
         folder = Path(self.writer.log_dir)
         shutil.rmtree(folder / PROJECTOR, ignore_errors=True)  # of before a resume
         (folder / "projector_config.pbtxt").unlink(missing_ok=True)
+        reduced = pad(centred @ components.T, (0, max(0, 2 - rank)))  # the projector shows no table of one column
         names = [printable(label) for label in labels]
-        self.writer.add_embedding(centred @ components.T, names, thumbnails, PROJECTOR, "features")
+        self.writer.add_embedding(reduced, names, thumbnails, PROJECTOR, "features")
 
     def _draw(self, epoch: int, scores: Scores) -> None:
         matrix = confusion(scores, len(self.classes)).tolist()

@@ -35,8 +35,8 @@ FLAGS = {
         "overrides",
     ],
     "eval": [
-        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--report", "--split", "--tta",
-        "--workers", "-b", "-j",
+        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--on-bad-image", "--report", "--split",
+        "--tta", "--workers", "-b", "-j",
     ],
     "predict": [
         "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",

@@ -243,9 +243,9 @@ def test_a_database_that_cannot_be_opened_costs_the_memory_only(
 def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
     hashes(split)
     with contextlib.closing(sqlite3.connect("memory.sqlite")) as connection, connection:
-        connection.execute("UPDATE files SET hash = 'text' WHERE path LIKE '%0.jpg'")
-        connection.execute("UPDATE files SET hash = NULL WHERE path LIKE '%1.jpg'")
-        connection.execute("UPDATE files SET hash = x'01' WHERE path LIKE '%2.jpg'")
+        connection.execute("UPDATE files SET hash = 'text' WHERE CAST(path AS TEXT) LIKE '%0.jpg'")
+        connection.execute("UPDATE files SET hash = NULL WHERE CAST(path AS TEXT) LIKE '%1.jpg'")
+        connection.execute("UPDATE files SET hash = x'01' WHERE CAST(path AS TEXT) LIKE '%2.jpg'")
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads.taken() == ["0.jpg", "1.jpg", "2.jpg"]

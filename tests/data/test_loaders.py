@@ -183,7 +183,10 @@ def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) 
     with pytest.raises(DataError) as caught:
         readable(damaged, "train", "error")
     first, *rest = str(caught.value).splitlines()
-    assert first == "2 of 11 train images cannot be used; replace or remove them, or set data.on_bad_image: skip"
+    assert first == (
+        "2 of 11 train images cannot be used; replace or remove them, or set data.on_bad_image: skip "
+        "(tl-eval: --on-bad-image skip)"
+    )
     assert [line.split(": ")[0] for line in rest] == [str(damaged.paths[index]) for index in (2, 5)]
 
 

@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, metavar="N", help="images at a time (default: as trained)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
+    add("--on-bad-image", choices=("error", "skip"), help="what to do with images that cannot be read (default: as "
+        "trained)")  # fmt: skip
     add("--tta", choices=TTA, help=TTA_HELP)
     add("--report", metavar="DIR", help="write a page with pictures (report.html) and files of all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
@@ -50,6 +52,7 @@ def _eval(args: argparse.Namespace) -> int:
         device=args.device,
         batch_size=args.batch_size,
         workers=args.workers,
+        on_bad_image=args.on_bad_image,
         tta=args.tta,
         report=Path(args.report) if args.report else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -48,6 +49,8 @@ def positive(text: str) -> int:
 def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[str] | None) -> int:
     """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
     args = parser.parse_intermixed_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may be any bytes
     _set_up_logging(args)
     signal.signal(signal.SIGTERM, raise_terminated)
     try:

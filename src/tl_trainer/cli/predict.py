@@ -69,10 +69,12 @@ def _predict(args: argparse.Namespace) -> int:
         failed = write_rows(rows, args.format, sys.stdout)
     else:
         try:
-            with Path(args.output).open("w", newline="", encoding="utf-8") as file:
+            with Path(args.output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 failed = write_rows(rows, args.format, file)
         except OSError as error:
             raise RunError(f"--output {args.output}: {error.strerror}") from error
+    if explanations is not None:
+        log.info("pictures of the evidence: %s", explanations)
     if failed:
         log.warning("%d image(s) could not be read", failed)
     return 1 if failed else 0

@@ -59,7 +59,7 @@ def contents(split: Split, memory: Path | None) -> list[str]:
 def forget(split: Split, indices: Iterable[int], memory: Path) -> None:
     """Have these images read again the next time, whatever their size and modification time."""
     paths = split.paths or ()
-    if rows := [(str(paths[index].absolute()),) for index in indices if paths]:
+    if rows := [(os.fsencode(paths[index].absolute()),) for index in indices if paths]:
         _with_database(memory, lambda connection: connection.executemany("DELETE FROM files WHERE path = ?", rows))
 
 

@@ -44,6 +44,8 @@ def read(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path
+        raise ImageError(f"{str(path)!r}: cannot be read: {error}") from error
     if not data:
         raise ImageError(f"{path}: empty file (0 bytes); replace or remove it")
     return data

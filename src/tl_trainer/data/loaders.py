@@ -124,7 +124,7 @@ def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str)
     if on_bad_image == "error":
         raise DataError(
             f"{len(bad)} of {len(split)} {what} images cannot be used; replace or remove them, or set "
-            f"data.on_bad_image: skip\n{listing}"
+            f"data.on_bad_image: skip (tl-eval: --on-bad-image skip)\n{listing}"
         )
     log.warning("skipped %d of %d %s images that cannot be read, e.g.\n%s", len(bad), len(split), what, listing)
     kept = [index for index in range(len(split)) if index not in bad]
