@@ -26,7 +26,7 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import DataError, InputError
+from tl_trainer.errors import DataError, InputError, Interrupted
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, sole_use, write_text
@@ -66,12 +66,14 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     with sole_use(run_dir), contextlib.closing(_tracker(parts, run_dir, resumption)) as tracker:
         _describe(parts, run_dir)
         with StopRequest() as stop, _threads_for(parts):
-            saver = Saver(run_dir, template, state, stop, images)
+            saver = Saver(run_dir, template, state, stop, images, tracker.flush)
             if resumption:
                 assert resumption.last.resume is not None
                 state.restore(resumption.last.trained, resumption.last.resume)
                 saver.adopt(resumption.best)
             fit(new_training(parts, state), tracker, saver)
+        if stop.signal is not None:  # it came while the last epoch was saved
+            raise Interrupted(stop.signal, f"stopped behind the last epoch; {run_dir / 'best.pth'} is complete")
         assert saver.best is not None
         parts.network.classifier.load_trained_state(saver.best.trained)
         scores = {"val": saver.best_scores or parts.evaluate("val")}

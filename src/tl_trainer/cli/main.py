@@ -68,6 +68,11 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
             return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
+        if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
+            from tl_trainer.data.loaders import named_death
+
+            if death := named_death(error):
+                return _fail(parser.prog, str(death), death.exit_code)
         return _fail(
             parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
         )
