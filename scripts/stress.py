@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import stress_checkpoints
 import stress_inputs
 import stress_runs
 from stress_tools import NotRun, Outcome
@@ -38,12 +39,12 @@ ROWS: dict[str, tuple[Row, int]] = {
     "signals": (stress_runs.signals, 200),
     "orphans": (stress_runs.orphans, 10),
     "killed-worker": (stress_runs.killed_worker, 10),
-    "malicious": (stress_inputs.malicious, 40),
-    "mutated-checkpoints": (stress_inputs.mutated_checkpoints, 10_000),
+    "malicious": (stress_checkpoints.malicious, 154),
+    "mutated-checkpoints": (stress_checkpoints.mutated_checkpoints, 10_000),
     "mutated-images": (stress_inputs.mutated_images, 20_000),
     "odd-files": (stress_inputs.odd_files, 10),
     "dataset-untouched": (stress_inputs.dataset_untouched, 1),
-    "yaml": (stress_inputs.hostile_yaml, 10),
+    "yaml": (stress_inputs.hostile_yaml, 18),
     "escapes": (stress_inputs.escapes, 10),
 }
 

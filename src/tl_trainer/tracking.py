@@ -58,6 +58,8 @@ def _on_tensorboard(
         try:
             method(self, *args, **kwargs)
         except Exception as error:  # its writer is a thread with a file, and raises whatever that met
+            if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
+                raise
             if self.writer is not None:  # else a step of this method has failed and said so
                 log.warning("TensorBoard cannot be written, and is left out from here on: %s", error)
             self.writer = None

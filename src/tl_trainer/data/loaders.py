@@ -171,16 +171,18 @@ def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:
     """The batches; RunError, with the remedy, where a worker dies."""
     try:
         yield from batches
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two where it dies while it hands over a batch
         if death := named_death(error):
+            if hasattr(signal, "SIGCHLD"):  # else torch reports it once more while it ends the other workers
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise death from error
         raise
 
 
-def named_death(error: BaseException) -> RunError | None:
+def named_death(error: Exception) -> RunError | None:
     """The remedy where torch only says that a worker died, which it may do at any moment and not only for a batch."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text:
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
         return None
     if "shared memory" in text or "Bus error" in text:
         return RunError(
