@@ -287,7 +287,7 @@ def _huge_numbers(rng: random.Random, body: bytes) -> bytearray:
             if item.filename.endswith("data.pkl"):
                 pickled = bytearray(data)
                 places = [place for place in range(len(pickled) - 5) if pickled[place] in b"KMJ"]
-                for place in rng.sample(places, min(len(places), rng.choice((1, 2, 5)))):
+                for place in sorted(rng.sample(places, min(len(places), rng.choice((1, 2, 5)))), reverse=True):
                     huge = pickle.dumps(rng.choice((2**31 - 1, 2**40, 2**62, -1, 2**70)), protocol=2)[2:-1]
                     width = {ord("K"): 2, ord("M"): 3, ord("J"): 5}[pickled[place]]
                     pickled[place : place + width] = huge
@@ -319,6 +319,6 @@ def _other_content(rng: random.Random, content: Any) -> Any:
 def _replacement(rng: random.Random, value: Any, neighbour: Any) -> Any:
     odd = [None, "", "x" * 100_000, "\x1b[2J", -1, 2**70, 1e308, float("nan"), [], {}, [[]] * 3, {"a": 1}, True, neighbour]
     if isinstance(value, torch.Tensor) and rng.random() < 0.7:
-        odd = [value.flatten(), value[:0], value.half(), value.to(torch.complex64), value.bool(), value.to_sparse(),
+        odd = [value.flatten(), value.flatten()[:0], value.half(), value.to(torch.complex64), value.bool(), value.to_sparse(),
                torch.zeros(1).expand(1 << 40), torch.zeros(()), neighbour, value[None]]  # fmt: skip
     return rng.choice(odd)

@@ -87,7 +87,7 @@ def load(path: Path) -> Checkpoint:
     if not sealed:
         raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
     for name in _TYPES:
-        if not _is_right_kind(name, content.get(name)):
+        if name not in content or not _is_right_kind(name, content[name]):
             raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")
     return Checkpoint(**{name: content[name] for name in _TYPES})
 

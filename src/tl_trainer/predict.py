@@ -158,7 +158,7 @@ def _write_text(rows: Iterable[Row], file: IO[str]) -> None:
     for row in rows:
         guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
         # An image's error names its path already.
-        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {row.error}\n")
+        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
         file.flush()
 
 

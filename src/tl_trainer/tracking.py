@@ -115,7 +115,7 @@ class Tracker:
         """Log what is worth knowing of the best epoch so far: F1 of each class, and from time to time pictures."""
         if len(self.classes) <= CURVES:
             rows = measure(scores, self.classes, None, None)["per_class"]
-            self._scalars({f"f1/{row['class']}": row["f1"] for row in rows if row["f1"] is not None}, epoch)
+            self._scalars({f"f1/{printable(row['class'])}": row["f1"] for row in rows if row["f1"] is not None}, epoch)
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw(epoch, scores)
 
@@ -152,7 +152,7 @@ class Tracker:
         if len(self.classes) <= CURVES:
             shares, labels = probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
             for index, name in enumerate(self.classes):
-                self.writer.add_pr_curve(f"precision_recall/{name}", labels[:, index], shares[:, index], epoch)
+                self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels[:, index], shares[:, index], epoch)
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
 
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from tl_trainer import __version__
-from tl_trainer.errors import InputError, TrainerError
+from tl_trainer.errors import InputError, TrainerError, printable_lines, shown
 from tl_trainer.signals import Terminated, raise_terminated
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
@@ -48,6 +49,8 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
     args = parser.parse_intermixed_args(argv)
     _set_up_logging(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         _check_floors()
@@ -64,6 +67,8 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             traceback.print_exc()
         if isinstance(error, TrainerError):
             return _fail(parser.prog, str(error), error.exit_code)
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
+            return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
@@ -79,7 +84,7 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: {message}", file=sys.stderr)  # noqa: T201
+    print(f"{program}: {printable_lines(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 
@@ -94,7 +99,7 @@ def _set_up_logging(args: argparse.Namespace) -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable_lines(super().format(record))
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
