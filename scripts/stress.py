@@ -3,8 +3,8 @@
 
     scripts/stress [ROW ...] [--share 0.1] [--seed 0]
 
-Each row is a function (count, folder, random numbers) -> Outcome with its full count in ROWS; tests/scripts/test_stress.py
-runs the same functions with small counts. Ends with 1 where anything was lost.
+Each row is a function (count, folder, random numbers) -> Outcome with its full count in ROWS; the tests run the same
+functions with small counts. Ends with 1 where anything was lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Row = Callable[[int, Path, random.Random], Outcome]
 
 ROWS: dict[str, tuple[Row, int]] = {
     "kill-training": (stress_runs.kill_training, 50),
-    "kill-save": (stress_runs.kill_save, 200),
+    "kill-save": (stress_checkpoints.kill_save, 200),
     "workers": (stress_runs.workers, 30),
     "disk-full": (stress_runs.disk_full, 20),
     "damaged-last": (stress_runs.damaged_last, 100),

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import io
 import json
+import operator
 import os
 import pickle
 import pydoc
@@ -16,6 +17,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import timeit
 import zipfile
@@ -27,14 +29,17 @@ from typing import Any
 import numpy
 import torch
 
-from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, save_always
+from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, random_moment, save_always
 from tl_trainer import checkpoint, files
+from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.errors import CheckpointError, TrainerError
+from tl_trainer.files import keep_previous, previous
 from tl_trainer.restore import restore
 from tl_trainer.resume import resume
 
 MEMORY = 1 << 30  # beyond twice the file's size, that reading it may take
 SECONDS = 10.0
+LINES = 3
 
 
 class Bomb:
@@ -71,7 +76,7 @@ def _payloads(canary: Path) -> dict[str, Any]:
         "os.mkdir": Bomb(os.mkdir, str(canary)),
         "os.popen": Bomb(os.popen, shell),
         "copyfile": Bomb(shutil.copyfile, __file__, str(canary)),
-        "runpy": Bomb(runpy._run_code, compile(code, "", "exec").co_name and code, {}),  # type: ignore[attr-defined]
+        "runpy": Bomb(runpy._run_code, code, {}),  # type: ignore[attr-defined]
         "timeit": Bomb(timeit.timeit, code, "pass", timeit.default_timer, 1),
         "pydoc": Bomb(pydoc.pipepager, "", shell),
         "pickle in pickle": Bomb(pickle.loads, inner),
@@ -79,7 +84,7 @@ def _payloads(canary: Path) -> dict[str, Any]:
         "torch.save": Bomb(torch.save, [1], str(canary)),
         "numpy.save": Bomb(numpy.save, str(canary) + ".npy", [1]),
         "numpy array": Bomb(numpy.array, [Bomb(os.system, shell)], None),
-        "getattr": Bomb(Bomb(builtins.getattr, os, "system").call[0], os, "system"),
+        "methodcaller": Bomb(operator.methodcaller("touch"), canary),
         "map": Bomb(builtins.list, Bomb(builtins.map, os.system, [shell])),
     }
 
@@ -162,7 +167,7 @@ def _through_each_door(trap: Path, data: Path) -> int:
         checkpoint.load(trap)
         return 1
     except CheckpointError as error:
-        print(error, file=__import__("sys").stderr)
+        print(error, file=sys.stderr)
     picture = str(next(data.rglob("*.png")))
     codes = [
         MAINS["predict"]([picture, "--checkpoint", str(trap)]),
@@ -189,6 +194,44 @@ def _honest_run(folder: Path) -> Path:
     return folder / "honest" / "run-1"
 
 
+def _example(epoch: int, size: int) -> Checkpoint:
+    weights = {"head.weight": torch.full((size,), float(epoch))}
+    resume = {"progress": {"epoch": epoch}, "images": ""}
+    return Checkpoint({"seed": 0}, ["a"], [], {}, weights, None, epoch, None, None, "", None, resume)
+
+
+def kill_save(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """SIGKILL inside a save: best.pth loads, and so does last.pth, or the one before it while there is none."""
+    outcome = Outcome()
+
+    def save_for_ever() -> int:
+        for epoch in range(1_000_000):
+            checkpoint.save(_example(epoch, 200_000), place / "best.pth")
+            keep_previous(place / "last.pth")
+            checkpoint.save(_example(epoch, 200_000), place / "last.pth")
+        return 0
+
+    for number in range(count):
+        place = folder / str(number)
+        child = Child(save_for_ever, place)
+        while not (place / "last.pth").exists() and not child.poll():
+            time.sleep(0.001)
+        random_moment(rng, 0.1)
+        child.signal(signal.SIGKILL)
+        code, problem = child.wait(), None
+        last = place / "last.pth"
+        try:
+            newest = checkpoint.load(last if last.exists() else previous(last))
+            best = checkpoint.load(place / "best.pth")
+            if not newest.epoch <= best.epoch <= newest.epoch + 1:
+                problem = f"best.pth is of save {best.epoch}, last.pth of {newest.epoch}"
+        except CheckpointError as error:
+            problem = str(error)
+        outcome.count(problem if code == -signal.SIGKILL else f"the saving ended with {code}: {child.said()}")
+        shutil.rmtree(place)
+    return outcome
+
+
 def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome:
     """best.pth and last.pth with flipped, lost and invented content, half of them with a checksum that is right."""
     run_dir = _honest_run(folder)
@@ -206,12 +249,12 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
             else:
                 resume(str(path), None, [])
         except TrainerError as error:
-            if len(str(error).splitlines()) > 3:
-                return f"{len(str(error).splitlines())} lines"
+            lines = len(str(error).splitlines())
+            return f"{lines} lines" if lines > LINES else None
         except Exception as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         seconds = time.monotonic() - started
-        return f"{seconds:.1f} s" if seconds > SECONDS else None
+        return f"{seconds:.1f} s" if seconds > SECONDS else ""
 
     def limits() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -222,8 +265,11 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
 
 
 def in_children(count: int, case: Callable[[int], str | None], folder: Path, limits: Callable[[], None]) -> Outcome:
-    """Try the cases in children; one that crashes or hangs loses its case, and another goes on behind it."""
-    outcome, done, log = Outcome(), 0, folder / "cases.jsonl"
+    """Try the cases in children; one that crashes or hangs loses its case, and another goes on behind it.
+
+    A case is None where the file was refused, "" where it was read, else what is wrong.
+    """
+    outcome, done, log, read = Outcome(), 0, folder / "cases.jsonl", 0
     while done < count:
         log.write_text("")
 
@@ -244,10 +290,12 @@ def in_children(count: int, case: Callable[[int], str | None], folder: Path, lim
         results = [json.loads(line) for line in log.read_text().splitlines()]
         for number, problem in results:
             outcome.count(f"case {number}: {problem}" if problem else None)
+            read += problem == ""
         done += len(results)
         if child.code != 0:
             outcome.count(f"case {done}: the process ended with {child.code}: {child.said()[-200:]}")
             done += 1
+    outcome.notes.append(f"{read} were read, the others refused")
     return outcome
 
 
@@ -317,8 +365,23 @@ def _other_content(rng: random.Random, content: Any) -> Any:
 
 
 def _replacement(rng: random.Random, value: Any, neighbour: Any) -> Any:
-    odd = [None, "", "x" * 100_000, "\x1b[2J", -1, 2**70, 1e308, float("nan"), [], {}, [[]] * 3, {"a": 1}, True, neighbour]
+    odd = [
+        None,
+        "",
+        "x" * 100_000,
+        "\x1b[2J",
+        -1,
+        2**70,
+        1e308,
+        float("nan"),
+        [],
+        {},
+        [[]] * 3,
+        {"a": 1},
+        True,
+        neighbour,
+    ]
     if isinstance(value, torch.Tensor) and rng.random() < 0.7:
-        odd = [value.flatten(), value.flatten()[:0], value.half(), value.to(torch.complex64), value.bool(), value.to_sparse(),
-               torch.zeros(1).expand(1 << 40), torch.zeros(()), neighbour, value[None]]  # fmt: skip
+        odd = [value.flatten(), value.flatten()[:0], value.half(), value.to(torch.complex64), value.bool(),
+               value.to_sparse(), torch.zeros(1).expand(1 << 40), torch.zeros(()), neighbour, value[None]]  # fmt: skip
     return rng.choice(odd)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resource
 from PIL import Image
 
 from stress_checkpoints import in_children
-from stress_tools import RECIPES, Child, Outcome, command, draw
+from stress_tools import RECIPES, Child, Outcome, command, draw, with_pictures
 from tl_trainer.config.load import load
 from tl_trainer.data import images, loaders
 from tl_trainer.errors import ImageError, InputError
@@ -37,7 +36,8 @@ def _pictures() -> list[bytes]:
         (noise, "JPEG", {}), (noise, "JPEG", {"progressive": True, "exif": exif}), (noise.convert("L"), "JPEG", {}),
         (noise.convert("CMYK"), "JPEG", {}), (noise, "PNG", {}), (noise.convert("P"), "PNG", {"transparency": 3}),
         (noise.convert("RGBA"), "PNG", {"exif": exif}), (noise.convert("I;16"), "PNG", {}), (noise, "WEBP", {}),
-        (noise.convert("RGBA"), "WEBP", {"lossless": True}), (noise, "WEBP", {"save_all": True, "append_images": frames}),
+        (noise.convert("RGBA"), "WEBP", {"lossless": True}),
+        (noise, "WEBP", {"save_all": True, "append_images": frames}),
         (noise.convert("P"), "GIF", {}), (noise, "GIF", {"save_all": True, "append_images": frames, "duration": 50}),
     ]  # fmt: skip
     written = []
@@ -73,12 +73,11 @@ def mutated_images(count: int, folder: Path, rng: random.Random) -> Outcome:
         try:
             images.decode(data, "broken.jpg", check_only=mine.random() < 0.2)
         except ImageError as error:
-            if "broken.jpg" not in str(error):
-                return f"not named: {error}"
+            return None if "broken.jpg" in str(error) else f"not named: {error}"
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - started
-        return f"{seconds:.1f} s" if seconds > IMAGE_SECONDS else None
+        return f"{seconds:.1f} s" if seconds > IMAGE_SECONDS else ""
 
     outcome = in_children(count, case, folder, lambda: None)
     for problem in _through_predict(folder, originals, random.Random(seed)):
@@ -343,7 +342,7 @@ def escapes(count: int, folder: Path, rng: random.Random) -> Outcome:
             "--data-dir", data, "--output", place / "runs", *RECIPES["cached"], "data.source=csv",
             "data.csv.split_column=split", "output.report=true",
         )  # fmt: skip
-        child = command("train", *words, logs=place / "logs", prepare=_pictures_too)
+        child = command("train", *words, logs=place / "logs", prepare=with_pictures)
         code = child.wait()
         after = sorted(str(path) for path in folder.rglob("*") if place not in path.parents)
         problem = f"exit {code}: {child.said()[-300:]!r}" if code not in (0, 2) else None
@@ -356,18 +355,6 @@ def escapes(count: int, folder: Path, rng: random.Random) -> Outcome:
             problem = problem or _raw(predicted, place / "none", name)
         outcome.count(f"{name!r}: {problem}" if problem else None)
     return outcome
-
-
-def _pictures_too() -> None:
-    """The drawings for TensorBoard are what might show a name: have them made after all."""
-    from tl_trainer import tracking
-
-    tracking.Tracker._draw = DRAW  # type: ignore[method-assign]
-
-
-from tl_trainer.tracking import Tracker  # noqa: E402
-
-DRAW = Tracker._draw
 
 
 def _labelled(folder: Path, classes: list[str]) -> Path:

@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ for _name in (
     importlib.import_module(_name)
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it remarks on every run that was resumed
 
+DRAW = tracking.Tracker._draw
 MAINS = {"train": tl_train.main, "eval": tl_eval.main, "predict": tl_predict.main}
 PATIENCE = 120.0  # seconds after which a child counts as hanging
 WHOLE_SECOND = 1.02
@@ -96,12 +98,14 @@ class Child:
 
     def __init__(self, body: Callable[[], int], logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self.out, self.err = logs / "out.txt", logs / "err.txt"
+        self.out, self.err, self.over = logs / "out.txt", logs / "err.txt", logs / "over"
+        for path in (self.out, self.err):
+            path.write_bytes(b"")
         self.code: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _child(body, self.out, self.err)
+            _child(body, self.out, self.err, self.over)
 
     def signal(self, number: int) -> None:
         """Send a signal to the process alone."""
@@ -143,19 +147,24 @@ class Child:
         return self.err.read_text(encoding="utf-8", errors="replace")
 
 
-def _child(body: Callable[[], int], out: Path, err: Path) -> None:
+def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
     code = 70
     try:
         os.setsid()
         for number, path in ((0, Path(os.devnull)), (1, out), (2, err)):
             handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, number)
-        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False, encoding="utf-8")
-        sys.stderr = open(2, "w", closefd=False, encoding="utf-8", errors="backslashreplace", buffering=1)
+        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
+        warnings.resetwarnings()  # pytest makes errors of them all
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # as tl_trainer.data.images has it
         code = body()
+        over.touch()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         gc.collect()
         multiprocessing.util._exit_function()  # what an interpreter does at its end, for the loader's workers
     except SystemExit as exit_:
@@ -189,6 +198,11 @@ def command(
 def without_pictures() -> None:
     """Have a run draw nothing for TensorBoard, which takes longer than the rest of a run as small as these."""
     tracking.Tracker._draw = lambda *_: None  # type: ignore[method-assign]
+
+
+def with_pictures() -> None:
+    """Have a run draw them after all."""
+    tracking.Tracker._draw = DRAW  # type: ignore[method-assign]
 
 
 def save_always() -> None:

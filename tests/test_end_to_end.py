@@ -18,7 +18,8 @@ import yaml
 from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
-from tl_trainer import checkpoint
+from tl_trainer import checkpoint, predict
+from tl_trainer.models import prefix
 
 # Pretrained weights cannot be had here; the first layers of a random network tell three colours apart all the same.
 SMALL = (
@@ -214,6 +215,19 @@ def test_predict_takes_files_folders_globs_and_stdin_and_reports_bad_images(
     text = tl("predict", inputs[0], "--topk", 1)
     assert text.stdout.startswith(f"{inputs[0]}  ")
     assert list(csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout)))[1][0] == "nofile.jpg"
+
+
+def test_the_frozen_prefix_is_made_before_threads_decode(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.fx replaces the call of every module while it traces, also of those that transform the next images."""
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    happened, load, folded = [], predict.images.load, prefix._folded
+    monkeypatch.setattr(predict.images, "load", lambda path: (happened.append("image"), load(path))[1])
+    monkeypatch.setattr(prefix, "_folded", lambda stages: (happened.append("prefix"), folded(stages))[1])
+    result = tl("predict", colours / "val", "--batch-size", 2)
+    assert result.returncode == 0, result.stderr
+    assert happened == ["prefix"] + 12 * ["image"]
 
 
 @pytest.mark.parametrize(

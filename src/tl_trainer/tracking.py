@@ -152,7 +152,9 @@ class Tracker:
         if len(self.classes) <= CURVES:
             shares, labels = probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
             for index, name in enumerate(self.classes):
-                self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels[:, index], shares[:, index], epoch)
+                self.writer.add_pr_curve(
+                    f"precision_recall/{printable(name)}", labels[:, index], shares[:, index], epoch
+                )
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
 
     def _figure(self, tag: str, figure: Any, epoch: int) -> None:
