@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -80,7 +81,7 @@ def _payloads(canary: Path) -> dict[str, Any]:
         "timeit": Bomb(timeit.timeit, code, "pass", timeit.default_timer, 1),
         "pydoc": Bomb(pydoc.pipepager, "", shell),
         "pickle in pickle": Bomb(pickle.loads, inner),
-        "torch.load": Bomb(torch.load, Bomb(io.BytesIO, inner), None, pickle),
+        "torch.load": Bomb(functools.partial(torch.load, weights_only=False), Bomb(io.BytesIO, inner)),
         "torch.save": Bomb(torch.save, [1], str(canary)),
         "numpy.save": Bomb(numpy.save, str(canary) + ".npy", [1]),
         "numpy array": Bomb(numpy.array, [Bomb(os.system, shell)], None),
