@@ -346,7 +346,7 @@ def disk_full(count: int, folder: Path, rng: random.Random) -> Outcome:
     outcome, fitted = Outcome(), 0
     data, words = draw(folder / "data"), (*TINY, "transforms.train=eval", "data.workers=0")
     for number in range(count):
-        kilobytes = 40 + round(number * 2400 / max(1, count - 1)) + rng.randrange(40)
+        kilobytes = 40 + round(number * 380 / max(1, count - 1)) + rng.randrange(20)
         with _small_disk(folder / "disk", kilobytes) as disk:
             arguments = ("--data-dir", data, "--output", disk / "runs", f"features.dir={disk / 'features'}", *words)
             child = command("train", *arguments, logs=folder / f"logs-{number}", prepare=save_always)

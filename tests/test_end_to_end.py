@@ -20,6 +20,7 @@ from PIL import Image
 from conftest import COLOURS, Run, console, draw_split, last_json
 from tl_trainer import checkpoint, predict
 from tl_trainer.models import prefix
+from tl_trainer.saver import Saver
 
 # Pretrained weights cannot be had here; the first layers of a random network tell three colours apart all the same.
 SMALL = (
@@ -156,6 +157,19 @@ def test_resume_after_sigterm_ends_where_an_uninterrupted_run_ends(tl: Run, colo
     assert all(torch.equal(one[key], two[key]) for key in one)
     logged = [[row[:-1] for row in _table(Path(name, "run-1/metrics.csv"))] for name in ("whole", "cut")]
     assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_last_epoch_is_saved_counts(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    finish = Saver.finish
+    monkeypatch.setattr(Saver, "finish", lambda self: (signal.raise_signal(number), finish(self))[1])
+    result = tl("train", "--data-dir", colours, "--epochs", 2, *SMALL)
+    assert result.returncode == 128 + number
+    assert "stopped behind the last epoch; runs/run-1/best.pth is complete" in result.stderr
+    assert checkpoint.load(Path("runs/run-1/last.pth")).epoch == 2
+    assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
 
 
 def test_resume_refuses_another_experiment_and_a_finished_run(tl: Run, colours: Path) -> None:

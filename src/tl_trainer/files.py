@@ -68,10 +68,15 @@ class _Sealed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -83,7 +88,10 @@ def save_sealed(path: Path, content: Any) -> None:
 
     def write(file: IO[bytes]) -> None:
         sealed = _Sealed(file)
-        torch.save(content, sealed)  # type: ignore[arg-type]  # it asks for no more
+        try:
+            torch.save(content, sealed)  # type: ignore[arg-type]  # it asks for no more
+        except RuntimeError as error:  # torch's words for a full disk, where its archive was not closed
+            raise sealed.error or error from None
         file.write(_SEAL + sealed.digest.digest())
 
     write_atomically(path, write)
