@@ -19,6 +19,7 @@ from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
 from tl_trainer import checkpoint, predict
+from tl_trainer.files import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
 
@@ -170,6 +171,22 @@ def test_a_signal_while_the_last_epoch_is_saved_counts(
     assert "stopped behind the last epoch; runs/run-1/best.pth is complete" in result.stderr
     assert checkpoint.load(Path("runs/run-1/last.pth")).epoch == 2
     assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
+
+
+def test_resume_refuses_what_does_not_fit(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    last, best = Path("runs/run-1/last.pth"), Path("runs/run-1/best.pth")
+    content = torch.load(last, weights_only=True)
+    wider = {key: torch.cat([value, value]) for key, value in content["trained"].items()}
+    without = {key: value for key, value in content["resume"].items() if key != "optimizer"}
+    for changed, message in (({"trained": wider}, "size mismatch"), ({"resume": without}, "'optimizer'")):
+        save_sealed(last, {**content, **changed})
+        refused = tl("train", "--resume", "runs/run-1", "--epochs", 2)
+        assert refused.returncode == 2
+        assert f"{last}: does not fit this run: " in refused.stderr.splitlines()[-1]
+        assert message in refused.stderr.splitlines()[-1]
+    best.unlink()
+    assert f"{best}: no such file" in tl("train", "--resume", "runs/run-1", "--epochs", 2).stderr
 
 
 def test_resume_refuses_another_experiment_and_a_finished_run(tl: Run, colours: Path) -> None:
