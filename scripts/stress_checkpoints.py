@@ -382,7 +382,8 @@ def _replacement(rng: random.Random, value: Any, neighbour: Any) -> Any:
         True,
         neighbour,
     ]
-    if isinstance(value, torch.Tensor) and value.numel() < 1 << 20 and rng.random() < 0.7:
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() < 1 << 20
+    if plain and rng.random() < 0.7:
         odd = [value.flatten(), value.flatten()[:0], value.half(), value.to(torch.complex64), value.bool(),
                value.to_sparse(), torch.zeros(1).expand(1 << 40), torch.zeros(()), neighbour, value[None]]  # fmt: skip
     return rng.choice(odd)
