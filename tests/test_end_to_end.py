@@ -18,7 +18,10 @@ import yaml
 from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
-from tl_trainer import checkpoint
+from tl_trainer import checkpoint, predict
+from tl_trainer.files import save_sealed
+from tl_trainer.models import prefix
+from tl_trainer.saver import Saver
 
 # Pretrained weights cannot be had here; the first layers of a random network tell three colours apart all the same.
 SMALL = (
@@ -157,6 +160,35 @@ def test_resume_after_sigterm_ends_where_an_uninterrupted_run_ends(tl: Run, colo
     assert logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_last_epoch_is_saved_counts(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    finish = Saver.finish
+    monkeypatch.setattr(Saver, "finish", lambda self: (signal.raise_signal(number), finish(self))[1])
+    result = tl("train", "--data-dir", colours, "--epochs", 2, *SMALL)
+    assert result.returncode == 128 + number
+    assert "stopped behind the last epoch; runs/run-1/best.pth is complete" in result.stderr
+    assert checkpoint.load(Path("runs/run-1/last.pth")).epoch == 2
+    assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
+
+
+def test_resume_refuses_what_does_not_fit(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    last, best = Path("runs/run-1/last.pth"), Path("runs/run-1/best.pth")
+    content = torch.load(last, weights_only=True)
+    wider = {key: torch.cat([value, value]) for key, value in content["trained"].items()}
+    without = {key: value for key, value in content["resume"].items() if key != "optimizer"}
+    for changed, message in (({"trained": wider}, "size mismatch"), ({"resume": without}, "'optimizer'")):
+        save_sealed(last, {**content, **changed})
+        refused = tl("train", "--resume", "runs/run-1", "--epochs", 2)
+        assert refused.returncode == 2
+        assert f"{last}: does not fit this run: " in refused.stderr.splitlines()[-1]
+        assert message in refused.stderr.splitlines()[-1]
+    best.unlink()
+    assert f"{best}: no such file" in tl("train", "--resume", "runs/run-1", "--epochs", 2).stderr
+
+
 def test_resume_refuses_another_experiment_and_a_finished_run(tl: Run, colours: Path) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     finished = tl("train", "--resume", "runs/run-1")
@@ -214,6 +246,19 @@ def test_predict_takes_files_folders_globs_and_stdin_and_reports_bad_images(
     text = tl("predict", inputs[0], "--topk", 1)
     assert text.stdout.startswith(f"{inputs[0]}  ")
     assert list(csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout)))[1][0] == "nofile.jpg"
+
+
+def test_the_frozen_prefix_is_made_before_threads_decode(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.fx replaces the call of every module while it traces, also of those that transform the next images."""
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    happened, load, folded = [], predict.images.load, prefix._folded
+    monkeypatch.setattr(predict.images, "load", lambda path: (happened.append("image"), load(path))[1])
+    monkeypatch.setattr(prefix, "_folded", lambda stages: (happened.append("prefix"), folded(stages))[1])
+    result = tl("predict", colours / "val", "--batch-size", 2)
+    assert result.returncode == 0, result.stderr
+    assert happened == ["prefix"] + 12 * ["image"]
 
 
 @pytest.mark.parametrize(

@@ -311,3 +311,29 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
         assert "another tl-train is at work in it" in refused.stderr
     assert subprocess.run(words, cwd=tmp_path).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """The loader's workers are forked, and live on for seconds when the run is killed."""
+    with sole_use(tmp_path):
+        (wait, end), (ready, begun) = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(begun, b"!")
+            os.close(end)
+            os.read(wait, 1)
+            os._exit(0)
+        os.read(ready, 1)
+    with sole_use(tmp_path):
+        os.close(end)
+    os.waitpid(child, 0)
+    for descriptor in (wait, ready, begun):
+        os.close(descriptor)
+
+
+def test_what_a_killed_process_has_half_written_is_removed(tmp_path: Path) -> None:
+    for name in (".last.pth-7.tmp", "last.pth", "notes.tmp"):
+        (tmp_path / name).touch()
+    with sole_use(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "notes.tmp"]

@@ -176,6 +176,14 @@ def test_best_is_written_before_last_which_counts_on_it(tmp_path: Path, blocked:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == written
 
 
+def test_the_logs_are_flushed_before_last_which_counts_on_them(tmp_path: Path) -> None:
+    there: list[bool] = []
+    state = make_state()
+    flush = lambda: there.append((tmp_path / "last.pth").exists())  # noqa: E731
+    Saver(tmp_path, tiny_template(), state, StopRequest(), flush=flush).save()
+    assert there == [False]
+
+
 def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
     state = make_state(trainable="2")
     saver = make_saver(tmp_path, state)

@@ -457,3 +457,34 @@ def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").mkdir()
         with pytest.raises(RunError, match=r"cannot write .*metrics\.csv: Is a directory"):
             log_epochs(tracker, range(1, 2))
+
+
+def test_a_class_name_is_printable_as_a_tag(tmp_path: Path) -> None:
+    scores = Scores(torch.eye(3), torch.arange(3))
+    tracker = Tracker(tmp_path, ["ant", "bee", "\x1b[2J"], tensorboard=True)
+    tracker.improved(1, scores)
+    tracker.close()
+    tags = [tag for found in events(tmp_path).Tags().values() if isinstance(found, list) for tag in found]
+    assert "f1/\\x1b[2J" in tags
+    assert "precision_recall/\\x1b[2J" in tags
+    assert all(tag.isprintable() for tag in tags)
+
+
+def test_what_was_flushed_is_in_the_file(tmp_path: Path) -> None:
+    with tracking(tmp_path) as tracker:
+        log_epochs(tracker, range(1, 3))
+        tracker.flush()
+        assert points(events(tmp_path), "lr").keys() == {1, 2}
+
+
+def test_a_dead_worker_is_no_failure_of_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises it from a signal handler, whatever is going on."""
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with tracking(tmp_path) as tracker:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="DataLoader worker"):
+            patch.setattr(tracker.writer, "add_scalar", killed)
+            log_epochs(tracker, range(1, 2))
+        assert tracker.writer is not None

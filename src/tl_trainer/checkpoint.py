@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 import tl_trainer
-from tl_trainer.errors import CheckpointError
+from tl_trainer.errors import CheckpointError, shown
 from tl_trainer.files import check_seal, load_plain, save_sealed
 
 FORMAT = "tl-trainer checkpoint"
@@ -79,14 +79,16 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
     if content.get("version") != VERSION:
+        libraries = content.get("libraries")
+        writer = libraries.get("tl-trainer") if isinstance(libraries, dict) else None
         raise CheckpointError(
-            f"{path}: format version {content.get('version')}, this tl-trainer reads {VERSION}; install the version "
-            f"that wrote it ({content.get('libraries', {}).get('tl-trainer')})"
+            f"{path}: format version {shown(content.get('version'))}, this tl-trainer reads {VERSION}; install the "
+            f"version that wrote it ({shown(writer)})"
         )
     if not sealed:
         raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
     for name in _TYPES:
-        if not _is_right_kind(name, content.get(name)):
+        if name not in content or not _is_right_kind(name, content[name]):
             raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")
     return Checkpoint(**{name: content[name] for name in _TYPES})
 

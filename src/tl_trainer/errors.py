@@ -89,6 +89,11 @@ def _moves_the_cursor(character: str) -> bool:
     return direction or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
+def printable_lines(text: str) -> str:
+    """The same for a message of several lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def unknown(what: str, given: object, valid: Iterable[str]) -> str:
     """Say that `given` is not a valid `what`: the nearest valid names, and all of them where they fit on a line."""
     names = sorted(valid)

@@ -28,7 +28,7 @@ from tl_trainer.data.content import content_hashes, forget
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import ImageError, InputError
+from tl_trainer.errors import ImageError, InputError, printable
 from tl_trainer.feature_store import FeatureStore, make_room
 from tl_trainer.files import cache_folder, make_folder
 from tl_trainer.models.prefix import FrozenPrefix
@@ -250,5 +250,5 @@ def _open_unchanged(split: Split, key: bytes, index: int, tag: bytes) -> Image.I
         return split.open(index)
     data = images.read(split.paths[index])
     if _key(hashlib.sha256(data).digest(), tag) != key:
-        raise ImageError(f"{split.paths[index]}: has changed while it was read; run again")
+        raise ImageError(f"{printable(str(split.paths[index]))}: has changed while it was read; run again")
     return images.decode(data, split.paths[index])

@@ -68,10 +68,15 @@ class _Sealed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -83,7 +88,10 @@ def save_sealed(path: Path, content: Any) -> None:
 
     def write(file: IO[bytes]) -> None:
         sealed = _Sealed(file)
-        torch.save(content, sealed)  # type: ignore[arg-type]  # it asks for no more
+        try:
+            torch.save(content, sealed)  # type: ignore[arg-type]  # it asks for no more
+        except RuntimeError as error:  # torch's words for a full disk, where its archive was not closed
+            raise sealed.error or error from None
         file.write(_SEAL + sealed.digest.digest())
 
     write_atomically(path, write)
@@ -139,25 +147,46 @@ def _named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked process: a loader's worker may outlive the run that was killed, and must not hold its folder."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises InputError where another one holds it; Windows has no such lock."""
+    """Hold a folder for this process, and remove what a killed one has half written into it.
+
+    Raises InputError where another process holds it; Windows has no such lock.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
         except BlockingIOError:
             raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
         except OSError:  # a file system without locks
             log.debug("%s cannot be locked", folder)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:  # not in a worker, where the generator may end too
+            _held.remove(descriptor)
+            os.close(descriptor)
 
 
 def content_hash(path: Path) -> str:

@@ -87,6 +87,8 @@ class Predictor:
 
     def __init__(self, restored: Restored, topk: int, pipelines: Sequence[Pipeline], explanations: Path | None) -> None:
         self.restored, self.topk, self.pipelines, self.explanations = restored, topk, pipelines, explanations
+        if restored.network.classifier.frozen:
+            restored.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
         self.cam = GradCam(restored.network.classifier)
         self.number = 0
 

@@ -51,6 +51,7 @@ def restore(path: Path, device: str | None = None) -> Restored:
     try:
         pipeline = Pipeline(saved.preprocessing, "preprocessing")
         classifier = _classifier(saved, loaded)
+        identity = {key: saved.backbone[key] for key in ("name", "sha256")}
     except (SettingError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {error}") from error
     except RuntimeError as error:  # load_state_dict's word for tensors of another shape or name
@@ -62,7 +63,7 @@ def restore(path: Path, device: str | None = None) -> Restored:
     if precision == "fp16" and place.type != "cuda":
         log.warning("trained in fp16, which needs CUDA; computing in fp32 on %s", place.type)
         precision = "fp32"
-    network = Network(classifier.eval(), place, precision, config.features, saved.backbone)
+    network = Network(classifier.eval(), place, precision, config.features, identity)
     return Restored(saved, loaded, network, pipeline)
 
 

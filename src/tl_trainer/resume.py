@@ -65,6 +65,8 @@ def resume(target: str | None, config: str | None, overrides: Overrides) -> tupl
     if last.epoch >= loaded.config.train.epochs:
         raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
     best = path.with_name("best.pth")
+    if last.metrics is not None and not best.exists():
+        raise InputError(f"{best}: no such file, and last.pth counts on it; put it back or start a new run")
     return loaded, Resumption(path.parent, last, checkpoint.load(best) if best.exists() else None)
 
 

@@ -27,7 +27,7 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import DataError, InputError, Interrupted, TrainerError
+from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, sole_use, write_text
@@ -35,7 +35,7 @@ from tl_trainer.metrics import Scores, figures, surest_mistakes
 from tl_trainer.report import Evaluation, write_report
 from tl_trainer.restore import restore
 from tl_trainer.resume import Resumption
-from tl_trainer.saver import Saver
+from tl_trainer.saver import Saver, State
 from tl_trainer.signals import StopRequest, Terminated
 from tl_trainer.tracking import Tracker, bar, graph_of
 from tl_trainer.train import fit
@@ -58,7 +58,7 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     make_folder(resumption.run_dir if resumption else output, "--output")
     parts = assemble(loaded, resumption.last if resumption else None)
     images = fingerprint(parts.dataset.split("train"))
-    if resumption and resumption.last.resume and resumption.last.resume["images"] != images:
+    if resumption and resumption.last.resume and resumption.last.resume.get("images") != images:
         raise DataError(f"{parts.dataset.where}: the training images are not those this run began with")
     run_dir = resumption.run_dir if resumption else _new_run_dir(output, loaded.name)
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
@@ -68,12 +68,13 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
         with StopRequest() as stop, _threads_for(parts):
             _describe(parts, run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(parts, run_dir, resumption)))
-            saver = Saver(run_dir, template, state, stop, images)
+            saver = Saver(run_dir, template, state, stop, images, tracker.flush)
             if resumption:
-                assert resumption.last.resume is not None
-                state.restore(resumption.last.trained, resumption.last.resume)
+                _go_on(state, resumption)
                 saver.adopt(resumption.best)
             fit(new_training(parts, state), tracker, saver)
+        if stop.signal is not None:  # it came while the last epoch was saved
+            raise Interrupted(stop.signal, f"stopped behind the last epoch; {run_dir / 'best.pth'} is complete")
         assert saver.best is not None
         parts.network.classifier.load_trained_state(saver.best.trained)
         scores = {"val": saver.best_scores or parts.evaluate("val")}
@@ -98,6 +99,17 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
         **({"test": asdict(figures(scores["test"]))} if "test" in scores else {}),
     }
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _go_on(state: State, resumption: Resumption) -> None:
+    assert resumption.last.resume is not None
+    try:
+        state.restore(resumption.last.trained, resumption.last.resume)
+    except Exception as error:  # its checksum is right and its content is not: torch raises anything
+        reason = (str(error).splitlines() or [""])[-1].strip()
+        raise CheckpointError(
+            f"{resumption.run_dir / 'last.pth'}: does not fit this run: {type(error).__name__}: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager

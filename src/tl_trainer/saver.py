@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,15 @@ class State:
 class Saver:
     """Writes last.pth and best.pth into the run directory. `template` has what stays the same in every checkpoint."""
 
-    def __init__(self, run_dir: Path, template: Checkpoint, state: State, stop: StopRequest, images: str = "") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        template: Checkpoint,
+        state: State,
+        stop: StopRequest,
+        images: str = "",
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run_dir = run_dir
         self.template = template
         self.state = state
@@ -99,6 +108,7 @@ class Saver:
         self.best_scores: Scores | None = None  # of the validation split; None where an earlier session had the best
         self._best_on_disk = False
         self.images = images  # the fingerprint of the training images, which a resumed run must have too
+        self.flush = flush  # for the logs: an epoch that last.pth counts is not logged again
         self._saved_at = time.monotonic()
         self._pause = SECONDS_BETWEEN_SAVES
 
@@ -144,6 +154,7 @@ class Saver:
                 self.best = replace(self.best, temperature=fit_temperature(self.best_scores))
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
+        self.flush()
         last = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best, resume=resume)
         keep_previous(self.run_dir / "last.pth")
         save(last, self.run_dir / "last.pth")

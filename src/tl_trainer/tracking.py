@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from tl_trainer.errors import RunError, printable
+from tl_trainer.files import write_text
 from tl_trainer.metrics import Figures, Scores, confusion, per_class, probabilities, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 
@@ -57,6 +58,8 @@ def _on_tensorboard(
         try:
             method(self, *args, **kwargs)
         except Exception as error:  # its writer is a thread with a file, and raises whatever that met
+            if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
+                raise
             if self.writer is not None:  # else a step of this method has failed and said so
                 log.warning("TensorBoard cannot be written, and is left out from here on: %s", error)
             self.writer = None
@@ -74,8 +77,9 @@ class Tracker:
         self.path = run_dir / "metrics.csv"
         self.classes = classes
         self._drawn_at, self._drawn_epoch = float("-inf"), 0
-        rows = _rows(self.path)[:done]
-        self._append([COLUMNS, *rows], "w")
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *_rows(self.path)[:done]])
+        write_text(self.path, table.getvalue())
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
@@ -98,7 +102,7 @@ class Tracker:
     ) -> None:
         """Log an epoch, counted from 1; `images` were trained on in `seconds`, validation not included."""
         row = (epoch, train_loss, val.loss, val.top1, val.top5, lr, round(seconds, 3))
-        self._append([row])
+        self._append(row)
         scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
         self._scalars({**scalars, "lr": lr, "time/images_per_second": images / seconds}, epoch)
         log.info(
@@ -160,6 +164,11 @@ class Tracker:
         self.writer.add_image(tag, pil_to_tensor(picture), epoch)
 
     @_on_tensorboard
+    def flush(self) -> None:
+        """Have everything in the event file that was logged so far."""
+        self.writer.flush()
+
+    @_on_tensorboard
     def close(self) -> None:
         """Flush the event file."""
         self.writer.close()
@@ -169,10 +178,10 @@ class Tracker:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, epoch)
 
-    def _append(self, rows: Iterable[Sequence[object]], mode: str = "a") -> None:
+    def _append(self, row: Sequence[object]) -> None:
         try:
-            with self.path.open(mode, newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror}") from error
 

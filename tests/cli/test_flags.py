@@ -212,6 +212,13 @@ class OutOfMemoryError(RuntimeError):
         (errors.Interrupted(15, "so"), 143, "tl-x: so\n"),
         (KeyboardInterrupt(), 130, "tl-x: interrupted\n"),
         (OutOfMemoryError("CUDA"), 1, "tl-x: the GPU is out of memory; lower --batch-size or use --device cpu\n"),
+        (OSError(36, "File name too long", "x" * 5000), 1, f"tl-x: '{'x' * 57}...{'x' * 58}': File name too long\n"),
+        (errors.InputError("a\x1b[2J\nb\r"), 2, "tl-x: a\\x1b[2J\nb\\r\n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "tl-x: a process that loads images was killed, perhaps because memory ran out; try fewer with --workers\n",
+        ),
         (KeyError("x"), 1, "tl-x: unexpected KeyError: 'x'\nrun it again with --debug to see where\n"),
     ],
 )

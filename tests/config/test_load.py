@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_trainer.config.load import MAX_BYTES, MAX_DEPTH, bundled_folder, find, from_checkpoint, load, parse_override
+from tl_trainer.config.load import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_PROBLEMS,
+    bundled_folder,
+    find,
+    from_checkpoint,
+    load,
+    parse_override,
+)
 from tl_trainer.config.schema import Config
 from tl_trainer.errors import ConfigError, InputError, SettingError, TrainerError
 
@@ -296,6 +305,15 @@ def test_all_mistakes_are_named_at_once() -> None:
         ["the command line", "output.dirr"],
         ["c.yaml:1", "sed"],
     ]
+
+
+def test_of_many_mistakes_the_first_are_named() -> None:
+    Path("c.yaml").write_text("".join(f"k{number}: 1\n" for number in range(900)))
+    with pytest.raises(ConfigError) as caught:
+        load("c.yaml")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == MAX_PROBLEMS + 1
+    assert lines[-1] == f"c.yaml:{MAX_PROBLEMS + 1}: k{MAX_PROBLEMS}: wrong as well, as are {899 - MAX_PROBLEMS} more"
 
 
 def test_a_long_value_is_not_quoted_whole() -> None:

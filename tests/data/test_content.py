@@ -314,3 +314,18 @@ def test_processes_at_once(split: Split, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out.split() == [digest.hex() for digest in expected(split)]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text on this system")
+def test_a_name_that_is_no_text(split: Split, reads: Reads) -> None:
+    assert split.paths is not None
+    odd = Path(os.fsdecode(os.fsencode(split.paths[0]) + b"\xff.jpg"))
+    write(odd, b"odd")
+    split = Split(["odd"], [0], [odd])
+    assert hashes(split) == expected(split)
+    reads.clear()
+    assert hashes(split) == expected(split)
+    assert reads == []
+    forget(split, [0], Path("memory.sqlite"))
+    hashes(split)
+    assert len(reads) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from PIL import Image
 
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, ImageBatches, batch_order, readable, worker_count
+from tl_trainer.data.loaders import Batch, ImageBatches, _named_deaths, batch_order, readable, worker_count
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
-from tl_trainer.errors import DataError, ImageError
+from tl_trainer.errors import DataError, ImageError, RunError
 
 CPU = torch.device("cpu")
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -220,3 +222,36 @@ def test_pictures_in_memory_need_no_check() -> None:
     assert readable(split, "train", "error") is split
     [batch] = _batches(split).epoch(0, CPU)
     assert batch.inputs.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "try fewer with --workers"),
+        (ConnectionResetError(104, "Connection reset by peer"), "try fewer with --workers"),
+        (EOFError(), "try fewer with --workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+    ],
+)
+def test_a_dead_worker_is_named_with_the_remedy(error: Exception, remedy: str) -> None:
+    def dying() -> Iterator[int]:
+        yield 1
+        raise error
+
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        batches = _named_deaths(dying())
+        assert next(batches) == 1
+        with pytest.raises(RunError, match=remedy):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_another_error_is_passed_on() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        list(_named_deaths(failing()))

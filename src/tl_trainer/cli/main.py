@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from tl_trainer import __version__
-from tl_trainer.errors import InputError, TrainerError
+from tl_trainer.errors import InputError, TrainerError, printable_lines, shown
 from tl_trainer.signals import Terminated, raise_terminated
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
@@ -52,6 +52,8 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may be any bytes
     _set_up_logging(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         _check_floors()
@@ -68,17 +70,24 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             traceback.print_exc()
         if isinstance(error, TrainerError):
             return _fail(parser.prog, str(error), error.exit_code)
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
+            return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
             return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
+        if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
+            from tl_trainer.data.loaders import named_death
+
+            if death := named_death(error):
+                return _fail(parser.prog, str(death), death.exit_code)
         return _fail(
             parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
         )
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: {message}", file=sys.stderr)  # noqa: T201
+    print(f"{program}: {printable_lines(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 
@@ -93,7 +102,7 @@ def _set_up_logging(args: argparse.Namespace) -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable_lines(super().format(record))
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 

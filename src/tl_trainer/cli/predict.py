@@ -69,7 +69,7 @@ def _predict(args: argparse.Namespace) -> int:
         failed = write_rows(rows, args.format, sys.stdout)
     else:
         try:
-            with Path(args.output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with Path(args.output).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 failed = write_rows(rows, args.format, file)
         except OSError as error:
             raise RunError(f"--output {args.output}: {error.strerror}") from error

@@ -22,6 +22,7 @@ from tl_trainer.errors import ConfigError, InputError, SettingError, shown, unkn
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
 MAX_NODES = 10_000
+MAX_PROBLEMS = 30  # that are named
 COMMAND_LINE = "the command line"
 
 KeyPath = tuple[str | int, ...]
@@ -280,7 +281,11 @@ def _problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
     for item in error.errors():
         by_path.setdefault(_key_path(item["loc"])[0], []).append(item)
     inner = {path[:depth] for path in by_path for depth in range(len(path))}
-    return [(path, _sentence(items)) for path, items in by_path.items() if path not in inner]
+    paths = [path for path in by_path if path not in inner]
+    found = [(path, _sentence(by_path[path])) for path in paths[:MAX_PROBLEMS]]
+    if more := paths[MAX_PROBLEMS:]:
+        found.append((more[0], f"wrong as well, as are {len(more) - 1} more"))
+    return found
 
 
 def _sentence(items: list[ErrorDetails]) -> str:

@@ -33,15 +33,16 @@ def content_hashes(split: Split, memory: Path, pool: Executor) -> list[bytes | I
     """
     if split.paths is None:
         return list(pool.map(lambda index: _pixel_hash(split, index), range(len(split))))
-    paths = [str(path.absolute()) for path in split.paths]
+    paths = [_key(path) for path in split.paths]
     known = _recall(memory, paths)
-    stamps = [_stamp(path) for path in paths]
-    hashes = list(pool.map(lambda index: _file_hash(paths[index], stamps[index], known), range(len(paths))))
+    stamps = [_stamp(path) for path in split.paths]
+    remembered = [known.get(key, (None, None)) for key in paths]
+    hashes = list(pool.map(_file_hash, split.paths, stamps, remembered))
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     _remember(
         memory,
         [
-            (os.fsencode(path), *stamp, digest)
+            (path, *stamp, digest)
             for path, stamp, digest in zip(paths, stamps, hashes, strict=True)
             if stamp and isinstance(digest, bytes) and known.get(path) != (stamp, digest) and stamp[1] < settled
         ],
@@ -59,7 +60,7 @@ def contents(split: Split, memory: Path | None) -> list[str]:
 def forget(split: Split, indices: Iterable[int], memory: Path) -> None:
     """Have these images read again the next time, whatever their size and modification time."""
     paths = split.paths or ()
-    if rows := [(os.fsencode(paths[index].absolute()),) for index in indices if paths]:
+    if rows := [(_key(paths[index]),) for index in indices if paths]:
         _with_database(memory, lambda connection: connection.executemany("DELETE FROM files WHERE path = ?", rows))
 
 
@@ -68,18 +69,30 @@ def _pixel_hash(split: Split, index: int) -> bytes:
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
-def _file_hash(path: str, stamp: Stamp | None, known: dict[str, tuple[Stamp, bytes]]) -> bytes | ImageError:
-    if stamp is not None and path in known and known[path][0] == stamp:
-        return known[path][1]
+def _key(path: Path) -> str | bytes:
+    """What a file is called in the database: bytes where its name is no text."""
+    name = str(path.absolute())
     try:
-        return hashlib.sha256(images.read(Path(path))).digest()
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name)
+    return name
+
+
+def _file_hash(
+    path: Path, stamp: Stamp | None, remembered: tuple[Stamp, bytes] | tuple[None, None]
+) -> bytes | ImageError:
+    if remembered[1] is not None and remembered[0] == stamp:
+        return remembered[1]
+    try:
+        return hashlib.sha256(images.read(path)).digest()
     except ImageError as error:
         return error
 
 
-def _stamp(path: str) -> Stamp | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
-        found = Path(path).stat()
+        found = path.stat()
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
@@ -100,8 +113,8 @@ def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) ->
             memory.unlink()
 
 
-def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
-    known: dict[str, tuple[Stamp, bytes]] = {}
+def _recall(memory: Path, paths: list[str | bytes]) -> dict[str | bytes, tuple[Stamp, bytes]]:
+    known: dict[str | bytes, tuple[Stamp, bytes]] = {}
 
     def read(connection: sqlite3.Connection) -> None:
         for first in range(0, len(paths), _CHUNK):
@@ -118,7 +131,7 @@ def _recall(memory: Path, paths: list[str]) -> dict[str, tuple[Stamp, bytes]]:
     return known
 
 
-def _remember(memory: Path, rows: list[tuple[bytes, int, int, bytes]]) -> None:
+def _remember(memory: Path, rows: list[tuple[str | bytes, int, int, bytes]]) -> None:
     if rows:
         statement = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)"
         _with_database(memory, lambda connection: connection.executemany(statement, rows))

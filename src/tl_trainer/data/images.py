@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tl_trainer.errors import ImageError
+from tl_trainer.errors import ImageError, printable
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -40,14 +40,14 @@ def read(path: Path) -> bytes:
     """The bytes of an image file. Raises ImageError where there are none, or where reading could wait for ever."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError(f"{path}: not an ordinary file; remove it from the dataset")
+            raise ImageError(f"{printable(str(path))}: not an ordinary file; remove it from the dataset")
         data = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ImageError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
-        raise ImageError(f"{str(path)!r}: cannot be read: {error}") from error
+        raise ImageError(f"{printable(str(path))}: cannot be read: {error}") from error
     if not data:
-        raise ImageError(f"{path}: empty file (0 bytes); replace or remove it")
+        raise ImageError(f"{printable(str(path))}: empty file (0 bytes); replace or remove it")
     return data
 
 
@@ -57,6 +57,7 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
     `check_only` reads every byte but lets the JPEG decoder make an image of an eighth of the size, which is enough to
     find a truncated file and is several times faster.
     """
+    name = printable(str(name))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if check_only:

@@ -168,20 +168,28 @@ def _set_signals(_: int) -> None:
 
 
 def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:
-    """The batches; RunError, with the remedy, where a worker dies, of which torch only says that it did."""
+    """The batches; RunError, with the remedy, where a worker dies."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        if "shared memory" in str(error) or "Bus error" in str(error):
-            raise RunError(
-                "the shared memory (/dev/shm) is too small for the processes that load images; load in the main "
-                "process with --workers 0, or give a container more with --shm-size"
-            ) from error
-        raise RunError(
-            "a process that loads images was killed, perhaps because memory ran out; try fewer with --workers"
-        ) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two where it dies while it hands over a batch
+        if death := named_death(error):
+            if hasattr(signal, "SIGCHLD"):  # else torch reports it once more while it ends the other workers
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise death from error
+        raise
+
+
+def named_death(error: Exception) -> RunError | None:
+    """The remedy where torch only says that a worker died, which it may do at any moment and not only for a batch."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+        return None
+    if "shared memory" in text or "Bus error" in text:
+        return RunError(
+            "the shared memory (/dev/shm) is too small for the processes that load images; load in the main "
+            "process with --workers 0, or give a container more with --shm-size"
+        )
+    return RunError("a process that loads images was killed, perhaps because memory ran out; try fewer with --workers")
 
 
 def stacked(pictures: list[Tensor]) -> Tensor:
