@@ -69,14 +69,9 @@ def _pixel_hash(split: Split, index: int) -> bytes:
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
-def _key(path: Path) -> str | bytes:
-    """What a file is called in the database: bytes where its name is no text."""
-    name = str(path.absolute())
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(name)
-    return name
+def _key(path: Path) -> bytes:
+    """What a file is called in the database: its name may be no text."""
+    return os.fsencode(path.absolute())
 
 
 def _file_hash(
@@ -113,16 +108,16 @@ def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) ->
             memory.unlink()
 
 
-def _recall(memory: Path, paths: list[str | bytes]) -> dict[str | bytes, tuple[Stamp, bytes]]:
-    known: dict[str | bytes, tuple[Stamp, bytes]] = {}
+def _recall(memory: Path, paths: list[bytes]) -> dict[bytes, tuple[Stamp, bytes]]:
+    known: dict[bytes, tuple[Stamp, bytes]] = {}
 
     def read(connection: sqlite3.Connection) -> None:
         for first in range(0, len(paths), _CHUNK):
-            chunk = [os.fsencode(path) for path in paths[first : first + _CHUNK]]  # a name may be any bytes
+            chunk = paths[first : first + _CHUNK]
             marks = ",".join("?" * len(chunk))
             query = f"SELECT path, size, time, hash FROM files WHERE path IN ({marks})"
             known.update(
-                (os.fsdecode(path), ((size, when), digest))
+                (path, ((size, when), digest))
                 for path, size, when, digest in connection.execute(query, chunk)
                 if isinstance(digest, bytes) and len(digest) == hashlib.sha256().digest_size  # SQLite has no checksums
             )
@@ -131,7 +126,7 @@ def _recall(memory: Path, paths: list[str | bytes]) -> dict[str | bytes, tuple[S
     return known
 
 
-def _remember(memory: Path, rows: list[tuple[str | bytes, int, int, bytes]]) -> None:
+def _remember(memory: Path, rows: list[tuple[bytes, int, int, bytes]]) -> None:
     if rows:
         statement = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)"
         _with_database(memory, lambda connection: connection.executemany(statement, rows))
