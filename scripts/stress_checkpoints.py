@@ -198,7 +198,7 @@ def _honest_run(folder: Path) -> Path:
 def _example(epoch: int, size: int) -> Checkpoint:
     weights = {"head.weight": torch.full((size,), float(epoch))}
     resume = {"progress": {"epoch": epoch}, "images": ""}
-    return Checkpoint({"seed": 0}, ["a"], [], {}, weights, None, epoch, None, None, "", None, resume)
+    return Checkpoint({"seed": 0}, ["a"], [], {}, weights, None, epoch, None, None, [], None, resume)
 
 
 def kill_save(count: int, folder: Path, rng: random.Random) -> Outcome:

@@ -12,10 +12,10 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -37,7 +37,11 @@ log = logging.getLogger(__name__)
 
 # Small enough for the activations to stay in a processor's caches, large enough for a GPU to be busy.
 IMAGES_AT_ONCE = {"cpu": 16, "cuda": 128}
+DECODED_AT_ONCE = 64  # where decoding and computing take turns: enough for all threads to end at about the same time
 EVALUATED_AT_ONCE = 1024
+
+Missing = tuple[bytes, int, bytes]  # a row's key, the image's index in the split, the view's tag
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -104,7 +108,7 @@ class Extractor:
         what: str,
         pipeline: Pipeline,
         store: FeatureStore,
-        missing: Sequence[tuple[bytes, int, bytes]],
+        missing: Sequence[Missing],
         pool: Executor,
     ) -> dict[int, str]:
         """Compute and append the missing (key, index, tag) rows; the images that cannot be decoded, with the reason."""
@@ -114,7 +118,7 @@ class Extractor:
         quiet = not log.isEnabledFor(logging.INFO)
         progress = tqdm(total=len(missing), desc=f"{what} features", unit="img", leave=False, disable=quiet or None)
         with contextlib.closing(store), progress as bar:
-            for chunk, decoded in _decoded(split, pipeline, missing, size, pool):
+            for chunk, decoded in _decoded(split, pipeline, missing, size, pool, overlap=self.device.type != "cpu"):
                 good = [
                     (key, item) for (key, _, _), item in zip(chunk, decoded, strict=True) if isinstance(item, Tensor)
                 ]
@@ -220,28 +224,36 @@ def _bad_copies(split: Split, hashes: Sequence[bytes | ImageError], bad: dict[in
 
 
 def _decoded(
-    split: Split, pipeline: Pipeline, missing: Sequence[tuple[bytes, int, bytes]], size: int, pool: Executor
-) -> Iterator[tuple[Sequence[tuple[bytes, int, bytes]], list[Tensor | ImageError]]]:
-    """Chunks of the missing rows and their images, decoded by threads while the chunk before is computed."""
+    split: Split, pipeline: Pipeline, missing: Sequence[Missing], size: int, pool: Executor, *, overlap: bool
+) -> Iterator[tuple[Sequence[Missing], Sequence[Tensor | ImageError]]]:
+    """Chunks of the missing rows and their images, decoded by threads.
 
-    def decode(row: tuple[bytes, int, bytes]) -> Any:
+    overlap: decode while what came before is computed. Where the cores do both, taking turns is faster: a thread of
+    the network that has to share its core holds up all the others.
+    """
+
+    def decode(row: Missing) -> Any:
         try:
             picture = _open_unchanged(split, *row)
             return pipeline.image(picture) if pipeline.deterministic else picture
         except ImageError as error:
             return error
 
-    chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
-    ahead = [pool.submit(decode, row) for row in chunks[0]]
-    for number, chunk in enumerate(chunks):
-        decoded = [future.result() for future in ahead]
-        ahead = [pool.submit(decode, row) for row in chunks[number + 1]] if number + 1 < len(chunks) else []
+    blocks = list(_chunks(missing, size if overlap else DECODED_AT_ONCE))
+    ahead: list[Future[Any]] = []
+    for number, block in enumerate(blocks):
+        decoded = [future.result() for future in ahead or [pool.submit(decode, row) for row in block]]
+        ahead = [pool.submit(decode, row) for row in blocks[number + 1]] if overlap and number + 1 < len(blocks) else []
         if not pipeline.deterministic:  # torch has one generator for all threads, so the drawing is done in this one
             decoded = [
                 item if isinstance(item, ImageError) else pipeline.draw(item, int.from_bytes(row[0][:8], "little"))
-                for item, row in zip(decoded, chunk, strict=True)
+                for item, row in zip(decoded, block, strict=True)
             ]
-        yield chunk, decoded
+        yield from zip(_chunks(block, size), _chunks(decoded, size), strict=True)
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _open_unchanged(split: Split, key: bytes, index: int, tag: bytes) -> Image.Image:
