@@ -74,9 +74,8 @@ class Extractor:
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         make_folder(self.folder, "features.dir")
-        memory = self.memory
         with ThreadPoolExecutor(cores()) as pool:
-            hashes = content_hashes(split, memory, pool)
+            hashes = content_hashes(split, self.memory, pool)
             bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}
             store = self._store(pipeline)
             wanted = {}
@@ -87,7 +86,7 @@ class Extractor:
             before = self.computed
             if missing:
                 bad.update(self._compute(split, what, pipeline, store, missing, pool))
-                forget(split, bad, memory)  # else a file that was changed with its time kept would stay bad
+                forget(split, bad, self.memory)  # else a file that was changed with its time kept would stay bad
                 bad.update(_bad_copies(split, hashes, bad))
         cached = len(wanted) - len(missing)
         level = logging.INFO if what else logging.DEBUG

@@ -56,9 +56,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, atomically."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # a file name may be any bytes
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, atomically."""
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode("utf-8", "surrogateescape"))  # a file name may be any bytes
+        file.write(data)
 
     write_atomically(path, write)
 

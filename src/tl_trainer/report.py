@@ -8,9 +8,9 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
 from torchvision.transforms.v2 import functional
@@ -20,7 +20,7 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, printable
 from tl_trainer.explain import GradCam
-from tl_trainer.files import write_atomically, write_text
+from tl_trainer.files import write_bytes, write_text
 from tl_trainer.metrics import Scores, measure, probabilities, ranked, reliability, surest_mistakes
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.plots import confusion_figure, png, reliability_figure
@@ -101,7 +101,7 @@ def write_report(
         ),
     }
     for name, data in pictures.items():
-        write_atomically(folder / name, partial(_write, data))
+        write_bytes(folder / name, data)
     for name, text in texts.items():
         write_text(folder / name, text)
     return folder / "report.html"
@@ -171,10 +171,6 @@ def _mistakes(
             explained = ""
         shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
     return shown
-
-
-def _write(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
