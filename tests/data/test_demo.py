@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from torch import Tensor
 
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import demo
+from tl_trainer.data.drawing import scenes
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError
 
@@ -62,16 +63,15 @@ def test_it_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_drawing_is_not_taken_for_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = demo._draw
     calls = iter(range(100))
 
-    def interrupted(*arguments: Any) -> Image.Image:
+    def interrupted(*arguments: Any) -> Tensor:
         if next(calls) == 5:
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return scenes(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_draw", interrupted)
+        patch.setattr(demo, "scenes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             demo.demo_folder()
     assert len(_bytes(demo.demo_folder())) == 2 * len(demo.PER_CLASS) * len(demo.SHAPES)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
+from tl_trainer.data.drawing import Dice, Drawn, Nuisance, box, ellipse, length, scenes
 from tl_trainer.files import cache_folder
 
-VERSION = 1
-SIZE = 64
-PER_CLASS = {"train": 60, "val": 15, "test": 15}
+VERSION = 2
+SIZE = 96
+PER_CLASS = {"train": 40, "val": 10, "test": 30}
 
-Point = tuple[float, float]
-Shape = Callable[[random.Random], list[Point]]
+# Dark things on light ground, more or less upright: tame enough for 40 pictures of each.
+TAME = Nuisance(
+    turn=0.2, size=(0.7, 1.1), place=0.1, ground=(0.75, 1.0), object=(0.0, 0.35), texture=0.25,
+    litter=0.3, hidden=0.15, grain=0.03,
+)  # fmt: skip
 
 
 def demo_folder() -> Path:
@@ -36,76 +39,87 @@ def demo_folder() -> Path:
 
 
 def _draw_all(folder: Path) -> None:
-    for split, count in PER_CLASS.items():
-        for name, shape in SHAPES.items():
+    for number, split in enumerate(PER_CLASS):
+        for label, (name, shape) in enumerate(SHAPES.items()):
             (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                picture = _draw(shape, random.Random(f"{VERSION} {split} {name} {index}"))
-                picture.save(folder / split / name / f"{index:03}.png")
+            look, view = (Dice(1000 * number + 2 * label + kind) for kind in (0, 1))
+            for index, picture in enumerate(scenes(shape, PER_CLASS[split], SIZE, look, view, TAME)):
+                to_pil_image(picture).save(folder / split / name / f"{index:03}.png")
 
 
-def _draw(shape: Shape, rng: random.Random) -> Image.Image:
-    """One object on a spotted background, with its size, angle, colours and place at random."""
-    scale = 4  # drawn large and reduced, for smooth edges
-    side = SIZE * scale
-    hue = rng.random()
-    picture = Image.new("RGB", (side, side), _colour(rng, hue))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(15):
-        x, y, radius = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.05, 0.15) * side
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(rng, hue))
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
-    draw = ImageDraw.Draw(picture)
-    angle, size = rng.uniform(0, 2 * math.pi), rng.uniform(0.3, 0.42) * side
-    centre = (side * rng.uniform(0.4, 0.6), side * rng.uniform(0.4, 0.6))
-    outline = [_turned(point, angle, size, centre) for point in shape(rng)]
-    draw.polygon(outline, fill=_colour(rng, hue + rng.uniform(0.3, 0.7)))
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+def _gable(across: Tensor, up: Tensor, half: Tensor | float, height: float) -> Tensor:
+    """A triangle on the line up = 0, symmetric about across = 0."""
+    return torch.maximum((across.abs() - half * (1 - up / height)) * 0.8, -up)
 
 
-def _colour(rng: random.Random, hue: float) -> str:
-    return f"hsv({(hue + rng.uniform(-0.06, 0.06)) % 1 * 360:.0f},{rng.randint(40, 100)}%,{rng.randint(40, 100)}%)"
+def _boat(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    hull = torch.maximum(ellipse(x, y - 0.3, 0.85, dice.between(0.35, 0.55, len(x), 1, 1)), 0.3 - y)
+    mast = box(x, y + 0.3, 0.05, 0.65)
+    sail = torch.maximum(_gable(x, 0.15 - y, dice.between(0.5, 0.8, len(x), 1, 1), 1.0), 0.08 - x)
+    return torch.minimum(torch.minimum(hull, mast), sail)
 
 
-def _turned(point: Point, angle: float, size: float, centre: Point) -> Point:
-    x, y = point
-    return (
-        centre[0] + size * (x * math.cos(angle) - y * math.sin(angle)),
-        centre[1] + size * (x * math.sin(angle) + y * math.cos(angle)),
-    )
+def _butterfly(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    x = x.abs()
+    body = ellipse(x, y, 0.1, 0.7)
+    upper = ellipse(x - 0.45, y + 0.35, dice.between(0.3, 0.45, len(x), 1, 1), dice.between(0.3, 0.45, len(x), 1, 1))
+    lower = ellipse(x - 0.35, y - 0.35, dice.between(0.2, 0.35, len(x), 1, 1), dice.between(0.25, 0.4, len(x), 1, 1))
+    return torch.minimum(torch.minimum(upper, lower), body)
 
 
-def _polar(radius: Callable[[float], float], points: int = 120) -> list[Point]:
-    angles = [2 * math.pi * index / points for index in range(points)]
-    return [(radius(angle) * math.cos(angle), radius(angle) * math.sin(angle)) for angle in angles]
+def _cup(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    half, height = dice.between(0.35, 0.5, len(x), 1, 1), dice.between(0.4, 0.7, len(x), 1, 1)
+    bowl = box(x + 0.2, y, half + (y * -0.1), height)
+    handle = ellipse(x - half + 0.2, y, 0.35, height * 0.65).abs() - 0.07
+    return torch.minimum(bowl, torch.maximum(handle, half - 0.2 - x))
 
 
-def _regular(corners: int, inner: float = 0.0) -> list[Point]:
-    """A regular polygon, or a star where the corners alternate with an inner radius."""
-    return _polar(lambda angle: 1.0 if not inner or round(angle / math.pi * corners) % 2 == 0 else inner,
-                  corners * (2 if inner else 1))  # fmt: skip
+def _fish(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    body = ellipse(x + 0.2, y, 0.65, dice.between(0.3, 0.5, len(x), 1, 1))
+    return torch.minimum(body, _gable(y, 0.9 - x, dice.between(0.35, 0.55, len(x), 1, 1), 0.75))
 
 
-def _cross(rng: random.Random) -> list[Point]:
-    w = rng.uniform(0.2, 0.35)
-    arm = [(w, w), (w, 1.0), (-w, 1.0)]
-    return [(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in arm]
+def _flower(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    petals = dice.whole(5, 8, len(x), 1, 1)
+    radius = 0.6 + dice.between(0.15, 0.3, len(x), 1, 1) * torch.cos(petals * torch.atan2(y, x))
+    ring = length(points)
+    return torch.maximum(ring - radius, dice.between(0.1, 0.2, len(x), 1, 1) - ring)
 
 
-def _crescent(rng: random.Random) -> list[Point]:
-    angles = [math.pi * (index / 40 - 0.5) for index in range(41)]
-    depth = rng.uniform(0.2, 0.5)
-    outer = [(math.cos(angle), math.sin(angle)) for angle in angles]
-    return outer + [(depth * math.cos(angle), math.sin(angle)) for angle in reversed(angles)]
+def _house(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    half = dice.between(0.5, 0.7, len(x), 1, 1)
+    walls = box(x, y - 0.35, half, 0.45)
+    door = box(x - dice.between(-0.25, 0.25, len(x), 1, 1), y - 0.5, 0.14, 0.31)
+    return torch.minimum(torch.maximum(walls, -door), _gable(x, -0.1 - y, half + 0.2, 0.7))
 
 
-SHAPES: dict[str, Shape] = {
-    "crescent": _crescent,
-    "cross": _cross,
-    "disc": lambda rng: _polar(lambda angle: 1.0),
-    "drop": lambda rng: _polar(lambda angle: 0.45 + 0.75 * abs(angle / math.pi - 1) ** 4),
-    "flower": lambda rng: _polar(lambda angle: 0.7 + 0.3 * math.cos(5 * angle)),
-    "square": lambda rng: _regular(4),
-    "star": lambda rng: _regular(5, rng.uniform(0.35, 0.5)),
-    "triangle": lambda rng: _regular(3),
+def _key(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    bow = ellipse(x + 0.55, y, 0.32, dice.between(0.25, 0.4, len(x), 1, 1)).abs() - 0.1
+    shaft = box(x - 0.35, y, 0.55, 0.08)
+    teeth = box((x - 0.65).abs() - 0.18, y - 0.15, 0.07, dice.between(0.15, 0.25, len(x), 1, 1))
+    return torch.minimum(torch.minimum(bow, shaft), teeth)
+
+
+def _mushroom(points: Tensor, dice: Dice) -> Tensor:
+    x, y = points.unbind(-1)
+    cap = torch.maximum(ellipse(x, y, 0.8, dice.between(0.6, 0.85, len(x), 1, 1)), y)
+    return torch.minimum(cap, box(x, y - 0.35, dice.between(0.15, 0.28, len(x), 1, 1), 0.45))
+
+
+SHAPES: dict[str, Drawn] = {
+    "boat": _boat,
+    "butterfly": _butterfly,
+    "cup": _cup,
+    "fish": _fish,
+    "flower": _flower,
+    "house": _house,
+    "key": _key,
+    "mushroom": _mushroom,
 }

@@ -1,0 +1,307 @@
+"""Scenes drawn by code, many at once: a textured object on a textured ground, in some light, partly hidden.
+
+A shape is a function (points, dice) -> distance to its outline, negative inside; a texture one to values in [0, 1].
+`points` (N, S, S, 2) are coordinates, x to the right and y down; a shape fills about [-1, 1] x [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Dice:
+    """Random tensors of one sequence, the same on every machine."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def between(self, low: float, high: float, *shape: int) -> Tensor:
+        """Uniform numbers in [low, high)."""
+        return torch.rand(shape, generator=self.generator) * (high - low) + low
+
+    def whole(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers from low to high, both included."""
+        return torch.randint(low, high + 1, shape, generator=self.generator)
+
+    def order(self, count: int) -> Tensor:
+        """A random order of `count` things."""
+        return torch.randperm(count, generator=self.generator)
+
+
+Drawn = Callable[[Tensor, Dice], Tensor]
+
+
+class Nuisance(NamedTuple):
+    """What differs between pictures of one thing, and by how much."""
+
+    turn: float = math.pi  # the largest angle to either side
+    size: tuple[float, float] = (0.5, 1.1)
+    place: float = 0.35  # the largest distance from the middle, of 1
+    ground: tuple[float, float] = (0.1, 1.0)  # how dark and how light the colours are
+    object: tuple[float, float] = (0.1, 1.0)
+    texture: float = 1.0  # its contrast
+    litter: float = 0.6  # the share of scenes with each of two small things lying about
+    hidden: float = 0.3  # the share of scenes with a bar before the object
+    grain: float = 0.05
+
+
+WILD = Nuisance()
+LITTER = Nuisance(size=(0.08, 0.25), place=1.0)
+BARS = Nuisance(size=(0.4, 0.8), place=1.0)
+
+
+def scenes(shape: Drawn, count: int, size: int, look: Dice, view: Dice, nuisance: Nuisance = WILD) -> Tensor:
+    """(count, 3, size, size) uint8: what `shape` gives, seen once.
+
+    `look` decides about the objects, `view` about everything else: the same look with another view is the same object
+    from another side, before another ground, in another light.
+    """
+    axis = (torch.arange(size) + 0.5) * (2 / size) - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(count, -1, -1, -1)
+    picture = surface(grid, view, nuisance.ground, nuisance.texture)
+    for _ in range(2):
+        _paint(picture, grid, blob, view, view, LITTER, nuisance.litter)
+    _paint(picture, grid, shape, look, view, nuisance)
+    _paint(picture, grid, bar, view, view, BARS, nuisance.hidden)
+    return _photographed(picture, grid, view, nuisance.grain)
+
+
+def _paint(
+    picture: Tensor, grid: Tensor, shape: Drawn, look: Dice, view: Dice, nuisance: Nuisance, share: float = 1.0
+) -> None:
+    """Put an object into `share` of the scenes: turned, placed, shaded, and with a soft shadow around it."""
+    rows = view.order(len(picture))[: math.ceil(share * len(picture))]
+    count = len(rows)
+    turn, place = nuisance.turn, nuisance.place
+    scale = view.between(*nuisance.size, count, 1, 1)
+    points = _turned(grid[rows] - view.between(-place, place, count, 1, 1, 2), view.between(-turn, turn, count))
+    stretch = torch.exp(view.between(-0.25, 0.25, count, 1, 1))
+    points = points / (scale[..., None] * torch.stack([stretch, 1 / stretch], dim=-1))
+    distance = shape(points, look) * scale
+    shadow = (0.7 - distance * view.between(3, 10, count, 1, 1)).clamp(0, 1) * view.between(0, 0.6, count, 1, 1)
+    colours = surface(points, look, nuisance.object, nuisance.texture) * _relief(distance, view)[:, None]
+    inside = (0.5 - distance * (picture.shape[-1] / 2)).clamp(0, 1)
+    picture[rows] = torch.lerp(picture[rows] * (1 - shadow)[:, None], colours.clamp(0, 1), inside[:, None])
+
+
+def _relief(distance: Tensor, view: Dice) -> Tensor:
+    """(N, S, S): how bright the surface of a bevelled object is under light from one side."""
+    count, size = distance.shape[:2]
+    depth = torch.sqrt((-distance / view.between(0.1, 0.6, count, 1, 1)).clamp(0.001, 1))
+    down, right = torch.gradient(depth, dim=(1, 2))
+    angle, strength = view.between(-math.pi, math.pi, count, 1, 1), view.between(0, 0.12, count, 1, 1)
+    return 1 + strength * size * (torch.cos(angle) * right + torch.sin(angle) * down).clamp(-0.15, 0.15)
+
+
+def _photographed(picture: Tensor, grid: Tensor, view: Dice, grain: float) -> Tensor:
+    """The picture under uneven light, a little out of focus and noisy, as bytes."""
+    count = len(picture)
+    slope = view.between(-0.3, 0.3, count, 1, 1, 2)
+    picture = picture * (view.between(0.7, 1.2, count, 1, 1) + (grid * slope).sum(-1))[:, None]
+    soft = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    picture = torch.lerp(picture, soft, view.between(-0.5, 1, count, 1, 1, 1).clamp(min=0))
+    noisy = picture + torch.randn(picture.shape, generator=view.generator) * view.between(0, grain, count, 1, 1, 1)
+    return (noisy.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def surface(points: Tensor, dice: Dice, value: tuple[float, float], contrast: float) -> Tensor:
+    """(N, 3, S, S) in [0, 1]: three related colours, mixed by two textures."""
+    count = len(points)
+    hue = dice.between(0, 1, count, 1) + dice.between(-0.15, 0.15, count, 3)
+    colours = hsv(hue, dice.between(0.0, 1, count, 3), dice.between(*value, count, 3))
+    first, second, third = colours[..., None, None].unbind(1)
+    fine = any_of(TEXTURES, _turned(points, dice.between(-math.pi, math.pi, count)), dice) * contrast
+    coarse = noise(points * 0.3, dice, octaves=1) * dice.between(0, 1, count, 1, 1) * contrast
+    return torch.lerp(torch.lerp(first, second, fine[:, None]), third, coarse[:, None])
+
+
+def hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Any shape, hue in turns -> the same shape with red, green and blue as a last dimension, in [0, 1]."""
+    sector = (torch.tensor([5.0, 3.0, 1.0]) + hue[..., None] * 6) % 6
+    wedge = torch.minimum(sector, 4 - sector).clamp(0, 1)
+    return value[..., None] * (1 - saturation[..., None] * wedge)
+
+
+def any_of(choices: Sequence[Drawn], points: Tensor, dice: Dice) -> Tensor:
+    """Each of the choices for its share of the scenes, in random order."""
+    drawn = points.new_empty(points.shape[:-1])
+    for choice, rows in zip(choices, dice.order(len(points)).chunk(len(choices)), strict=False):
+        drawn[rows] = choice(points[rows], dice)
+    return drawn
+
+
+def _turned(points: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
+    x, y = points.unbind(-1)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
+
+
+def length(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)  # type: ignore[no-any-return]
+
+
+# Shapes
+
+
+def ellipse(x: Tensor, y: Tensor, half_x: Tensor | float, half_y: Tensor | float) -> Tensor:
+    half_x, half_y = torch.as_tensor(half_x), torch.as_tensor(half_y)
+    return (torch.sqrt((x / half_x) ** 2 + (y / half_y) ** 2) - 1) * torch.minimum(half_x, half_y)
+
+
+def box(x: Tensor, y: Tensor, half_x: Tensor | float, half_y: Tensor | float) -> Tensor:
+    return torch.maximum(x.abs() - half_x, y.abs() - half_y)
+
+
+def segment(points: Tensor, start: Tensor, end: Tensor, width: Tensor | float) -> Tensor:
+    """A line of that half width with round ends."""
+    along, offset = end - start, points - start
+    part = ((offset * along).sum(-1) / (along * along).sum(-1).clamp(min=1e-6)).clamp(0, 1)
+    return length(offset - part[..., None] * along) - width
+
+
+def blob(points: Tensor, dice: Dice) -> Tensor:
+    """A closed contour as a short Fourier series of its angle."""
+    count = len(points)
+    angle = torch.atan2(points[..., 1], points[..., 0])
+    radius = torch.full_like(angle, 0.7)
+    for frequency in range(1, 7):
+        height = dice.between(-0.25, 0.25, count, 1, 1) / math.sqrt(frequency)
+        radius += height * torch.cos(frequency * angle + dice.between(-math.pi, math.pi, count, 1, 1))
+    return length(points) - radius
+
+
+def polygon(points: Tensor, dice: Dice) -> Tensor:
+    """Three to seven straight sides, convex."""
+    count = len(points)
+    corners = dice.whole(3, 7, count)
+    sides = torch.arange(7) % corners[:, None]
+    jitter = dice.between(-0.3, 0.3, count, 7).gather(1, sides)
+    angles = (sides + jitter) * (2 * math.pi / corners[:, None])
+    offsets = dice.between(0.45, 0.8, count, 7).gather(1, sides)
+    normals = torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
+    return (torch.einsum("nhwd,nds->nhws", points, normals) - offsets[:, None, None]).amax(-1)
+
+
+def parts(points: Tensor, dice: Dice) -> Tensor:
+    """Two boxes and two ellipses, joined."""
+    count = len(points)
+    joined = torch.full(points.shape[:-1], math.inf)
+    for part in (box, ellipse, box, ellipse):
+        centre = dice.between(-0.5, 0.5, count, 1, 1, 2)
+        x, y = _turned(points - centre, dice.between(-math.pi, math.pi, count)).unbind(-1)
+        size = dice.between(0.1, 0.6, 2, count, 1, 1)
+        joined = torch.minimum(joined, part(x, y, size[0], size[1]))
+    return joined
+
+
+def stroke(points: Tensor, dice: Dice) -> Tensor:
+    """One line through five random points."""
+    count = len(points)
+    knots = dice.between(-0.9, 0.9, count, 1, 1, 5, 2)
+    width = dice.between(0.05, 0.16, count, 1, 1)
+    return torch.stack([segment(points, knots[..., k, :], knots[..., k + 1, :], width) for k in range(4)]).amin(0)
+
+
+def branches(points: Tensor, dice: Dice) -> Tensor:
+    """A trunk that forks three times."""
+    count = len(points)
+    width = dice.between(0.05, 0.14, count, 1, 1)
+    spread, shrink = dice.between(0.3, 0.9, count, 1, 1), dice.between(0.6, 0.85, count, 1, 1)
+    tips = [(torch.tensor([0.0, 0.9]).expand(count, 1, 1, 2), torch.full((count, 1, 1), -math.pi / 2))]
+    length = dice.between(0.5, 0.8, count, 1, 1)
+    drawn = torch.full(points.shape[:-1], math.inf)
+    for _ in range(3):
+        grown = []
+        for start, angle in tips:
+            end = start + length[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+            drawn = torch.minimum(drawn, segment(points, start, end, width))
+            turn = dice.between(-0.3, 0.3, count, 1, 1)
+            grown += [(end, angle + turn - spread), (end, angle + turn + spread)]
+        tips, length, width = grown, length * shrink, width * 0.75
+    return drawn
+
+
+def fractal(points: Tensor, dice: Dice) -> Tensor:
+    """The attractor of three random affine contractions (an iterated function system)."""
+    count, side, walkers = len(points), 48, 600
+    linear = dice.between(-1, 1, count, 3, 2, 2)
+    linear = linear * (dice.between(0.45, 0.8, count, 3) / torch.linalg.matrix_norm(linear, 2))[..., None, None]
+    shift = dice.between(-1, 1, count, 3, 1, 2)
+    place, seen = torch.zeros(count, walkers, 2), []
+    for step in range(16):
+        chosen = dice.whole(0, 2, count, walkers)[..., None]
+        moved = torch.einsum("nwd,nmde->nmwe", place, linear) + shift
+        place = moved.gather(1, chosen[:, None].expand(-1, 1, -1, 2))[:, 0]
+        if step >= 8:
+            seen.append(place)
+    found = torch.cat(seen, dim=1)
+    low, high = found.amin(1, keepdim=True), found.amax(1, keepdim=True)
+    cells = ((found - low) / (high - low).amax(-1, keepdim=True).clamp(min=1e-6) * (side - 1)).round().long()
+    marks = torch.zeros(count, side * side).scatter_(1, cells[..., 1] * side + cells[..., 0], 1.0)
+    marks = F.avg_pool2d(marks.view(count, 1, side, side), 3, stride=1, padding=1)
+    return (0.25 - F.grid_sample(marks, points, align_corners=False)[:, 0]) * 0.2
+
+
+def bar(points: Tensor, dice: Dice) -> Tensor:
+    """A strip across the whole picture."""
+    return points[..., 0].abs() - dice.between(0.1, 0.4, len(points), 1, 1)
+
+
+# Textures
+
+
+def noise(points: Tensor, dice: Dice, octaves: int = 3) -> Tensor:
+    """Random values on a lattice, smoothed between, in octaves of half the size and half the weight."""
+    count = len(points)
+    total = torch.zeros(points.shape[:-1])
+    for octave in range(octaves):
+        lattice = dice.between(-0.5, 0.5, count, 1, 4 * 2**octave, 4 * 2**octave)
+        sampled = F.grid_sample(lattice, points * 0.7, padding_mode="reflection", align_corners=False)
+        total += sampled[:, 0] / 2**octave
+    return (total * dice.between(0.7, 2.5, count, 1, 1) + 0.5).clamp(0, 1)
+
+
+def grating(points: Tensor, dice: Dice) -> Tensor:
+    """Parallel waves, more or less bent, soft or hard."""
+    count = len(points)
+    bend = dice.between(0, 0.3, count, 1, 1) * torch.sin(points[..., 1] * dice.between(1, 6, count, 1, 1))
+    wave = torch.sin((points[..., 0] + bend) * torch.exp(dice.between(1.2, 3.4, count, 1, 1)))
+    return (wave * dice.between(0.5, 4, count, 1, 1) * 0.5 + 0.5).clamp(0, 1)
+
+
+def cells(points: Tensor, dice: Dice) -> Tensor:
+    """Distances to scattered centres: pebbles where the two nearest are compared (Worley, 1996)."""
+    count = len(points)
+    centres = dice.between(-1.2, 1.2, count, 14, 2)
+    squares = (points * points).sum(-1, keepdim=True) + (centres * centres).sum(-1)[:, None, None]
+    apart = (squares - 2 * torch.einsum("nhwd,ncd->nhwc", points, centres)).clamp(min=0).sqrt()
+    near, next_near = apart.topk(2, dim=-1, largest=False).values.unbind(-1)
+    edges = ((next_near - near) * dice.between(3, 12, count, 1, 1)).clamp(0, 1)
+    return torch.where(dice.between(0, 1, count, 1, 1) < 0.5, edges, (near * 1.5).clamp(0, 1))
+
+
+def dots(points: Tensor, dice: Dice) -> Tensor:
+    """Round spots on a square lattice."""
+    count = len(points)
+    within = (points * dice.between(2, 6, count, 1, 1, 1)) % 1 - 0.5
+    radius = dice.between(0.15, 0.4, count, 1, 1)
+    return ((radius - length(within)) * 8 + 0.5).clamp(0, 1)
+
+
+def bricks(points: Tensor, dice: Dice) -> Tensor:
+    """Rows of blocks with joints between them, every other row shifted."""
+    count = len(points)
+    x, y = (points * dice.between(1.5, 5, count, 1, 1, 1)).unbind(-1)
+    x = x * dice.between(0.4, 1, count, 1, 1) + (y.floor() % 2) * dice.between(0, 0.5, count, 1, 1)
+    edge = torch.minimum((x % 1 - 0.5).abs() * -1 + 0.5, (y % 1 - 0.5).abs() * -1 + 0.5)
+    return ((edge - dice.between(0.03, 0.12, count, 1, 1)) * 15).clamp(0, 1)
+
+
+SHAPES: tuple[Drawn, ...] = (blob, polygon, parts, stroke, branches, fractal)
+TEXTURES: tuple[Drawn, ...] = (noise, grating, cells, dots, bricks)
