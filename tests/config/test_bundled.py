@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from torchvision.models import WeightsEnum
 
 from tl_trainer.cli.train import build_parser
 from tl_trainer.config.load import bundled_folder, load, parse_override, to_yaml
@@ -86,4 +87,7 @@ def test_csv_reads_the_dog_breed_layout() -> None:
 
 def test_the_demo_needs_no_network() -> None:
     config = load("demo.yaml").config
-    assert (config.data.source, config.model.weights) == ("demo", "none")
+    weights = resolve_weights(config.model.backbone, config.model.weights)
+    assert config.data.source == "demo"
+    assert isinstance(weights, WeightsEnum)
+    assert weights.url.startswith("file:")

@@ -150,7 +150,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_json_schema_for_editors() -> None:
-    schema = json.loads(to_json_schema({"backbone": ["alexnet"], "transforms": ["Resize"]}))
+    schema = json.loads(to_json_schema({"backbone": ["alexnet"], "weights": ["none"], "transforms": ["Resize"]}))
     sections = {"Config": schema, **schema["$defs"]}
 
     def follow(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -163,6 +163,7 @@ def test_json_schema_for_editors() -> None:
 
     assert set(follow(schema)) == FIELDS.keys()
     assert sections["ModelSection"]["properties"]["backbone"]["examples"] == ["alexnet"]
+    assert sections["ModelSection"]["properties"]["weights"]["examples"] == ["none"]
     assert sections["TransformsSection"]["properties"]["train"]["examples"] == ["Resize"]
     assert sections["OptimizerSection"]["properties"]["name"]["enum"] == list(get_args(OptimizerName))
     assert sections["TrainSection"]["properties"]["precision"]["enum"] == list(get_args(Precision))

@@ -71,9 +71,10 @@ def _train(args: argparse.Namespace) -> int:
     overrides += [(key, getattr(args, flag)) for flag, key in FLAGS.items() if getattr(args, flag) is not None]
     if args.print_schema:
         from tl_trainer.data.transforms import TRANSFORMS
-        from tl_trainer.models.backbones import BACKBONES
+        from tl_trainer.models.backbones import BACKBONES, weights_names
 
-        sys.stdout.write(to_json_schema({"backbone": sorted(BACKBONES), "transforms": sorted(TRANSFORMS)}) + "\n")
+        names = {"backbone": sorted(BACKBONES), "weights": weights_names(), "transforms": sorted(TRANSFORMS)}
+        sys.stdout.write(to_json_schema(names) + "\n")
         return 0
     if args.resume is not None:
         from tl_trainer.resume import resume

@@ -111,10 +111,11 @@ def to_yaml(config: Config) -> str:
 
 
 def to_json_schema(names: Mapping[str, list[str]]) -> str:
-    """The JSON Schema for editors; `names` gives the known names of `backbone` and `transforms` as examples."""
+    """The JSON Schema for editors; `names` gives what `backbone`, `weights` and `transforms` know as examples."""
     schema = Config.model_json_schema()
     schema["title"] = "tl-trainer configuration"
-    schema["$defs"]["ModelSection"]["properties"]["backbone"]["examples"] = names["backbone"]
+    for key in ("backbone", "weights"):
+        schema["$defs"]["ModelSection"]["properties"][key]["examples"] = names[key]
     schema["$defs"]["TransformsSection"]["properties"]["train"]["examples"] = names["transforms"]
     return json.dumps(schema, indent=2)
 

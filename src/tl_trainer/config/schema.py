@@ -105,10 +105,11 @@ class HeadSection(Section):
 
 
 class ModelSection(Section):
-    backbone: str = Field("resnet152", description="The name of a torchvision classification model.")
+    backbone: str = Field("resnet152", description="The name of a torchvision classification model, or tiny_resnet.")
     weights: str = Field(
         "DEFAULT",
-        description="A torchvision weights name, DEFAULT (its best), none (random), or a state_dict file.",
+        description="A torchvision weights name (of tiny_resnet DRAWINGS_V1, which needs no network), DEFAULT (its "
+        "best), none (random), or a state_dict file.",
     )
     tap: str = Field(
         "penultimate",

@@ -16,19 +16,23 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 
+from tl_trainer import models
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
 from tl_trainer.files import content_hash, load_plain, stall_timeout
+from tl_trainer.models import embedded  # noqa: F401 (importing it registers its model)
 
 log = logging.getLogger(__name__)
 
-BACKBONES = frozenset(list_models(module=torchvision.models))
+BACKBONES = frozenset(list_models(module=torchvision.models) + list_models(module=models))
 TAPS = ("penultimate", "pooled", "logits")
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
@@ -76,6 +80,11 @@ class Backbone(nn.Module):
         if not covered:
             raise SettingError("model.trainable", unknown("stage", name, ["head", "all", *_stage_names(self.stages)]))
         return covered[0]
+
+
+def weights_names() -> list[str]:
+    """What `model.weights` can be called, over all backbones."""
+    return sorted({"none", *itertools.chain.from_iterable(get_model_weights(name).__members__ for name in BACKBONES)})
 
 
 def resolve_weights(backbone: str, weights: str) -> WeightsEnum | Path | None:
@@ -148,12 +157,16 @@ def feature_size(backbone: Backbone, name: str, pretrained: bool, tap: str, heig
 
 
 def fetch(weights: WeightsEnum) -> Path:
-    """The file of torchvision weights in torch's cache, downloaded with a progress bar and checked by its hash."""
+    """The file of the weights, checked by its hash: in the package, or in torch's cache, downloaded if need be."""
     url = weights.url
+    if url.startswith("file:"):
+        path = Path(url2pathname(urlsplit(url).path))
+        if not path.is_file() or not content_hash(path).startswith(_named_hash(path)):
+            raise InputError(f"{path}, which comes with tl-trainer, is missing or damaged; install tl-trainer again")
+        return path
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(url).name
-    match = re.search(r"-([a-f0-9]{8,})\.", path.name)
-    prefix = match.group(1) if match else ""
+    prefix = _named_hash(path)
     if path.exists():
         if content_hash(path).startswith(prefix):
             return path
@@ -172,6 +185,12 @@ def fetch(weights: WeightsEnum) -> Path:
             "or set model.weights to a state_dict file or a name that is cached, or to none for random weights."
         ) from error
     return path
+
+
+def _named_hash(path: Path) -> str:
+    """The first digits of the SHA-256 that torchvision writes into its files' names, or "" where there are none."""
+    match = re.search(r"-([a-f0-9]{8,})\.", path.name)
+    return match.group(1) if match else ""
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
@@ -249,9 +268,11 @@ def _body_and_linear(model: nn.Module) -> list[Stage]:
 def _tap_index(stages: list[Stage], backbone: str, tap: str) -> int:
     """How many stages are before the tap."""
     if tap == "logits":
+        if isinstance(stages[-1].module, nn.Identity):
+            raise SettingError("model.tap", f"{backbone} has no classifier, so no logits; set model.tap: penultimate")
         return len(stages)
     if tap == "penultimate":
-        linear = [index for index, stage in enumerate(stages) if isinstance(stage.module, nn.Linear)]
+        linear = [index for index, stage in enumerate(stages) if isinstance(stage.module, (nn.Linear, nn.Identity))]
         if not linear:
             raise SettingError("model.tap", f"{backbone} has no Linear layer; set model.tap to pooled or a stage name")
         return linear[-1]
