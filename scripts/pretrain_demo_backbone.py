@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Make the weights of tiny_resnet from nothing but a seed: contrastive learning on pictures drawn by code.
+
+    scripts/pretrain_demo_backbone.py [--seed 0] [--steps 4000] [--threads 2] [--output .]
+
+SimCLR (Chen et al., 2020): among all views of a batch, the features must tell which two belong to one object. A view
+is a random crop, flip and change of colours; half of the pairs are two crops of one picture, half show the object anew,
+before another ground and in another light. A small second task, the mean colours of a view's nine fields, keeps what
+the first would throw away. Writes the backbone in fp16 as tiny_resnet-HASH.pth and prints its SHA-256, which is the
+same for the same seed, number of threads, kind of processor and version of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tl_trainer.data.drawing import SHAPES, Dice, any_of, scenes
+from tl_trainer.files import write_bytes
+from tl_trainer.models.embedded import TinyResNet, TinyResNet_Weights
+
+# glibc returns tensors of this size to the system after every operation; getting them anew costs a third of the time.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+}
+
+SCENE = 80  # pixels; the views are 48 of them for three fifths of the steps, then 64
+TEMPERATURE = 0.2
+LUMA = torch.tensor([0.299, 0.587, 0.114])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--steps", type=int, default=4000, help="batches to learn from (default 4000)")
+    parser.add_argument("--batch", type=int, default=256, help="pairs of views in a batch (default 256)")
+    parser.add_argument("--reuse", type=int, default=6, help="how often a drawn object is used (default 6)")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor (default 2)")
+    parser.add_argument("--output", type=Path, default=Path(), help="the folder for the file (default the current one)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    backbone = pretrain(args.seed, args.steps, args.batch, args.reuse)
+    buffer = io.BytesIO()
+    state = backbone.state_dict()
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    file = args.output / f"tiny_resnet-{digest[:8]}.pth"
+    write_bytes(file, buffer.getvalue())
+    print(f"{file}: {len(buffer.getvalue()) / 1e6:.2f} MB, SHA-256 {digest}")
+    return 0
+
+
+def pretrain(seed: int, steps: int, batch: int, reuse: int) -> TinyResNet:
+    torch.manual_seed(seed)
+    dice = Dice(seed)
+    backbone = TinyResNet()
+    projection = nn.Sequential(nn.Linear(320, 384), nn.BatchNorm1d(384), nn.ReLU(), nn.Linear(384, 128))
+    colours = nn.Linear(320, 27)
+    learners = nn.ModuleList([backbone, projection, colours]).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(learners.parameters(), lr=3e-3, weight_decay=0.03)
+    warmup = min(200, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    normalise = TinyResNet_Weights.DEFAULT.transforms()
+    mean, std = torch.tensor(normalise.mean)[:, None, None], torch.tensor(normalise.std)[:, None, None]
+    bar = tqdm(range(steps), unit="step", dynamic_ncols=True)
+    for step in bar:
+        if step % (15 * reuse) == 0:
+            drawn = pairs(15 * batch, dice)
+        if step % 15 == 0:
+            order = dice.order(len(drawn))
+        rows = order[step % 15 * batch :][:batch]
+        chosen = torch.cat([drawn[rows, dice.whole(0, 1, batch)] for _ in range(2)])
+        views = recoloured(cropped(chosen, 48 if step < 0.6 * steps else 64, dice), dice)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = backbone(((views - mean) / std).contiguous(memory_format=torch.channels_last))
+        contrast = info_nce(projection(features.float()))
+        colour = F.mse_loss(colours(features.float()), F.adaptive_avg_pool2d(views, 3).flatten(1))
+        optimizer.zero_grad()
+        (contrast + colour).backward()
+        nn.utils.clip_grad_norm_(learners.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            bar.set_postfix_str(f"contrast {contrast.item():.2f}, colours {colour.item():.4f}")
+    return backbone
+
+
+def pairs(count: int, dice: Dice) -> Tensor:
+    """(count, 2, 3, SCENE, SCENE) uint8: objects, each drawn twice."""
+    drawn = []
+    for _ in range(0, count, 192):  # so many at once fit into the processor's cache
+        look, *views = dice.whole(0, 2**62, 3).tolist()
+        draw = partial(scenes, partial(any_of, SHAPES), min(192, count), SCENE)
+        drawn.append(torch.stack([draw(Dice(look), Dice(view)) for view in views], dim=1))
+    return torch.cat(drawn)[:count]
+
+
+def cropped(pictures: Tensor, size: int, dice: Dice) -> Tensor:
+    """(N, 3, size, size) in [0, 1]: 12 to 100 % of each picture's area, half of them mirrored."""
+    count = len(pictures)
+    side, ratio = dice.between(0.12, 1, count).sqrt(), torch.exp(dice.between(-0.28, 0.28, count))
+    width, height = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
+    x, y = dice.between(-1, 1, count) * (1 - width), dice.between(-1, 1, count) * (1 - height)
+    mirror = torch.where(dice.between(0, 1, count) < 0.5, -1.0, 1.0)
+    zero = torch.zeros(count)
+    transform = torch.stack([width * mirror, zero, x, zero, height, y], dim=1).view(count, 2, 3)
+    grid = F.affine_grid(transform, [count, 3, size, size], align_corners=False)
+    return F.grid_sample(pictures.float() / 255, grid, padding_mode="reflection", align_corners=False)
+
+
+def recoloured(views: Tensor, dice: Dice) -> Tensor:
+    """Brightness, contrast, saturation and hue changed in four fifths of the views, and one fifth grey."""
+    count = len(views)
+    changed = (dice.between(0, 1, count, 1, 1) < 0.8).float()
+    brightness, contrast, saturation = (1 + dice.between(-0.4, 0.4, 3, count, 1, 1) * changed).unbind()
+    saturation = torch.where(dice.between(0, 1, count, 1, 1) < 0.2, 0.0, saturation)
+    turn = dice.between(-0.2, 0.2, count, 1, 1) * math.pi * changed
+    grey = torch.full((3, 3), 1 / 3)  # a change of hue is a rotation about the axis of the greys
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    hue = grey + torch.cos(turn) * (torch.eye(3) - grey) + torch.sin(turn) * across
+    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * LUMA) @ hue
+    mean = brightness * torch.einsum("nchw,c->n", views, LUMA)[:, None, None] / views[0, 0].numel()
+    return torch.baddbmm((1 - contrast) * mean, matrix, views.flatten(2)).view_as(views).clamp(0, 1)
+
+
+def info_nce(projected: Tensor) -> Tensor:
+    """The loss of SimCLR for (2N, D), where rows i and i + N belong together."""
+    projected = F.normalize(projected, dim=1)
+    similar = projected @ projected.T / TEMPERATURE
+    similar.fill_diagonal_(-math.inf)
+    return F.cross_entropy(similar, torch.arange(len(projected)).roll(len(projected) // 2))
+
+
+if __name__ == "__main__":
+    if not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""scripts/pretrain_demo_backbone.py in miniature: it learns, it repeats itself, and its parts do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tl_trainer.data.drawing import Dice
+from tl_trainer.files import content_hash
+from tl_trainer.models.backbones import build_backbone
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_demo_backbone.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pretrain_demo_backbone", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
+    files = []
+    for run, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        words = ["--seed", str(seed), "--steps", "3", "--batch", "8", "--threads", "1", "--output", str(folder)]
+        done = subprocess.run([sys.executable, SCRIPT, *words], check=True, capture_output=True, text=True)
+        (file,) = folder.iterdir()
+        assert f"SHA-256 {content_hash(file)}" in done.stdout
+        assert re.fullmatch(rf"tiny_resnet-{content_hash(file)[:8]}\.pth", file.name)
+        build_backbone("tiny_resnet", file, "penultimate", seed=0)
+        files.append(file.name)
+    assert files[0] == files[1] != files[2]
+
+
+def test_it_learns_to_tell_pairs_apart(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    script.pretrain(seed=0, steps=41, batch=16, reuse=4)
+    losses = [float(value) for value in re.findall(r"contrast ([\d.]+)", capsys.readouterr().err)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_pair_is_one_object_drawn_twice(script: ModuleType) -> None:
+    drawn = script.pairs(20, Dice(0))
+    assert drawn.shape == (20, 2, 3, script.SCENE, script.SCENE)
+    assert torch.equal(script.pairs(20, Dice(0)), drawn)
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])
+
+
+def test_views_keep_their_range_and_their_colours_without_the_dice(script: ModuleType) -> None:
+    class Unloaded(Dice):
+        def between(self, low: float, high: float, *shape: int) -> torch.Tensor:
+            return torch.full(shape, (low + high) / 2)  # the middle: nothing changed
+
+    pictures = torch.randint(0, 256, (4, 3, 80, 80), dtype=torch.uint8)
+    views = script.cropped(pictures, 64, Dice(0))
+    assert views.shape == (4, 3, 64, 64)
+    torch.testing.assert_close(script.recoloured(views, Unloaded(0)), views)
+    changed = script.recoloured(views, Dice(0))
+    assert (changed.amin() >= 0) & (changed.amax() <= 1)
+    assert not torch.equal(changed, views)
+
+
+def test_the_loss_is_that_of_telling_the_partner_among_all_others(script: ModuleType) -> None:
+    """Against the definition, term by term."""
+    projected = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
+    terms = []
+    for row in range(6):
+        others = [torch.exp(projected[row] @ projected[other] / 0.2) for other in range(6) if other != row]
+        partner = torch.exp(projected[row] @ projected[(row + 3) % 6] / 0.2)
+        terms.append(-torch.log(partner / sum(others)))
+    torch.testing.assert_close(script.info_nce(projected), torch.stack(terms).mean())
