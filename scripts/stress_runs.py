@@ -74,19 +74,13 @@ class Reference:
                 continue
             if code != 0 and "epochs are done" not in child.said():
                 return f"{name}: --resume ended with {code}: {child.said()[-300:]}"
-            return self.compared(name, run_dirs(output)[-1], concluded=code == 0)
+            return self.compared(name, run_dirs(output)[-1])
         raise AssertionError("the last attempt is not killed")
 
-    def compared(self, name: str, run_dir: Path, *, concluded: bool = True) -> str | None:
-        """What differs from the uninterrupted run. One that was killed behind its last save has no final figures."""
+    def compared(self, name: str, run_dir: Path) -> str | None:
+        """What differs from the uninterrupted run."""
         with contextlib.suppress(CheckpointError):
-            expected, found = self.records[name], record(run_dir)
-            if not concluded:
-                expected, found = (
-                    {key: value for key, value in side.items() if not key.startswith("curve.final/")}
-                    for side in (expected, found)
-                )
-            problem = difference(found, expected)
+            problem = difference(record(run_dir), self.records[name])
             return f"{name}: {problem}" if problem else None
         return f"{name}: a checkpoint of {run_dir} does not load"
 

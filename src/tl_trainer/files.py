@@ -167,10 +167,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, and remove what a killed one has half written into it.
-
-    Raises InputError where another process holds it; Windows has no such lock.
-    """
+    """Hold a folder for this process. Raises InputError where another one holds it; Windows has no such lock."""
     try:
         import fcntl
     except ImportError:
@@ -181,8 +178,6 @@ def sole_use(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for unfinished in folder.glob(".*.tmp"):
-                unfinished.unlink(missing_ok=True)
         except BlockingIOError:
             raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
         except OSError:  # a file system without locks
@@ -192,6 +187,12 @@ def sole_use(folder: Path) -> Iterator[None]:
         if descriptor in _held:  # not in a worker, where the generator may end too
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process has half written into a folder that this one holds."""
+    for unfinished in folder.glob(".*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def content_hash(path: Path) -> str:
