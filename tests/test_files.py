@@ -289,6 +289,16 @@ def test_another_kind_of_file_is_not_called_dangerous(content: bytes) -> None:
     assert str(caught.value) == "a.pth: damaged or not a PyTorch file"
 
 
+def test_no_file_is_damaged_because_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 9 bytes from file <a.pth>: Cannot allocate memory (12)")
+
+    torch.save([1], "a.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        load_plain(Path("a.pth"))
+
+
 def test_a_zip_archive_of_something_else_is_refused() -> None:
     with zipfile.ZipFile("a.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -312,6 +322,21 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
         assert "another tl-train is at work in it" in refused.stderr
     assert subprocess.run(words, cwd=tmp_path).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waits_for_a_folder_gets_it_in_the_end(tmp_path: Path) -> None:
+    code = (
+        "import logging; from pathlib import Path; from tl_trainer.files import sole_use\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "with sole_use(Path('.'), wait=True): print(Path('fetched').exists())"
+    )
+    with sole_use(tmp_path):
+        words = [sys.executable, "-c", code]
+        waiting = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "waiting for another process that downloads to ." in waiting.stderr.readline()
+        (tmp_path / "fetched").touch()
+    assert waiting.communicate(timeout=60)[0] == "True\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tl_trainer.errors import CheckpointError, InputError, RunError
+from tl_trainer.errors import CheckpointError, InputError, RunError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 30
+STALL_SECONDS = 25
 
 # A checkpoint ends with this and the SHA-256 of all bytes before: torch's own checksums are not read when the file is
 # memory-mapped, and none covers its headers. torch.load does not mind what follows the end of its archive.
@@ -166,8 +166,11 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises InputError where another one holds it; Windows has no such lock."""
+def sole_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process; where another one holds it, `wait` for that or raise InputError.
+
+    Windows has no such lock.
+    """
     try:
         import fcntl
     except ImportError:
@@ -179,7 +182,10 @@ def sole_use(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
+            if not wait:
+                raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
+            log.info("waiting for another process that downloads to %s", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             log.debug("%s cannot be locked", folder)
         yield
@@ -224,6 +230,8 @@ def load_plain(path: Path) -> Any:
             ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
     except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
 
 

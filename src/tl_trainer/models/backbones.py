@@ -24,7 +24,7 @@ from torchvision.models import WeightsEnum, get_model_weights, list_models
 
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
-from tl_trainer.files import content_hash, load_plain, stall_timeout
+from tl_trainer.files import content_hash, load_plain, sole_use, stall_timeout
 
 log = logging.getLogger(__name__)
 
@@ -148,20 +148,25 @@ def feature_size(backbone: Backbone, name: str, pretrained: bool, tap: str, heig
 
 
 def fetch(weights: WeightsEnum) -> Path:
-    """The file of torchvision weights in torch's cache, downloaded with a progress bar and checked by its hash."""
+    """The file of torchvision weights in torch's cache, downloaded with a progress bar where it is not there.
+
+    Its SHA-256 must begin as its name says, whenever it is used. Of several processes one downloads.
+    """
     url = weights.url
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(url).name
     match = re.search(r"-([a-f0-9]{8,})\.", path.name)
     prefix = match.group(1) if match else ""
-    if path.exists():
-        if content_hash(path).startswith(prefix):
-            return path
-        log.warning("%s does not have the hash in its name; downloading it again", path)
-    log.info("downloading %s", url)
+    if _has_hash(path, prefix):
+        return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with stall_timeout():
+        with sole_use(folder, wait=True), stall_timeout():
+            if _has_hash(path, prefix):  # by now
+                return path
+            if path.exists():
+                log.warning("%s does not have the hash in its name; downloading it again", path)
+            log.info("downloading %s", url)
             torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
     except RuntimeError as error:  # torch.hub's word for a wrong hash
         raise InputError(f"{url}: the download is damaged ({error}); try again") from error
@@ -172,6 +177,10 @@ def fetch(weights: WeightsEnum) -> Path:
             "or set model.weights to a state_dict file or a name that is cached, or to none for random weights."
         ) from error
     return path
+
+
+def _has_hash(path: Path, prefix: str) -> bool:
+    return path.exists() and content_hash(path).startswith(prefix)
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
