@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import Run, last_json
@@ -145,3 +146,13 @@ def test_a_forged_schedule_is_refused(tl: Run, colours: Path, plateau: Any) -> N
     refused = tl("train", "--resume", RUN, "--epochs", 2)
     assert refused.returncode == 2
     assert f"{RUN / 'last.pth'}: does not fit this run: " in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_images_under_the_same_names_are_refused(tl: Run, colours: Path, split: str) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    Image.new("RGB", (40, 40), "white").save(colours / split / "red" / "00.jpg")
+    refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    what = {"train": "training", "val": "validation"}[split]
+    assert refused.stderr.splitlines()[-1].endswith(f"the {what} images are not those this run began with")

@@ -28,7 +28,7 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError
+from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError, is_out_of_memory
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
 from tl_trainer.files import make_folder, remove_unfinished, sole_use, write_text
@@ -65,6 +65,8 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
     state = new_state(parts)
     template = _template(parts)
+    if resumption and resumption.last.val_images != template.val_images:
+        raise DataError(f"{parts.dataset.where}: the validation images are not those this run began with")
     with contextlib.ExitStack() as stack:
         if resumption is None:  # else `resume` holds it, since before it read last.pth
             stack.enter_context(sole_use(run_dir))
@@ -131,6 +133,8 @@ def _go_on(state: State, resumption: Resumption) -> None:
     try:
         state.restore(resumption.last.trained, resumption.last.resume)
     except Exception as error:  # its checksum is right and its content is not: torch raises anything
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[-1].strip()
         raise CheckpointError(
             f"{resumption.run_dir / 'last.pth'}: does not fit this run: {type(error).__name__}: {reason}"
