@@ -20,6 +20,7 @@ from stress_tools import (
     Child,
     NotRun,
     Outcome,
+    broken,
     children,
     command,
     difference,
@@ -347,23 +348,12 @@ def disk_full(count: int, folder: Path, rng: random.Random) -> Outcome:
             code = child.wait()
             fitted += code == 0
             errors = [line for line in child.said().splitlines() if line.startswith("tl-train: ")]
-            problem = _broken(disk)
+            problem = broken(disk)
             if code not in (0, 1, 2) or (code and (len(errors) != 1 or "unexpected" in errors[0])):
                 problem = f"exit {code}: {child.said()[-300:]}"
             outcome.count(f"{kilobytes} KB: {problem}" if problem else None)
     outcome.notes.append(f"{fitted} fitted")
     return outcome
-
-
-def _broken(disk: Path) -> str | None:
-    """What a full disk has broken: a checkpoint that does not load, a temporary file."""
-    for path in disk.glob("runs/*/*.pth"):
-        try:
-            checkpoint.load(path)
-        except CheckpointError as error:
-            return str(error)
-    left = temporary_files(disk)
-    return f"left {left}" if left else None
 
 
 @contextlib.contextmanager

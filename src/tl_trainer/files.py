@@ -213,7 +213,8 @@ def content_hash(path: Path) -> str:
 def load_plain(path: Path) -> Any:
     """What torch.save wrote to `path`, memory-mapped where the format allows it; never runs code from the file.
 
-    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors.
+    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors, RunError
+    where memory runs out.
     """
     import torch  # here, so that a command's --help does not wait for it
 
@@ -230,8 +231,10 @@ def load_plain(path: Path) -> Any:
             ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
     except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError
-        if is_out_of_memory(error):
-            raise
+        if is_out_of_memory(error):  # which is no reason to go on from another file
+            raise RunError(
+                f"{path}: out of memory while it was read; close other programs, or replace it if it may be forged"
+            ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
 
 

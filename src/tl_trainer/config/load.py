@@ -21,7 +21,7 @@ from tl_trainer.errors import ConfigError, InputError, SettingError, shown, unkn
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
-MAX_NODES = 10_000
+MAX_NODES = 2_000
 MAX_PROBLEMS = 30  # that are named
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; check its brackets and indentation"
 COMMAND_LINE = "the command line"
