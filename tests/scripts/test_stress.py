@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import random
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_loss_is_in_the_table_and_in_the_exit_code(
         raise tools.NotRun("needs root")
 
     monkeypatch.setattr(stress, "ROWS", {"losing": (losing, 40), "lacking": (lacking, 5)})
+    monkeypatch.setattr(logging.getLogger("tl_trainer"), "setLevel", lambda level: None)  # the tests after this one log
     monkeypatch.setattr(sys, "argv", ["stress", "--share", "0.1", "--seed", "7"])
     assert stress.main() == 1
     *table, last = capsys.readouterr().out.splitlines()
