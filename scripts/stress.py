@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 import stress_checkpoints
+import stress_hosts
 import stress_inputs
 import stress_runs
+import stress_sources
 from stress_tools import NotRun, Outcome
 
 Row = Callable[[int, Path, random.Random], Outcome]
@@ -32,6 +34,7 @@ Row = Callable[[int, Path, random.Random], Outcome]
 ROWS: dict[str, tuple[Row, int]] = {
     "kill-training": (stress_runs.kill_training, 50),
     "kill-save": (stress_checkpoints.kill_save, 200),
+    "fsync-order": (stress_hosts.fsync_order, 200),
     "workers": (stress_runs.workers, 30),
     "disk-full": (stress_runs.disk_full, 20),
     "damaged-last": (stress_runs.damaged_last, 100),
@@ -39,12 +42,16 @@ ROWS: dict[str, tuple[Row, int]] = {
     "signals": (stress_runs.signals, 200),
     "orphans": (stress_runs.orphans, 10),
     "killed-worker": (stress_runs.killed_worker, 10),
+    "small-shm": (stress_hosts.small_shm, 40),
+    "out-of-memory": (stress_hosts.out_of_memory, 60),
     "malicious": (stress_checkpoints.malicious, 154),
     "mutated-checkpoints": (stress_checkpoints.mutated_checkpoints, 10_000),
     "mutated-images": (stress_inputs.mutated_images, 20_000),
     "odd-files": (stress_inputs.odd_files, 10),
+    "replaced-files": (stress_sources.replaced_files, 56),
     "dataset-untouched": (stress_inputs.dataset_untouched, 1),
     "yaml": (stress_inputs.hostile_yaml, 18),
+    "downloads": (stress_sources.downloads, 9),
     "escapes": (stress_inputs.escapes, 10),
 }
 

@@ -248,7 +248,8 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
             if found.resume is None:
                 restore(path, "cpu")
             else:
-                resume(str(path), None, [])
+                with resume(str(path), None, []):
+                    pass
         except TrainerError as error:
             lines = len(str(error).splitlines())
             return f"{lines} lines" if lines > LINES else None

@@ -20,6 +20,7 @@ from stress_tools import (
     Child,
     NotRun,
     Outcome,
+    broken,
     children,
     command,
     difference,
@@ -74,19 +75,13 @@ class Reference:
                 continue
             if code != 0 and "epochs are done" not in child.said():
                 return f"{name}: --resume ended with {code}: {child.said()[-300:]}"
-            return self.compared(name, run_dirs(output)[-1], concluded=code == 0)
+            return self.compared(name, run_dirs(output)[-1])
         raise AssertionError("the last attempt is not killed")
 
-    def compared(self, name: str, run_dir: Path, *, concluded: bool = True) -> str | None:
-        """What differs from the uninterrupted run. One that was killed behind its last save has no final figures."""
+    def compared(self, name: str, run_dir: Path) -> str | None:
+        """What differs from the uninterrupted run."""
         with contextlib.suppress(CheckpointError):
-            expected, found = self.records[name], record(run_dir)
-            if not concluded:
-                expected, found = (
-                    {key: value for key, value in side.items() if not key.startswith("curve.final/")}
-                    for side in (expected, found)
-                )
-            problem = difference(found, expected)
+            problem = difference(record(run_dir), self.records[name])
             return f"{name}: {problem}" if problem else None
         return f"{name}: a checkpoint of {run_dir} does not load"
 
@@ -353,23 +348,12 @@ def disk_full(count: int, folder: Path, rng: random.Random) -> Outcome:
             code = child.wait()
             fitted += code == 0
             errors = [line for line in child.said().splitlines() if line.startswith("tl-train: ")]
-            problem = _broken(disk)
+            problem = broken(disk)
             if code not in (0, 1, 2) or (code and (len(errors) != 1 or "unexpected" in errors[0])):
                 problem = f"exit {code}: {child.said()[-300:]}"
             outcome.count(f"{kilobytes} KB: {problem}" if problem else None)
     outcome.notes.append(f"{fitted} fitted")
     return outcome
-
-
-def _broken(disk: Path) -> str | None:
-    """What a full disk has broken: a checkpoint that does not load, a temporary file."""
-    for path in disk.glob("runs/*/*.pth"):
-        try:
-            checkpoint.load(path)
-        except CheckpointError as error:
-            return str(error)
-    left = temporary_files(disk)
-    return f"left {left}" if left else None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import gc
 import hashlib
 import importlib
@@ -12,6 +13,7 @@ import multiprocessing.util
 import os
 import random
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -28,6 +30,7 @@ from tl_trainer import checkpoint, saver, tracking
 from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
+from tl_trainer.errors import CheckpointError
 
 # What the commands import when they need it: here, so that a child does not have to.
 for _name in (
@@ -295,6 +298,24 @@ def random_moment(rng: random.Random, seconds: float) -> None:
 def temporary_files(folder: Path) -> list[str]:
     """What an unfinished write has left below a folder."""
     return sorted(str(path) for path in folder.rglob("*") if path.name.endswith(".tmp"))
+
+
+def broken(folder: Path) -> str | None:
+    """What a failed write has broken below a folder: a checkpoint that does not load, a temporary file."""
+    for path in folder.glob("runs/*/*.pth"):
+        try:
+            checkpoint.load(path)
+        except CheckpointError as error:
+            return str(error)
+    left = temporary_files(folder)
+    return f"left {left}" if left else None
+
+
+def without_privileges() -> None:
+    """Have the permissions of files count for this process although it is root's: it gives up root's capabilities."""
+    version_3, this_process = 0x20080522, 0
+    if os.geteuid() == 0 and ctypes.CDLL(None).capset(struct.pack("Ii", version_3, this_process), bytes(24)) != 0:
+        raise OSError("the capabilities of root cannot be given up")
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

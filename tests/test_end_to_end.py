@@ -35,7 +35,10 @@ SMALL = (
     "train.optimizer.lr=0.02",
     "output.report=false",
 )
-FILES = {"best.pth", "classes.txt", "config.yaml", "last.pth", "metrics.csv", "projector", "projector_config.pbtxt"}
+FILES = {
+    "best.pth", "classes.txt", "config.yaml", "last.pth", "metrics.csv", "projector", "projector_config.pbtxt",
+    "result.json",
+}  # fmt: skip
 
 
 def _files(run_dir: str | Path) -> set[str]:
@@ -62,6 +65,7 @@ def test_train_evaluate_predict(colours: Path) -> None:
     run_dir = Path(result["run_dir"])
     assert run_dir == Path("runs/run-1")
     assert _files(run_dir) == FILES
+    assert json.loads((run_dir / "result.json").read_text()) == result
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
     assert result["checkpoint"] == str(run_dir / "best.pth")
     assert result["epochs"] == 4
@@ -168,7 +172,7 @@ def test_a_signal_while_the_last_epoch_is_saved_counts(
     monkeypatch.setattr(Saver, "finish", lambda self: (signal.raise_signal(number), finish(self))[1])
     result = tl("train", "--data-dir", colours, "--epochs", 2, *SMALL)
     assert result.returncode == 128 + number
-    assert "stopped behind the last epoch; runs/run-1/best.pth is complete" in result.stderr
+    assert "stopped behind the last epoch; runs/run-1/best.pth is complete; --resume runs/run-1 makes" in result.stderr
     assert checkpoint.load(Path("runs/run-1/last.pth")).epoch == 2
     assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tl_trainer import errors
-from tl_trainer.errors import Interrupted, SettingError, TrainerError, printable, shown, unknown
+from tl_trainer.errors import Interrupted, SettingError, TrainerError, is_out_of_memory, printable, shown, unknown
 
 CODES = {
     "TrainerError": 1,
@@ -98,3 +98,19 @@ def test_what_would_move_the_cursor_is_shown_as_an_escape(name: str, text: str) 
 )  # fmt: skip
 def test_letters_of_every_script_and_emoji_stay_as_they_are(name: str) -> None:
     assert printable(name) == name
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("can't start new thread"), True),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("damaged"), False),
+    ],
+)
+def test_out_of_memory_has_many_words(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

@@ -423,7 +423,7 @@ def test_an_image_that_changes_after_it_was_hashed_gives_no_wrong_row(
 
     with monkeypatch.context() as patched:
         patched.setattr(module_under_test, "content_hashes", hash_then_rewrite)
-        with pytest.raises(DataError, match=r"06\.png: has changed while it was read; run again"):
+        with pytest.raises(DataError, match=r"06\.png: has changed since it was read first; put it back"):
             cache.run(split)
     computed, found = cache.run(split)
     assert computed == 1
@@ -442,7 +442,7 @@ def test_an_image_that_was_rewritten_with_its_time_kept_is_told_and_then_right(
     path.write_bytes(data)
     os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
     assert cache.run(split)[0] == 0
-    with pytest.raises(DataError, match=r"06\.png: has changed while it was read; run again"):
+    with pytest.raises(DataError, match=r"06\.png: has changed since it was read first; put it back"):
         cache.run(split, sha256="other")
     assert cache.run(split, sha256="other")[0] == 1
     computed, found = cache.run(split)

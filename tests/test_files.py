@@ -24,6 +24,7 @@ from tl_trainer.files import (
     content_hash,
     load_plain,
     make_folder,
+    remove_unfinished,
     sole_use,
     write_atomically,
     write_text,
@@ -288,6 +289,16 @@ def test_another_kind_of_file_is_not_called_dangerous(content: bytes) -> None:
     assert str(caught.value) == "a.pth: damaged or not a PyTorch file"
 
 
+def test_no_file_is_damaged_because_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 9 bytes from file <a.pth>: Cannot allocate memory (12)")
+
+    torch.save([1], "a.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RunError, match=r"a\.pth: out of memory while it was read"):
+        load_plain(Path("a.pth"))
+
+
 def test_a_zip_archive_of_something_else_is_refused() -> None:
     with zipfile.ZipFile("a.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -313,6 +324,21 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_waits_for_a_folder_gets_it_in_the_end(tmp_path: Path) -> None:
+    code = (
+        "import logging; from pathlib import Path; from tl_trainer.files import sole_use\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "with sole_use(Path('.'), wait=True): print(Path('fetched').exists())"
+    )
+    with sole_use(tmp_path):
+        words = [sys.executable, "-c", code]
+        waiting = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "waiting for another process that downloads to ." in waiting.stderr.readline()
+        (tmp_path / "fetched").touch()
+    assert waiting.communicate(timeout=60)[0] == "True\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_does_not_hold_the_folder(tmp_path: Path) -> None:
     """The loader's workers are forked, and live on for seconds when the run is killed."""
@@ -335,5 +361,5 @@ def test_a_forked_process_does_not_hold_the_folder(tmp_path: Path) -> None:
 def test_what_a_killed_process_has_half_written_is_removed(tmp_path: Path) -> None:
     for name in (".last.pth-7.tmp", "last.pth", "notes.tmp"):
         (tmp_path / name).touch()
-    with sole_use(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "notes.tmp"]
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "notes.tmp"]

@@ -327,12 +327,15 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(
     def fail(*_: object) -> None:
         raise RunError("cannot write report.html: the disk is full")
 
-    monkeypatch.setattr(run_module, "write_report", fail)
-    done = tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, "output.report=true")
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "write_report", fail)
+        done = tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, "output.report=true")
     assert done.returncode == 0
     assert json.loads(done.stdout)["report"] is None
     assert "the disk is full" in done.stderr
-    assert "tl-eval --report DIR makes the report that is missing" in done.stderr
+    assert "--resume runs/run-1 makes the report that is missing" in done.stderr
+    again = last_json(tl("train", "--resume", "runs/run-1", "--json"))
+    assert again["report"] == "runs/run-1/report/report.html"
 
 
 def test_an_output_that_is_not_finite_is_refused(tl: Run, colours: Path) -> None:

@@ -332,8 +332,8 @@ def test_the_final_figures_stand_beside_the_settings(tmp_path: Path) -> None:
     with tracking(tmp_path) as tracker:
         tracker.finish(4, scores(4), {"final/val_top1": 0.75, "final/test_loss": 1.5}, settings)
     reader = events(tmp_path)
-    assert points(reader, "final/val_top1") == {4: 0.75}
-    assert points(reader, "final/test_loss") == {4: 1.5}
+    assert points(reader, "final/val_top1") == {1: 0.75}
+    assert points(reader, "final/test_loss") == {1: 1.5}
     found = {
         tag.rpartition("/")[2]: HParamsPluginData.FromString(content)
         for tag, content in reader.PluginTagToContent("hparams").items()

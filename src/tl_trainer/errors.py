@@ -64,6 +64,21 @@ class Interrupted(TrainerError):
         self.exit_code = 128 + signal_number
 
 
+_NO_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+    "can't start new thread", "failed to map segment",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, in the words of Python, torch, its libraries or the system.
+
+    Whoever calls a file damaged because reading it failed asks first.
+    """
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+
+
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 120
 

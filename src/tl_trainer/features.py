@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from tl_trainer.config.schema import FeaturesSection, expand
-from tl_trainer.data import images
 from tl_trainer.data.content import content_hashes, forget
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, batch_order, cores, stacked, without_bad
+from tl_trainer.data.loaders import Batch, batch_order, cores, known, stacked, without_bad
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import ImageError, InputError, printable
+from tl_trainer.errors import ImageError, InputError
 from tl_trainer.feature_store import FeatureStore, make_room
 from tl_trainer.files import cache_folder, make_folder
 from tl_trainer.models.prefix import FrozenPrefix
@@ -76,6 +74,7 @@ class Extractor:
         make_folder(self.folder, "features.dir")
         with ThreadPoolExecutor(cores()) as pool:
             hashes = content_hashes(split, self.memory, pool)
+            split = known(split, hashes)
             bad = {index: str(digest) for index, digest in enumerate(hashes) if isinstance(digest, ImageError)}
             store = self._store(pipeline)
             wanted = {}
@@ -233,7 +232,7 @@ def _decoded(
 
     def decode(row: Missing) -> Any:
         try:
-            picture = _open_unchanged(split, *row)
+            picture = split.open(row[1])
             return pipeline.image(picture) if pipeline.deterministic else picture
         except ImageError as error:
             return error
@@ -253,13 +252,3 @@ def _decoded(
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def _open_unchanged(split: Split, key: bytes, index: int, tag: bytes) -> Image.Image:
-    """The image, from the very bytes that `key` was made of; ImageError where the file has changed since."""
-    if split.paths is None:
-        return split.open(index)
-    data = images.read(split.paths[index])
-    if _key(hashlib.sha256(data).digest(), tag) != key:
-        raise ImageError(f"{printable(str(split.paths[index]))}: has changed while it was read; run again")
-    return images.decode(data, split.paths[index])

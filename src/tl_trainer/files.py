@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tl_trainer.errors import CheckpointError, InputError, RunError
+from tl_trainer.errors import CheckpointError, InputError, RunError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 30
+STALL_SECONDS = 25
 
 # A checkpoint ends with this and the SHA-256 of all bytes before: torch's own checksums are not read when the file is
 # memory-mapped, and none covers its headers. torch.load does not mind what follows the end of its archive.
@@ -166,10 +166,10 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, and remove what a killed one has half written into it.
+def sole_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process; where another one holds it, `wait` for that or raise InputError.
 
-    Raises InputError where another process holds it; Windows has no such lock.
+    Windows has no such lock.
     """
     try:
         import fcntl
@@ -181,10 +181,11 @@ def sole_use(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for unfinished in folder.glob(".*.tmp"):
-                unfinished.unlink(missing_ok=True)
         except BlockingIOError:
-            raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
+            if not wait:
+                raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
+            log.info("waiting for another process that downloads to %s", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             log.debug("%s cannot be locked", folder)
         yield
@@ -192,6 +193,12 @@ def sole_use(folder: Path) -> Iterator[None]:
         if descriptor in _held:  # not in a worker, where the generator may end too
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process has half written into a folder that this one holds."""
+    for unfinished in folder.glob(".*.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def content_hash(path: Path) -> str:
@@ -206,7 +213,8 @@ def content_hash(path: Path) -> str:
 def load_plain(path: Path) -> Any:
     """What torch.save wrote to `path`, memory-mapped where the format allows it; never runs code from the file.
 
-    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors.
+    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors, RunError
+    where memory runs out.
     """
     import torch  # here, so that a command's --help does not wait for it
 
@@ -223,6 +231,10 @@ def load_plain(path: Path) -> Any:
             ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
     except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError
+        if is_out_of_memory(error):  # which is no reason to go on from another file
+            raise RunError(
+                f"{path}: out of memory while it was read; close other programs, or replace it if it may be forged"
+            ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
 
 

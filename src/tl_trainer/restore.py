@@ -12,7 +12,7 @@ from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, from_checkpoint
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import CheckpointError, SettingError
+from tl_trainer.errors import CheckpointError, SettingError, is_out_of_memory
 from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights, state_hash
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
@@ -55,6 +55,8 @@ def restore(path: Path, device: str | None = None) -> Restored:
     except (SettingError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {error}") from error
     except RuntimeError as error:  # load_state_dict's word for tensors of another shape or name
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1]}"
         ) from error

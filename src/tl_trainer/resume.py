@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
 from tl_trainer.config.schema import expand, flat
 from tl_trainer.errors import CheckpointError, InputError
-from tl_trainer.files import previous
+from tl_trainer.files import previous, sole_use
+from tl_trainer.saver import RESULT, Progress
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +45,11 @@ class Resumption:
     best: Checkpoint | None
 
 
-def resume(target: str | None, config: str | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
+@contextlib.contextmanager
+def resume(target: str | None, config: str | None, overrides: Overrides) -> Iterator[tuple[Loaded, Resumption]]:
     """The run at `target` (a run directory or its last.pth), or the newest unfinished one of the configuration.
 
+    Its folder is held within the block, and before last.pth is read: another process would soon write a newer one.
     Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, or where the
     configuration differs in more than CHANGEABLE.
     """
@@ -57,13 +62,23 @@ def resume(target: str | None, config: str | None, overrides: Overrides) -> tupl
         path = path / "last.pth" if path.is_dir() else path
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
+    with sole_use(path.parent):
+        yield _read(path, config, overrides)
+
+
+def _read(path: Path, config: str | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
     last = _load_last(path)
     if last.resume is None:
         raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
+    progress = Progress.from_plain(last.resume.get("progress"))
+    if progress is None or (progress.epoch, progress.best) != (last.epoch, last.metrics):
+        raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind")
     loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
     _compare(loaded, last, path)
     if last.epoch >= loaded.config.train.epochs:
-        raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
+        if path.with_name(RESULT).is_file():
+            raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
+        log.info("all %d epochs are done; nothing is trained again, only what the end of the run lacks", last.epoch)
     best = path.with_name("best.pth")
     if last.metrics is not None and not best.exists():
         raise InputError(f"{best}: no such file, and last.pth counts on it; put it back or start a new run")
@@ -76,7 +91,7 @@ def _newest_unfinished(loaded: Loaded) -> Path:
     for path in newest:
         description = path.with_name("config.yaml")
         same = description.is_file() and yaml.safe_load(description.read_text(encoding="utf-8")) == wanted
-        if same and _load_last(path).epoch < loaded.config.train.epochs:
+        if same and (not path.with_name(RESULT).is_file() or _load_last(path).epoch < loaded.config.train.epochs):
             return path
     others = ", ".join(str(path.parent) for path in newest[:3])
     hint = f"\nThe newest runs there are {others}; to go on with one, give it: --resume RUN" if others else ""

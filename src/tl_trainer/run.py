@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import logging
 import signal
 import time
@@ -27,15 +28,15 @@ from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError
+from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError, is_out_of_memory
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
-from tl_trainer.files import make_folder, sole_use, write_text
+from tl_trainer.files import make_folder, remove_unfinished, sole_use, write_text
 from tl_trainer.metrics import Scores, figures, surest_mistakes
 from tl_trainer.report import Evaluation, write_report
 from tl_trainer.restore import restore
 from tl_trainer.resume import Resumption
-from tl_trainer.saver import Saver, State
+from tl_trainer.saver import RESULT, Saver, State
 from tl_trainer.signals import StopRequest, Terminated
 from tl_trainer.tracking import Tracker, bar, graph_of
 from tl_trainer.train import fit
@@ -64,7 +65,13 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     log.info("%s\nrun directory: %s", _summary(parts), run_dir)
     state = new_state(parts)
     template = _template(parts)
-    with sole_use(run_dir), contextlib.ExitStack() as stack:
+    if resumption and resumption.last.val_images != template.val_images:
+        raise DataError(f"{parts.dataset.where}: the validation images are not those this run began with")
+    with contextlib.ExitStack() as stack:
+        if resumption is None:  # else `resume` holds it, since before it read last.pth
+            stack.enter_context(sole_use(run_dir))
+        remove_unfinished(run_dir)
+        (run_dir / RESULT).unlink(missing_ok=True)
         with StopRequest() as stop, _threads_for(parts):
             _describe(parts, run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(parts, run_dir, resumption)))
@@ -74,31 +81,51 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
                 saver.adopt(resumption.best)
             fit(new_training(parts, state), tracker, saver)
         if stop.signal is not None:  # it came while the last epoch was saved
-            raise Interrupted(stop.signal, f"stopped behind the last epoch; {run_dir / 'best.pth'} is complete")
-        assert saver.best is not None
-        parts.network.classifier.load_trained_state(saver.best.trained)
-        scores = {"val": saver.best_scores or parts.evaluate("val")}
-        if "test" in parts.dataset.splits:
-            scores["test"] = parts.evaluate("test")
-        report, best = None, f"the run is complete, its best epoch in {run_dir / 'best.pth'}"
-        try:
-            _log_outcome(parts, tracker, state.progress.best_epoch, scores)
-            report = _report(parts, run_dir, scores, saver.best) if parts.config.output.report else None
-        except TrainerError as error:  # the run has succeeded, and everything that matters is saved
-            log.warning("%s\n%s; tl-eval --report DIR makes the report that is missing", error, best)
-        except KeyboardInterrupt as error:
-            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-            raise Interrupted(number, f"stopped; {best}; tl-eval --report DIR makes its report") from error
+            raise Interrupted(
+                stop.signal, f"stopped behind the last epoch; {run_dir / 'best.pth'} is complete; {_remedy(run_dir)}"
+            )
+        return _conclude(parts, run_dir, tracker, saver, started)
+
+
+def _conclude(parts: Parts, run_dir: Path, tracker: Tracker, saver: Saver, started: float) -> dict[str, Any]:
+    """What comes after the last epoch, so that a run which was killed here can make up for it: figures and report.
+
+    The summary is written last, as the mark that nothing is missing.
+    """
+    assert saver.best is not None
+    parts.network.classifier.load_trained_state(saver.best.trained)
+    scores = {"val": saver.best_scores or parts.evaluate("val")}
+    if "test" in parts.dataset.splits:
+        scores["test"] = parts.evaluate("test")
+    progress, best = saver.state.progress, run_dir / "best.pth"
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
-        "checkpoint": str(run_dir / "best.pth"),
-        "report": None if report is None else str(report),
-        "best_epoch": state.progress.best_epoch,
-        "epochs": state.progress.epoch,
-        "val": state.progress.best,
+        "checkpoint": str(best),
+        "report": None,
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.epoch,
+        "val": progress.best,
         **({"test": asdict(figures(scores["test"]))} if "test" in scores else {}),
+        "seconds": round(time.perf_counter() - started, 3),
     }
-    return {**result, "seconds": round(time.perf_counter() - started, 3)}
+    try:
+        _log_outcome(parts, tracker, progress.best_epoch, scores)
+        if parts.config.output.report:
+            result["report"] = str(_report(parts, run_dir, scores, saver.best))
+        tracker.close()
+        result["seconds"] = round(time.perf_counter() - started, 3)
+        write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
+    except TrainerError as error:  # the run has succeeded, and everything that matters is saved
+        log.warning("%s\nthe run is complete, its best epoch in %s; %s", error, best, _remedy(run_dir))
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        message = f"stopped; the run is complete, its best epoch in {best}; {_remedy(run_dir)}"
+        raise Interrupted(number, message) from error
+    return result
+
+
+def _remedy(run_dir: Path) -> str:
+    return f"--resume {run_dir} makes the report that is missing"
 
 
 def _go_on(state: State, resumption: Resumption) -> None:
@@ -106,6 +133,8 @@ def _go_on(state: State, resumption: Resumption) -> None:
     try:
         state.restore(resumption.last.trained, resumption.last.resume)
     except Exception as error:  # its checksum is right and its content is not: torch raises anything
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[-1].strip()
         raise CheckpointError(
             f"{resumption.run_dir / 'last.pth'}: does not fit this run: {type(error).__name__}: {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 # from the last save and arrives at the same weights.
 SECONDS_BETWEEN_SAVES = 5.0
 
+RESULT = "result.json"  # written last of all: where it is missing, so may be the report and the final figures
+
 
 @dataclass
 class Progress:
@@ -38,6 +41,22 @@ class Progress:
     seconds: float = 0.0
     best_epoch: int = 0
     best: dict[str, Any] | None = None
+
+    @classmethod
+    def from_plain(cls, data: Any) -> Progress | None:
+        """The reverse of `asdict`; None where that did not make `data`."""
+        try:
+            found = cls(**data)
+            best = {} if found.best is None else asdict(Figures(**found.best))
+        except TypeError:  # no mapping, or one with other names
+            return None
+        counts = [found.epoch, found.batch, found.images, found.best_epoch, best.get("n", 1)]
+        numbers = [found.loss, found.seconds, *(best[name] for name in best if name != "n")]
+        if not all(isinstance(value, int) and value >= 0 for value in counts):
+            return None
+        if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
+            return None
+        return found if (found.epoch == 0) == (not best) and (found.batch == 0) == (found.images == 0) else None
 
     def epoch_ended(self, figures: Figures) -> bool:
         """Count the epoch; True where its top-1 is the best so far, or as good with a lower loss."""
@@ -75,7 +94,8 @@ class State:
         """The reverse of `resume_data`, bit for bit."""
         self.classifier.load_trained_state(trained)
         self.optimizer.load_state_dict(resume["optimizer"])
-        self.schedule.plateau.update(resume["plateau"])
+        plateau = self.schedule.plateau
+        plateau.update({name: type(value)(resume["plateau"][name]) for name, value in plateau.items()})
         self.scaler.load_state_dict(resume["scaler"])
         for name, value in resume["progress"].items():
             setattr(self.progress, name, value)

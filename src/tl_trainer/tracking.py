@@ -76,6 +76,7 @@ class Tracker:
     def __init__(self, run_dir: Path, classes: Sequence[str], *, tensorboard: bool, done: int = 0) -> None:
         self.path = run_dir / "metrics.csv"
         self.classes = classes
+        self._done = done
         self._drawn_at, self._drawn_epoch = float("-inf"), 0
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([COLUMNS, *_rows(self.path)[:done]])
@@ -101,6 +102,7 @@ class Tracker:
         self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, images: int
     ) -> None:
         """Log an epoch, counted from 1; `images` were trained on in `seconds`, validation not included."""
+        self._done = epoch
         row = (epoch, train_loss, val.loss, val.top1, val.top5, lr, round(seconds, 3))
         self._append(row)
         scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
@@ -124,14 +126,17 @@ class Tracker:
     def finish(
         self, best_epoch: int, scores: Scores, figures: dict[str, float], settings: dict[str, str | float | bool]
     ) -> None:
-        """Log the pictures of the best epoch, unless they are there, and the final figures beside the settings."""
+        """Log the pictures of the best epoch, unless they are there, and the final figures beside the settings.
+
+        These are a step behind the last epoch, which a resumed run drops: there is one end, and one of each figure.
+        """
         if self._drawn_epoch != best_epoch:
             self._draw(best_epoch, scores)
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(summary)
-        self._scalars(figures, best_epoch)
+        self._scalars(figures, self._done + 1)
 
     @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:

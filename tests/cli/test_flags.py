@@ -193,6 +193,9 @@ def fail_with(error: BaseException) -> Callable[[argparse.Namespace], int]:
     return command
 
 
+NO_MEMORY = "tl-x: out of memory; lower --batch-size, or the number of --workers\n"
+
+
 class OutOfMemoryError(RuntimeError):
     """torch's has this name too."""
 
@@ -212,6 +215,10 @@ class OutOfMemoryError(RuntimeError):
         (errors.Interrupted(15, "so"), 143, "tl-x: so\n"),
         (KeyboardInterrupt(), 130, "tl-x: interrupted\n"),
         (OutOfMemoryError("CUDA"), 1, "tl-x: the GPU is out of memory; lower --batch-size or use --device cpu\n"),
+        (MemoryError(), 1, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, NO_MEMORY),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...: can't allocate memory"), 1, NO_MEMORY),
+        (OSError(12, "Cannot allocate memory", "a.jpg"), 1, NO_MEMORY),
         (OSError(36, "File name too long", "x" * 5000), 1, f"tl-x: '{'x' * 57}...{'x' * 58}': File name too long\n"),
         (errors.InputError("a\x1b[2J\nb\r"), 2, "tl-x: a\\x1b[2J\nb\\r\n"),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,12 +178,33 @@ def test_python_tags_are_refused(value: str) -> None:
 def test_an_alias_bomb_is_refused() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
-    assert complaint("\n".join(lines)) == "c.yaml:1: more than 10,000 values after expanding its aliases"
+    assert complaint("\n".join(lines)) == "c.yaml:1: more than 2,000 values after expanding its aliases"
 
 
 @pytest.mark.parametrize("content", ["a: &a [*a]", "a: " + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "[" * 20_000])
 def test_deep_nesting_is_refused(content: str) -> None:
-    assert complaint(content).endswith(f": nested deeper than {MAX_DEPTH} levels")
+    message = f"nested deeper than {MAX_DEPTH} levels; check its brackets and indentation"
+    assert complaint(content) == f"c.yaml:1: {message}"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ("seed: 1\ndata: " + "[" * 49_000 + "]" * 49_000, 2, "nested deeper"),
+        ("seed: 1\n\ndata:\n  " + "- " * 45_000 + "x", 4, "nested deeper"),
+        ("seed: 1\n" + "? " * 45_000, 2, "nested deeper"),
+        ("\n".join(" " * depth + "k:" for depth in range(400)), 33, "nested deeper"),
+        ("seed: [" + "0," * 40_000 + "]", 1, "more than 2,000 values; is this a configuration?"),
+    ],
+)
+def test_what_nests_or_goes_on_too_long_is_refused_where_it_does(
+    monkeypatch: pytest.MonkeyPatch, content: str, line: int, reason: str
+) -> None:
+    """PyYAML takes seconds for some documents, so they are not read to their end."""
+    fetch, fetched = yaml.SafeLoader.fetch_more_tokens, []
+    monkeypatch.setattr(yaml.SafeLoader, "fetch_more_tokens", lambda self: (fetched.append(1), fetch(self))[1])
+    assert complaint(content).startswith(f"c.yaml:{line}: {reason}")
+    assert len(fetched) < 5_000 if "values" in reason else len(fetched) < 1_500
 
 
 def test_deep_nesting_is_allowed_up_to_the_limit() -> None:

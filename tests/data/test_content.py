@@ -12,13 +12,14 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tl_trainer.data import content, images
-from tl_trainer.data.content import SETTLED_SECONDS, content_hashes, forget
+from tl_trainer.data.content import SETTLED_SECONDS, content_hashes, contents, forget
 from tl_trainer.data.dataset import Split
 from tl_trainer.errors import ImageError
 
@@ -329,3 +330,15 @@ def test_a_name_that_is_no_text(split: Split, reads: Reads) -> None:
     forget(split, [0], Path("memory.sqlite"))
     hashes(split)
     assert len(reads) == 1
+
+
+def test_a_split_that_was_read_keeps_its_contents(split: Split, reads: Reads) -> None:
+    assert split.paths is not None
+    known = replace(split, digests=expected(split))
+    write(split.paths[2], b"another picture")
+    found = hashes(known)
+    assert [isinstance(item, ImageError) for item in found] == [index == 2 for index in range(COUNT)]
+    assert str(found[2]) == f"{split.paths[2]}: has changed since it was read first; put it back, or start again"
+    reads.clear()
+    assert contents(known, None) == [digest.hex()[:16] for digest in known.digests]
+    assert not reads

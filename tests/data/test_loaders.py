@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
 import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tl_trainer.data import images
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches, _named_deaths, batch_order, readable, worker_count
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
@@ -177,7 +182,66 @@ def damaged(split: Split) -> Split:
 
 
 def test_readable_images_are_passed_on(split: Split) -> None:
-    assert readable(split, "train", "error") is split
+    kept = readable(split, "train", "error")
+    assert replace(kept, digests=()) == split
+    assert kept.digests == [hashlib.sha256(path.read_bytes()).digest() for path in split.paths or ()]
+
+
+def _another_image(path: Path) -> None:
+    Image.new("RGB", (16, 14), "red").save(path)
+
+
+def _a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("replace_", "complaint"),
+    [
+        (Path.unlink, "cannot be read: No such file or directory"),
+        (_another_image, "has changed since it was read first; put it back, or start again"),
+        (lambda path: path.write_bytes(b"garbage"), "has changed since it was read first"),
+        (lambda path: path.write_bytes(b""), "empty file"),
+        (_a_folder, "not an ordinary file"),
+        pytest.param(_a_pipe, "not an ordinary file", marks=[
+            pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")]),
+    ],
+)  # fmt: skip
+def test_an_image_that_is_replaced_between_two_epochs_is_named(
+    split: Split, replace_: Callable[[Path], object], complaint: str, workers: int
+) -> None:
+    assert split.paths is not None
+    batches = _batches(readable(split, "train", "error"), workers=workers)
+    assert len(list(batches.epoch(0, CPU))) == 3
+    replace_(split.paths[4])
+    with pytest.raises(ImageError, match=re.escape(f"{split.paths[4]}: {complaint}")):
+        list(batches.epoch(1, CPU))
+
+
+def test_an_image_that_was_written_again_as_it_was_is_the_same(split: Split) -> None:
+    assert split.paths is not None
+    batches = _batches(readable(split, "train", "error"))
+    split.paths[4].write_bytes(split.paths[4].read_bytes())
+    assert len(list(batches.epoch(1, CPU))) == 3
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_no_image_is_bad_because_memory_ran_out(
+    split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(MemoryError):
+        readable(split, "train", on_bad_image)
 
 
 def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) -> None:
@@ -231,6 +295,7 @@ def test_pictures_in_memory_need_no_check() -> None:
         (ConnectionResetError(104, "Connection reset by peer"), "try fewer with --workers"),
         (EOFError(), "try fewer with --workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--shm-size"),
+        (OSError(errno.ENOSPC, "No space left on device"), "--shm-size"),
     ],
 )
 def test_a_dead_worker_is_named_with_the_remedy(error: Exception, remedy: str) -> None:
@@ -248,10 +313,39 @@ def test_a_dead_worker_is_named_with_the_remedy(error: Exception, remedy: str) -
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_another_error_is_passed_on() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("something else"),
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"),
+        OSError(errno.EACCES, "Permission denied"),
+    ],
+)
+def test_another_error_is_passed_on(error: Exception) -> None:
     def failing() -> Iterator[int]:
         yield 1
-        raise RuntimeError("something else")
+        raise error
 
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         list(_named_deaths(failing()))
+
+
+@pytest.mark.parametrize(
+    ("message", "raised", "said"),
+    [
+        ("unable to write to file </torch_7>: No space left on device (28)", RunError, "--shm-size"),
+        ("DefaultCPUAllocator: can't allocate memory", RuntimeError, "can't allocate memory"),
+    ],
+)
+def test_a_worker_that_cannot_hand_over_its_batch_says_why(
+    split: Split, monkeypatch: pytest.MonkeyPatch, message: str, raised: type[Exception], said: str
+) -> None:
+    """The thread that would do it for the worker says nothing, and the run would wait for ever."""
+
+    def fail(tensor: torch.Tensor) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(raised, match=said):
+        list(_batches(split, workers=1).epoch(0, CPU))
+    assert len(list(_batches(split, workers=0).epoch(0, CPU))) == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import io
 import pickle
 import socket
 import tarfile
+from collections.abc import Iterator
 from http.client import IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from tl_trainer.config.schema import DataSection
+from tl_trainer.data import torchvision_sources
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.torchvision_sources import CLASSES
 from tl_trainer.errors import DataError, InputError, SettingError
+from tl_trainer.files import sole_use
 
 Server = tuple[str, Path]
 
@@ -116,6 +120,28 @@ def test_what_is_downloaded_is_not_downloaded_again(
     (file_server[1] / datasets.CIFAR10.filename).unlink()
     for download in (True, False):
         assert len(_open("torchvision:CIFAR10", tmp_path / "root", download=download).split("train")) == 30
+
+
+def test_of_two_processes_that_want_a_dataset_the_second_waits(
+    file_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision writes an archive in its final place, where two of them would write over each other."""
+    _serve_cifar("cifar10", file_server, monkeypatch)
+    held: list[Path] = []
+
+    @contextlib.contextmanager
+    def recorded(folder: Path, *, wait: bool) -> Iterator[None]:
+        assert wait
+        held.append(folder)
+        with sole_use(folder, wait=wait):
+            yield
+        assert (folder / datasets.CIFAR10.filename).is_file()
+
+    monkeypatch.setattr(torchvision_sources, "sole_use", recorded)
+    _open("cifar10", tmp_path / "root", download=True)
+    assert held == [tmp_path / "root"] * 2
+    _open("cifar10", tmp_path / "root")
+    assert len(held) == 2
 
 
 def test_classes_of_a_checkpoint_are_enforced(

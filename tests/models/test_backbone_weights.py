@@ -6,6 +6,7 @@ in torchvision's own URLs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -31,6 +32,7 @@ from torchvision.models import (
 )
 
 from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.models import backbones
 from tl_trainer.models.backbones import BACKBONES, build_backbone, preprocessing, resolve_weights
 
 NAME = "shufflenet_v2_x0_5"
@@ -189,6 +191,24 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(cache / served.name) in caplog.text
     assert (cache / served.name).read_bytes() == served.read_bytes()
+
+
+def test_of_two_processes_that_want_a_file_the_second_finds_it(
+    publish: Publish, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, fetched = noise(), []
+    served = publish(WEIGHTS, state)
+
+    @contextlib.contextmanager
+    def after_another(folder: Path, *, wait: bool) -> Iterator[None]:
+        assert (folder, wait) == (cache, True)
+        fetched.append(served.name)
+        served.rename(folder / served.name)
+        yield
+
+    monkeypatch.setattr(backbones, "sole_use", after_another)
+    assert_holds(build_backbone(NAME, WEIGHTS, "logits", 0).model, state)
+    assert fetched == files_in(cache) == [served.name]
 
 
 class _Cut(BaseHTTPRequestHandler):

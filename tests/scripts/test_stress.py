@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import random
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 stress: Any = importlib.import_module("stress")
+hosts: Any = importlib.import_module("stress_hosts")
 tools: Any = importlib.import_module("stress_tools")
 
 COUNTS = {
     "kill-training": 3,
     "kill-save": 8,
+    "fsync-order": 6,
     "workers": 1,
     "disk-full": 2,
     "damaged-last": 10,
@@ -25,12 +28,16 @@ COUNTS = {
     "signals": 4,
     "orphans": 1,
     "killed-worker": 1,
+    "small-shm": 2,
+    "out-of-memory": 3,
     "malicious": 8,
     "mutated-checkpoints": 150,
     "mutated-images": 400,
     "odd-files": 2,
+    "replaced-files": 4,
     "dataset-untouched": 1,
     "yaml": 18,
+    "downloads": 4,
     "escapes": 2,
 }
 
@@ -63,6 +70,7 @@ def test_a_loss_is_in_the_table_and_in_the_exit_code(
         raise tools.NotRun("needs root")
 
     monkeypatch.setattr(stress, "ROWS", {"losing": (losing, 40), "lacking": (lacking, 5)})
+    monkeypatch.setattr(logging.getLogger("tl_trainer"), "setLevel", lambda level: None)  # the tests after this one log
     monkeypatch.setattr(sys, "argv", ["stress", "--share", "0.1", "--seed", "7"])
     assert stress.main() == 1
     *table, last = capsys.readouterr().out.splitlines()
@@ -97,3 +105,29 @@ def test_a_child_gives_its_code_and_its_words(code: int, signal_number: int, tmp
     assert child.wait() == (-signal_number or code)
     assert child.said() == "a word\n"
     assert not child.group_alive()
+
+
+ORDERLY = [
+    'write(7</r/.last.pth-1.tmp>, ""..., 9) = 9',
+    "fsync(7</r/.last.pth-1.tmp>) = 0",
+    'rename("/r/.last.pth-1.tmp", "/r/last.pth") = 0',
+    "fsync(7</r>) = 0",
+]
+
+
+@pytest.mark.parametrize(
+    ("calls", "problems"),
+    [
+        (ORDERLY * 2, [None, None]),
+        ([ORDERLY[0], *ORDERLY[2:]], ["the last call before the rename to last.pth was write, not fsync"]),
+        ([ORDERLY[1], ORDERLY[0], *ORDERLY[2:]], ["the last call before the rename to last.pth was write, not fsync"]),
+        (ORDERLY[2:], ["the last call before the rename to last.pth was nothing, not fsync"]),
+        (ORDERLY[:3], ["the folder was not synced after /r/last.pth"]),
+        (ORDERLY[:3] + ORDERLY, ["the folder was not synced after /r/last.pth", None]),
+        (['renameat2(AT_FDCWD, "/r/a", AT_FDCWD, "/r/best.pth", 0) = 0'],
+         ["the last call before the rename to best.pth was nothing, not fsync"]),
+        (['rename("/r/a", "/r/config.yaml") = 0'], []),
+    ],
+)  # fmt: skip
+def test_the_order_of_a_save_is_read_from_the_trace(calls: list[str], problems: list[str | None]) -> None:
+    assert list(hosts.out_of_order(calls)) == problems

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from tl_trainer import __version__
-from tl_trainer.errors import InputError, TrainerError, printable_lines, shown
+from tl_trainer.errors import InputError, TrainerError, is_out_of_memory, printable_lines, shown
 from tl_trainer.signals import Terminated, raise_terminated
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
@@ -68,12 +68,12 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             traceback.print_exc()
         if isinstance(error, TrainerError):
             return _fail(parser.prog, str(error), error.exit_code)
-        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
-            return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
+            return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
         if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
             from tl_trainer.data.loaders import named_death
 
@@ -96,6 +96,9 @@ def _set_up_logging(args: argparse.Namespace) -> None:
     package = logging.getLogger("tl_trainer")
     package.handlers[:] = [handler]
     package.setLevel(level)
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread to watch over the bars, which warns where memory is too short to start it
 
 
 class _Formatter(logging.Formatter):

@@ -6,9 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_trainer.cli.main import new_parser, run_command, worker_setting
+
+if TYPE_CHECKING:  # --help does not wait for torch
+    from tl_trainer.config.load import Loaded
+    from tl_trainer.resume import Resumption
 
 EPILOG = """\
 examples:
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tl_trainer.config.load import load, parse_override, to_json_schema, to_yaml
+    from tl_trainer.config.load import load, parse_override, to_json_schema
 
     words = list(args.overrides)
     if args.resume and "=" in args.resume and not Path(args.resume).exists():
@@ -76,12 +80,18 @@ def _train(args: argparse.Namespace) -> int:
         names = {"backbone": sorted(BACKBONES), "weights": weights_names(), "transforms": sorted(TRANSFORMS)}
         sys.stdout.write(to_json_schema(names) + "\n")
         return 0
-    if args.resume is not None:
-        from tl_trainer.resume import resume
+    if args.resume is None:
+        return _perform(args, load(args.config, overrides), None)
+    from tl_trainer.resume import resume
 
-        loaded, resumption = resume(args.resume or None, args.config, overrides)
-    else:
-        loaded, resumption = load(args.config, overrides), None
+    with resume(args.resume or None, args.config, overrides) as (loaded, resumption):
+        return _perform(args, loaded, resumption)
+
+
+def _perform(args: argparse.Namespace, loaded: Loaded, resumption: Resumption | None) -> int:
+    """What the flags ask for, with the configuration."""
+    from tl_trainer.config.load import to_yaml
+
     if args.print_config:
         sys.stdout.write(to_yaml(loaded.config))
         return 0

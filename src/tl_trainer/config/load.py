@@ -21,8 +21,9 @@ from tl_trainer.errors import ConfigError, InputError, SettingError, shown, unkn
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
-MAX_NODES = 10_000
+MAX_NODES = 2_000
 MAX_PROBLEMS = 30  # that are named
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; check its brackets and indentation"
 COMMAND_LINE = "the command line"
 
 KeyPath = tuple[str | int, ...]
@@ -140,6 +141,23 @@ class _Scalars(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way to say it)
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse here what nests or goes on too long: reading it to its end could take seconds."""
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+        self._nodes += 1
+        if self._depth > MAX_DEPTH:
+            raise _Refused(TOO_DEEP, line)
+        if self._nodes > MAX_NODES:
+            raise _Refused(f"more than {MAX_NODES:,} values; is this a configuration?", line)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
 
 def _finite(text: str) -> float:
     number = float(text)
@@ -186,8 +204,6 @@ class _Reader:
             raise _Refused(reason + hint, mark.line + 1 if mark else 0) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" is a ValueError
             raise _Refused(str(error).splitlines()[0]) from None
-        except RecursionError:
-            raise _Refused(f"nested deeper than {MAX_DEPTH} levels") from None
         return None if node is None else self._convert(node, ())
 
     def _convert(self, node: yaml.Node, path: KeyPath) -> Any:
@@ -195,7 +211,7 @@ class _Reader:
         self.lines.setdefault(path, line)
         self._nodes += 1
         if len(path) > MAX_DEPTH:
-            raise _Refused(f"nested deeper than {MAX_DEPTH} levels", line)
+            raise _Refused(TOO_DEEP, line)
         if self._nodes > MAX_NODES:
             raise _Refused(f"more than {MAX_NODES:,} values after expanding its aliases", line)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":

@@ -26,7 +26,8 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test
 class Split:
     """Images and their labels. `names` is what errors, predictions and split.csv call an image.
 
-    The images are files at `paths`, or else rows of `pictures`, a dataset that holds them in memory.
+    The images are files at `paths`, or else rows of `pictures`, a dataset that holds them in memory. `digests` are the
+    SHA-256 of the files, once they were read: from then on only these very images are opened.
     """
 
     names: Sequence[str]
@@ -34,6 +35,7 @@ class Split:
     paths: Sequence[Path] | None = None
     pictures: Any = None
     rows: Sequence[int] = ()
+    digests: Sequence[bytes] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -41,7 +43,7 @@ class Split:
     def open(self, index: int) -> Image.Image:
         """The image as upright RGB; ImageError, naming it, where it cannot be read."""
         if self.paths is not None:
-            return images.load(self.paths[index])
+            return images.load(self.paths[index], self.digests[index] if self.digests else b"")
         return images.to_rgb(self.pictures[self.rows[index]][0])
 
     def subset(self, indices: Sequence[int]) -> Split:
@@ -52,6 +54,7 @@ class Split:
             None if self.paths is None else [self.paths[i] for i in indices],
             self.pictures,
             [self.rows[i] for i in indices] if self.rows else (),
+            [self.digests[i] for i in indices] if self.digests else (),
         )
 
 
@@ -106,10 +109,11 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
 
 
 def fingerprint(split: Split) -> str:
-    """The SHA-256 of names and labels in order: what decides which image a batch holds."""
+    """The SHA-256 of names, labels and, of files that were read, contents in order: what a batch holds."""
     digest = hashlib.sha256()
-    for name, target in zip(split.names, split.targets, strict=True):
-        digest.update(f"{name}\0{target}\n".encode("utf-8", "surrogateescape"))
+    contents = split.digests or [b""] * len(split)
+    for name, target, content in zip(split.names, split.targets, contents, strict=True):
+        digest.update(f"{name}\0{target}\n".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()
 
 

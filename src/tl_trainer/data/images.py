@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import stat
 import warnings
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tl_trainer.errors import ImageError, printable
+from tl_trainer.errors import ImageError, is_out_of_memory, printable
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -31,9 +33,20 @@ _UPRIGHT = {
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def load(path: Path) -> Image.Image:
-    """The image in a file as an upright RGB image with values in [0, 255]. Raises ImageError, naming the file."""
-    return decode(read(path), path)
+def load(path: Path, digest: bytes = b"") -> Image.Image:
+    """The image in a file as an upright RGB image with values in [0, 255].
+
+    Raises ImageError, naming the file, also where it no longer is the one whose SHA-256 is `digest`, if given.
+    """
+    data = read(path)
+    if digest and hashlib.sha256(data).digest() != digest:
+        raise changed(path)
+    return decode(data, path)
+
+
+def changed(path: Path) -> ImageError:
+    """The complaint about a file that is not what it was: a run must not learn from an image it never checked."""
+    return ImageError(f"{printable(str(path))}: has changed since it was read first; put it back, or start again")
 
 
 def read(path: Path) -> bytes:
@@ -41,14 +54,22 @@ def read(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{printable(str(path))}: not an ordinary file; remove it from the dataset")
-        data = path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            data = file.read()
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise ImageError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
         raise ImageError(f"{printable(str(path))}: cannot be read: {error}") from error
     if not data:
         raise ImageError(f"{printable(str(path))}: empty file (0 bytes); replace or remove it")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Never wait for the other end of a pipe that has taken the file's place since it was looked at."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Image:
@@ -68,6 +89,8 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: too many pixels to be a photograph: {error}") from None
     except Exception as error:  # a decoder fed with broken bytes raises anything from OSError to IndexError
+        if is_out_of_memory(error):
+            raise
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
 
 

@@ -6,27 +6,34 @@ any number of workers, and an epoch can be entered at any batch.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import DataError, ImageError, RunError
+from tl_trainer.errors import DataError, ImageError, RunError, TrainerError
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 _PRIME = 1_000_003
+NO_SHARED_MEMORY = (
+    "the shared memory (/dev/shm) is too small for the processes that load images; load in the main process with "
+    "--workers 0, or give a container more with --shm-size"
+)
 
 
 class Batch(NamedTuple):
@@ -70,7 +77,7 @@ class ImageBatches:
             generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
         )
         for batch in _named_deaths(loader):
-            if isinstance(batch, DataError):
+            if isinstance(batch, TrainerError):
                 raise batch
             inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
             yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
@@ -107,10 +114,16 @@ def readable(split: Split, what: str, on_bad_image: str) -> Split:
     if split.paths is None:
         return split
     with ThreadPoolExecutor(cores()) as pool:  # Pillow releases the GIL while it decodes
-        checks = pool.map(lambda index: _complaint(split, index), range(len(split)))
+        checks = pool.map(lambda index: _checked(split, index), range(len(split)))
         bar = tqdm(checks, f"checking {what} images", len(split), unit="img", leave=False, disable=None)
-        bad = {index: complaint for index, complaint in enumerate(bar) if complaint}
-    return without_bad(split, bad, what, on_bad_image)
+        found = list(bar)
+    bad = {index: str(item) for index, item in enumerate(found) if isinstance(item, ImageError)}
+    return without_bad(known(split, found), bad, what, on_bad_image)
+
+
+def known(split: Split, hashes: Sequence[bytes | ImageError]) -> Split:
+    """The split as it was read, with the content hash of every image that could be."""
+    return replace(split, digests=[item if isinstance(item, bytes) else b"" for item in hashes])
 
 
 def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str) -> Split:
@@ -133,29 +146,39 @@ def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str)
     return split.subset(kept)
 
 
-def _complaint(split: Split, index: int) -> str | None:
+def _checked(split: Split, index: int) -> bytes | ImageError:
+    """The SHA-256 of an image's file, or why it cannot be used."""
     assert split.paths is not None
     path = split.paths[index]
     try:
-        images.decode(images.read(path), path, check_only=True)
+        data = images.read(path)
+        images.decode(data, path, check_only=True)
     except ImageError as error:
-        return str(error)
-    return None
+        return error
+    return hashlib.sha256(data).digest()
 
 
-class _Batches(Dataset[Batch | DataError]):
+class _Batches(Dataset[Batch | TrainerError]):
     """The batches of an epoch, by the indices of their images."""
 
     def __init__(self, split: Split, pipeline: Pipeline, seed: int, epoch: int) -> None:
         self.split, self.pipeline, self.seed, self.epoch = split, pipeline, seed, epoch
 
-    def __getitem__(self, indices: list[int]) -> Batch | DataError:
+    def __getitem__(self, indices: list[int]) -> Batch | TrainerError:
         """The batch; an error is returned, since one raised in a worker would reach the user as a traceback."""
         try:
             inputs = stacked([self._image(index) for index in indices])
         except DataError as error:
             return error
-        return Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
+        batch = Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
+        if get_worker_info() is None:
+            return batch
+        try:  # here, since in the thread that hands batches over a failure would be waited for, without an end
+            return Batch(*(tensor.share_memory_() for tensor in batch))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            return RunError(NO_SHARED_MEMORY)
 
     def _image(self, index: int) -> Tensor:
         return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + self.epoch) * _PRIME + index)
@@ -171,7 +194,7 @@ def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:
     """The batches; RunError, with the remedy, where a worker dies."""
     try:
         yield from batches
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two where it dies while it hands over a batch
+    except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies while it hands over a batch
         if death := named_death(error):
             if hasattr(signal, "SIGCHLD"):  # else torch reports it once more while it ends the other workers
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -182,13 +205,12 @@ def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:
 def named_death(error: Exception) -> RunError | None:
     """The remedy where torch only says that a worker died, which it may do at any moment and not only for a batch."""
     text = str(error)
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return RunError(NO_SHARED_MEMORY) if error.errno == errno.ENOSPC else None
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in text:  # not what one has raised
         return None
     if "shared memory" in text or "Bus error" in text:
-        return RunError(
-            "the shared memory (/dev/shm) is too small for the processes that load images; load in the main "
-            "process with --workers 0, or give a container more with --shm-size"
-        )
+        return RunError(NO_SHARED_MEMORY)
     return RunError("a process that loads images was killed, perhaps because memory ran out; try fewer with --workers")
 
 

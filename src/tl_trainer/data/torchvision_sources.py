@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torchvision import datasets
 
 from tl_trainer.data.dataset import Dataset, Split, enforce_classes
 from tl_trainer.errors import DataError, InputError, SettingError, unknown
-from tl_trainer.files import stall_timeout
+from tl_trainer.files import sole_use, stall_timeout
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,11 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
     if "loader" in parameters:  # a dataset of files: take the path, so that data/images.py opens it, and later
         arguments = {**arguments, "loader": Path}
     try:
-        with stall_timeout():
+        with contextlib.ExitStack() as stack:
+            if download and "download" in parameters:  # torchvision writes what it fetches in its final place
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(sole_use(root, wait=True))
+            stack.enter_context(stall_timeout())
             return cls(root, **arguments)
     except (URLError, HTTPException, ConnectionError) as error:
         raise InputError(

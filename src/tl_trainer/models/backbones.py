@@ -27,7 +27,7 @@ from torchvision.models import WeightsEnum, get_model_weights, list_models
 from tl_trainer import models
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
-from tl_trainer.files import content_hash, load_plain, stall_timeout
+from tl_trainer.files import content_hash, load_plain, sole_use, stall_timeout
 from tl_trainer.models import embedded  # noqa: F401 (importing it registers its model)
 
 log = logging.getLogger(__name__)
@@ -157,25 +157,29 @@ def feature_size(backbone: Backbone, name: str, pretrained: bool, tap: str, heig
 
 
 def fetch(weights: WeightsEnum) -> Path:
-    """The file of the weights, checked by its hash: in the package, or in torch's cache, downloaded if need be."""
+    """The file of the weights: in the package, or in torch's cache, downloaded with a progress bar if need be.
+
+    Its SHA-256 must begin as its name says, whenever it is used. Of several processes one downloads.
+    """
     url = weights.url
     if url.startswith("file:"):
         path = Path(url2pathname(urlsplit(url).path))
-        if not path.is_file() or not content_hash(path).startswith(_named_hash(path)):
+        if not _intact(path):
             raise InputError(f"{path}, which comes with tl-trainer, is missing or damaged; install tl-trainer again")
         return path
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(url).name
-    prefix = _named_hash(path)
-    if path.exists():
-        if content_hash(path).startswith(prefix):
-            return path
-        log.warning("%s does not have the hash in its name; downloading it again", path)
-    log.info("downloading %s", url)
+    if _intact(path):
+        return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with stall_timeout():
-            torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+        with sole_use(folder, wait=True), stall_timeout():
+            if _intact(path):  # by now
+                return path
+            if path.exists():
+                log.warning("%s does not have the hash in its name; downloading it again", path)
+            log.info("downloading %s", url)
+            torch.hub.download_url_to_file(url, str(path), _named_hash(path), progress=sys.stderr.isatty())
     except RuntimeError as error:  # torch.hub's word for a wrong hash
         raise InputError(f"{url}: the download is damaged ({error}); try again") from error
     except (OSError, HTTPException) as error:
@@ -185,6 +189,10 @@ def fetch(weights: WeightsEnum) -> Path:
             "or set model.weights to a state_dict file or a name that is cached, or to none for random weights."
         ) from error
     return path
+
+
+def _intact(path: Path) -> bool:
+    return path.exists() and content_hash(path).startswith(_named_hash(path))
 
 
 def _named_hash(path: Path) -> str:

@@ -1,0 +1,207 @@
+"""Rows of scripts/stress about the machine: in which order it writes, little shared memory, no memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stress_tools import RECIPES, Child, NotRun, Outcome, broken, command, draw
+from tl_trainer.models.prefix import FrozenPrefix
+from tl_trainer.network import Network
+
+LINES = 3
+ENDING_SECONDS = 60.0
+
+TRACED = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2"
+PROGRAM = """
+import sys
+sys.path.insert(0, {scripts!r})
+import stress_tools
+stress_tools.save_always()
+stress_tools.without_pictures()
+sys.exit(stress_tools.MAINS["train"](sys.argv[1:]))
+"""
+
+
+def fsync_order(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """A run as strace sees it: each checkpoint is synced before it gets its name, and the folder after it."""
+    if shutil.which("strace") is None:
+        raise NotRun("strace is not installed")
+    outcome, saves_of_an_epoch = Outcome(), 6
+    data, epochs = draw(folder / "data"), max(2, -(-count // saves_of_an_epoch))
+    program = PROGRAM.format(scripts=str(Path(__file__).parent))
+    words = [sys.executable, "-c", program, "--data-dir", str(data), "--output", str(folder / "runs"),
+             *RECIPES["cached"], f"train.epochs={epochs}"]  # fmt: skip
+    traced = ["strace", "-ff", "-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(folder / "trace"), *words]
+    environment = {**os.environ, "TL_CACHE": str(folder / "cache")}
+    done = subprocess.run(traced, capture_output=True, text=True, env=environment, timeout=1800)
+    if "ptrace" in done.stderr:
+        raise NotRun(f"strace may not trace here: {done.stderr.splitlines()[0]}")
+    if done.returncode != 0:
+        outcome.count(f"exit {done.returncode}: {done.stderr[-300:]}")
+    for path in sorted(folder.glob("trace.*")):
+        for problem in out_of_order(path.read_text(errors="replace").splitlines()):
+            outcome.count(problem)
+    if outcome.tried < epochs:
+        outcome.count(f"only {outcome.tried} saves in {epochs} epochs")
+    return outcome
+
+
+def out_of_order(calls: Iterable[str]) -> Iterator[str | None]:
+    """For each checkpoint that a process put in its place, by strace's lines: None, or what was not in order."""
+    last: dict[str, str] = {}  # the last call on each open file
+    unsynced: str | None = None  # what was renamed into a folder that was not synced since
+    for call in calls:
+        if found := re.match(r'rename\w*\(.*?"(.*?)", .*?"(.*?)".*\) = 0', call):
+            source, target = (Path(name) for name in found.groups())
+            if target.name not in ("last.pth", "best.pth"):
+                continue
+            if unsynced:
+                yield f"the folder was not synced after {unsynced}"
+            before = last.pop(str(source), "nothing")
+            if before != "fsync":
+                yield f"the last call before the rename to {target.name} was {before}, not fsync"
+            unsynced = str(target) if before == "fsync" else None
+        elif found := re.match(r"(\w+)\(\d+<(.*?)>.*\) = \d+", call):
+            name, path = found.groups()
+            last[path] = name
+            if unsynced and name == "fsync" and path == str(Path(unsynced).parent):
+                unsynced = None
+                yield None
+    if unsynced:
+        yield f"the folder was not synced after {unsynced}"
+
+
+def small_shm(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """/dev/shm of 1 MB with workers, in training and in evaluation: it is enough, or that is the reason given."""
+    outcome, enough = Outcome(), 0
+    if Child(lambda: _with_small_shm(1024) or 0, folder / "probe").wait() != 0:
+        raise NotRun("a mount namespace of one's own needs root")
+    data = draw(folder / "data", size=64)
+    for number in range(count):
+        place, size = folder / str(number), rng.choice((32, 128, 256, 512))
+        settings = [f"data.workers={rng.choice((1, 2, 4))}", f"train.batch_size={rng.choice((1, 4, 8))}",
+                    f"transforms.eval=[{{Resize: [{size}, {size}]}}]", "train.epochs=2",
+                    f"transforms.train=[{{RandomResizedCrop: {size}}}]"]  # fmt: skip
+        words = ("--data-dir", data, "--output", place / "runs", *RECIPES["workers 2"], *settings)
+        child = command("train", *words, logs=place, prepare=lambda: _with_small_shm(1024))
+        problem = ended_with_reason(child, "the shared memory (/dev/shm) is too small", "--workers 0")
+        outcome.count(f"{settings}: {problem}" if problem else None)
+        enough += child.code == 0
+    outcome.notes.append(f"it was enough for {enough}")
+    return outcome
+
+
+def _with_small_shm(kilobytes: int) -> None:
+    """Give this process a /dev/shm of its own, which nobody else sees."""
+    libc, new_namespace, recursive, private = ctypes.CDLL(None, use_errno=True), 0x20000, 0x4000, 0x40000
+    options = f"size={kilobytes}k".encode()
+    done = [
+        libc.unshare(new_namespace),
+        libc.mount(b"none", b"/", None, recursive | private, None),
+        libc.mount(b"none", b"/dev/shm", b"tmpfs", 0, options),
+    ]
+    if any(done):
+        raise OSError(ctypes.get_errno(), "no file system of one's own")
+
+
+def ended_with_reason(child: Child, reason: str, *remedies: str) -> str | None:
+    """What is wrong with how a command ended that may have failed, but for this reason only and saying so."""
+    code, said = child.wait(ENDING_SECONDS), child.said()
+    alive = child.group_alive()
+    child.end_group()
+    if code is None:
+        return f"a hang: {said[-300:]}"
+    if code not in (0, 1) or alive:
+        return f"exit {code}{', and a process is left' if alive else ''}: {said[-300:]}"
+    lines = said[said.find("\ntl-") :].splitlines() if "tl-" in said else []
+    if "Traceback" in said or "unexpected" in said or len(lines) > LINES + 1:
+        return f"no sentence: {said[-500:]}"
+    if code == 1 and (reason not in said or not any(remedy in said for remedy in remedies)):
+        return f"another reason: {said[-300:]}"
+    return None
+
+
+# Large enough for a batch of them not to fit.
+LARGE = ("transforms.eval=[{Resize: [384, 384]}]", "train.batch_size=18", "train.epochs=2")
+GPU = ("extraction", "training", "validation")
+
+
+def out_of_memory(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """A limit on the memory of each command that is too low for it, and a GPU that is full: cause and remedy.
+
+    No image counts as damaged for it, also not where damaged ones are skipped, and what was saved before can be read.
+    """
+    outcome, enough = Outcome(), 0
+    data = draw(folder / "data")
+    words = ("--data-dir", data, "--output", folder / "runs", *RECIPES["cached"], *LARGE)
+    assert command("train", *words, logs=folder).wait() == 0
+    best = folder / "runs" / "run-1" / "best.pth"
+    for number in range(count):
+        place, megabytes = folder / str(number), rng.uniform(20, 400)
+        training = ("--data-dir", data, "--output", place / "runs", "data.on_bad_image=skip")
+        large = (*LARGE, "transforms.train=[{RandomResizedCrop: 384}]")
+        commands: list[tuple[Any, ...]] = [
+            ("train", *training, *RECIPES["cached"], *LARGE),
+            ("train", *training, *RECIPES["workers 0"], *large),
+            ("train", *training, *RECIPES["workers 2"], *large),
+            ("eval", "--checkpoint", best, "--on-bad-image", "skip", "--report", place / "report"),
+            ("predict", data, "--checkpoint", best, "--batch-size", 18),
+        ]
+        name, *arguments = commands[number % len(commands)]
+        child = command(name, *arguments, logs=place, prepare=_limited(megabytes))
+        problem = ended_with_reason(child, "out of memory", "--batch-size", "close other programs") or broken(place)
+        if "skipped" in child.said() or (name == "predict" and "damaged" in child.out.read_text()):
+            problem = problem or f"an image was blamed: {child.said()[-300:]}"
+        outcome.count(f"{name} {number % len(commands)}, {megabytes:.0f} MB more: {problem}" if problem else None)
+        enough += child.code == 0
+    for phase in GPU[:count]:
+        child = command("train", *words, "--output", folder / phase, logs=folder / phase, prepare=_full_gpu(phase))
+        problem = ended_with_reason(child, "the GPU is out of memory", "--batch-size") or broken(folder)
+        outcome.count(f"GPU, {phase}: {problem or child.code}" if problem or child.code != 1 else None)
+    outcome.notes.append(f"the limit was high enough for {enough}")
+    return outcome
+
+
+def _limited(megabytes: float) -> Callable[[], None]:
+    """Let a process have so much more memory than it has."""
+
+    def prepare() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        limit = used + int(megabytes * 1e6)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    return prepare
+
+
+def _full_gpu(phase: str) -> Callable[[], None]:
+    """Raise what torch raises where a GPU is full, in a phase of the run."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 1.00 GiB free.")
+
+    def prepare() -> None:
+        if phase == "extraction":
+            FrozenPrefix.__call__ = fail  # type: ignore[method-assign]
+            return
+        original = Network.features_to_logits
+
+        def forward(self: Network, features: torch.Tensor) -> torch.Tensor:
+            if self.classifier.training == (phase == "training"):
+                fail()
+            return original(self, features)
+
+        Network.features_to_logits = forward  # type: ignore[method-assign]
+
+    return prepare

@@ -1,0 +1,158 @@
+"""--resume: which run, who may, what it refuses, and the end that a killed run still lacks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import Run, last_json
+from test_end_to_end import SMALL
+from tl_trainer import checkpoint, saver, train
+from tl_trainer.files import save_sealed, sole_use
+
+RUN = Path("runs/run-1")
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    return {**result, "seconds": 0}
+
+
+def final_figures() -> dict[str, list[float]]:
+    """TensorBoard's, in the order in which they were logged."""
+    events = EventAccumulator(str(RUN))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_that_was_killed_behind_its_last_save_gets_its_figures_and_its_report(
+    tl: Run, colours: Path, named: bool
+) -> None:
+    words = ("--data-dir", colours, "--epochs", 2, "--json", *SMALL, "output.report=true")
+    whole = last_json(tl("train", *words))
+    figures = final_figures()
+    assert figures
+    kept = {name: (RUN / name).read_bytes() for name in ("best.pth", "metrics.csv")}
+    weights = checkpoint.load(RUN / "last.pth").trained
+    (RUN / "result.json").unlink()  # the last thing that a run does
+    shutil.rmtree(RUN / "report")
+    resumed = tl("train", "--resume", RUN, "--json") if named else tl("train", *words, "--resume")
+    assert without_seconds(last_json(resumed)) == without_seconds(whole)
+    assert "all 2 epochs are done; nothing is trained again" in resumed.stderr
+    assert (RUN / "report" / "report.html").is_file()
+    assert without_seconds(json.loads((RUN / "result.json").read_text())) == without_seconds(whole)
+    assert {name: (RUN / name).read_bytes() for name in kept} == kept
+    after = checkpoint.load(RUN / "last.pth").trained
+    assert all(torch.equal(after[key], weights[key]) for key in weights)
+    assert final_figures() == figures
+    again = tl("train", "--resume", RUN) if named else tl("train", *words, "--resume")
+    assert again.returncode == 2
+    assert ("all 2 epochs are done; set train.epochs" if named else "no unfinished run of this") in again.stderr
+
+
+def test_a_run_that_goes_on_behind_its_end_has_one_end(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    longer = last_json(tl("train", "--resume", RUN, "--epochs", 2, "--json"))
+    assert json.loads((RUN / "result.json").read_text()) == longer
+    assert {len(values) for values in final_figures().values()} == {1}
+
+
+def test_a_run_that_goes_on_is_not_complete_until_it_has_ended(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    monkeypatch.setattr(train.Training, "validate", property(lambda self: 1 / 0), raising=False)
+    assert tl("train", "--resume", RUN, "--epochs", 2).returncode == 1
+    assert not (RUN / "result.json").exists()
+
+
+def test_fewer_epochs_end_a_run_where_it_stands(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between epochs best.pth has no backbone; it gets it although nothing is trained any more."""
+
+    def killed(self: saver.Saver) -> None:
+        if self.state.progress.epoch == 2:
+            self.save()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saver.Saver, "tick", killed)
+        assert tl("train", "--data-dir", colours, "--epochs", 9, *SMALL).returncode == 130
+    assert checkpoint.load(RUN / "best.pth").frozen is None
+    ended = tl("train", "--resume", RUN, "--epochs", 2, "--json")
+    assert last_json(ended)["epochs"] == 2
+    assert checkpoint.load(RUN / "best.pth").frozen
+    with (RUN / "metrics.csv").open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["epoch", "1", "2"]
+
+
+def test_a_run_that_another_process_trains_is_not_even_read(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    (RUN / ".last.pth-7.tmp").touch()
+    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("it was read"))
+    with sole_use(RUN):
+        refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    assert refused.stderr == f"tl-train: {RUN}: another tl-train is at work in it; wait for it, or end it first\n"
+    assert (RUN / ".last.pth-7.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"best": {"loss": None, "top1": 0.5, "top5": 1.0, "n": 12}},
+        {"best": {"loss": 0.5, "top1": "0.5", "top5": 1.0, "n": 12}},
+        {"best": {"loss": float("nan"), "top1": 0.5, "top5": 1.0, "n": 12}},
+        {"best": {"loss": 0.5, "top1": 0.5}},
+        {"best": None},
+        {"best": {}},
+        {"epoch": None},
+        {"epoch": -1},
+        {"batch": 2},  # of no images
+        {"loss": "0"},
+        {"seconds": None},
+        {"another": 1},
+    ],
+)
+def test_forged_figures_are_refused_when_they_are_read(tl: Run, colours: Path, forged: dict[str, Any]) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    content = torch.load(RUN / "last.pth", weights_only=True)
+    content["resume"]["progress"].update(forged)
+    content["metrics"] = content["resume"]["progress"]["best"]
+    save_sealed(RUN / "last.pth", content)
+    refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"tl-train: {RUN / 'last.pth'}: damaged checkpoint: resume.progress is missing or of the wrong kind\n"
+    )
+
+
+@pytest.mark.parametrize("plateau", [{"best": None, "bad_epochs": 0, "factor": 1.0}, {}, None])
+def test_a_forged_schedule_is_refused(tl: Run, colours: Path, plateau: Any) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    content = torch.load(RUN / "last.pth", weights_only=True)
+    content["resume"]["plateau"] = plateau
+    save_sealed(RUN / "last.pth", content)
+    refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    assert f"{RUN / 'last.pth'}: does not fit this run: " in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_images_under_the_same_names_are_refused(tl: Run, colours: Path, split: str) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    Image.new("RGB", (40, 40), "white").save(colours / split / "red" / "00.jpg")
+    refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    what = {"train": "training", "val": "validation"}[split]
+    assert refused.stderr.splitlines()[-1].endswith(f"the {what} images are not those this run began with")
