@@ -83,7 +83,7 @@ def probed(weights: str, seed: int, images: Tensor, targets: list[int], calibrat
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.reset_running_stats()
-                layer.momentum = None  # the plain mean over what it sees
+                layer.momentum = None  # the plain mean over what it sees, which here is all of them at once
         network.train()(images)
         network.eval()
     features = torch.cat([network(batch) for batch in images.split(100)]).numpy()

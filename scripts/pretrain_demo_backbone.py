@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the weights of tiny_resnet from nothing but a seed: contrastive learning on pictures drawn by code.
 
-    scripts/pretrain_demo_backbone.py [--seed 0] [--steps 4000] [--threads 2] [--output .]
+    scripts/pretrain_demo_backbone.py [--seed 0] [--steps 2600] [--threads 2] [--output .]
 
 SimCLR (Chen et al., 2020): among all views of a batch, the features must tell which two belong to one object. A view
 is a random crop, flip and change of colours; half of the pairs are two crops of one picture, half show the object anew,
@@ -38,6 +38,7 @@ MALLOC = {
 }
 
 SCENE = 80  # pixels; the views are 48 of them for three fifths of the steps, then 64
+DRAWN_AT_ONCE = 15  # batches
 TEMPERATURE = 0.2
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 
@@ -45,12 +46,13 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    parser.add_argument("--steps", type=int, default=4000, help="batches to learn from (default 4000)")
+    parser.add_argument("--steps", type=int, default=2600, help="batches to learn from (default 2600)")
     parser.add_argument("--batch", type=int, default=256, help="pairs of views in a batch (default 256)")
     parser.add_argument("--reuse", type=int, default=6, help="how often a drawn object is used (default 6)")
     parser.add_argument("--threads", type=int, default=2, help="of the processor (default 2)")
     parser.add_argument("--output", type=Path, default=Path(), help="the folder for the file (default the current one)")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     backbone = pretrain(args.seed, args.steps, args.batch, args.reuse)
     buffer = io.BytesIO()
@@ -79,11 +81,11 @@ def pretrain(seed: int, steps: int, batch: int, reuse: int) -> TinyResNet:
     mean, std = torch.tensor(normalise.mean)[:, None, None], torch.tensor(normalise.std)[:, None, None]
     bar = tqdm(range(steps), unit="step", dynamic_ncols=True)
     for step in bar:
-        if step % (15 * reuse) == 0:
-            drawn = pairs(15 * batch, dice)
-        if step % 15 == 0:
+        if step % (DRAWN_AT_ONCE * reuse) == 0:
+            drawn = pairs(DRAWN_AT_ONCE * batch, dice)
+        if step % DRAWN_AT_ONCE == 0:
             order = dice.order(len(drawn))
-        rows = order[step % 15 * batch :][:batch]
+        rows = order[step % DRAWN_AT_ONCE * batch :][:batch]
         chosen = torch.cat([drawn[rows, dice.whole(0, 1, batch)] for _ in range(2)])
         views = recoloured(cropped(chosen, 48 if step < 0.6 * steps else 64, dice), dice)
         with torch.autocast("cpu", torch.bfloat16):
@@ -147,6 +149,6 @@ def info_nce(projected: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    if not MALLOC.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
     sys.exit(main())

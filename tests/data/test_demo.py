@@ -1,4 +1,4 @@
-"""The demo dataset: drawn once, the same bytes everywhere, in a layout that every other command can read."""
+"""The demo dataset: drawn once, the same bytes in any folder, in a layout that every other command can read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_classes_of_a_checkpoint_are_enforced() -> None:
         open_dataset(DataSection(source="demo"), [*classes, "zebra"])
 
 
-def test_the_same_bytes_wherever_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _bytes(demo.demo_folder())
     monkeypatch.setenv("TL_CACHE", str(tmp_path / "another" / "cache"))
     assert demo.demo_folder().is_relative_to(tmp_path / "another")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -31,13 +30,14 @@ def test_its_weights_are_a_small_half_precision_file_named_after_its_hash() -> N
     file = fetch(WEIGHTS)
     assert file.stat().st_size < 1.5e6
     assert file.name == f"tiny_resnet-{content_hash(file)[:8]}.pth"
+    assert list(file.parent.glob("*.pth")) == [file]
     state = torch.load(file, weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
     assert all(value.isfinite().all() for value in state.values())
 
 
 def test_a_damaged_package_is_not_taken_for_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = tmp_path / Path(urlsplit(WEIGHTS.url).path).name
+    damaged = tmp_path / fetch(WEIGHTS).name
     monkeypatch.setattr(WEIGHTS.value, "url", damaged.as_uri())
     with pytest.raises(InputError, match="missing or damaged; install tl-trainer again"):
         fetch(WEIGHTS)

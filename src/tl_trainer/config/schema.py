@@ -108,8 +108,8 @@ class ModelSection(Section):
     backbone: str = Field("resnet152", description="The name of a torchvision classification model, or tiny_resnet.")
     weights: str = Field(
         "DEFAULT",
-        description="A torchvision weights name (of tiny_resnet DRAWINGS_V1, which needs no network), DEFAULT (its "
-        "best), none (random), or a state_dict file.",
+        description="A torchvision weights name, DRAWINGS_V1 (of tiny_resnet, needs no network), DEFAULT (the best), "
+        "none (random), or a state_dict file.",
     )
     tap: str = Field(
         "penultimate",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from tl_trainer.data.drawing import Dice, Drawn, Nuisance, box, ellipse, length, scenes
+from tl_trainer.data.drawing import Dice, Nuisance, Pattern, box, ellipse, length, scenes
 from tl_trainer.files import cache_folder
 
 VERSION = 2
@@ -113,7 +113,7 @@ def _mushroom(points: Tensor, dice: Dice) -> Tensor:
     return torch.minimum(cap, box(x, y - 0.35, dice.between(0.15, 0.28, len(x), 1, 1), 0.45))
 
 
-SHAPES: dict[str, Drawn] = {
+SHAPES: dict[str, Pattern] = {
     "boat": _boat,
     "butterfly": _butterfly,
     "cup": _cup,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Dice:
-    """Random tensors of one sequence, the same on every machine."""
+    """Random tensors of one sequence."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -34,7 +34,7 @@ class Dice:
         return torch.randperm(count, generator=self.generator)
 
 
-Drawn = Callable[[Tensor, Dice], Tensor]
+Pattern = Callable[[Tensor, Dice], Tensor]
 
 
 class Nuisance(NamedTuple):
@@ -48,7 +48,7 @@ class Nuisance(NamedTuple):
     texture: float = 1.0  # its contrast
     litter: float = 0.6  # the share of scenes with each of two small things lying about
     hidden: float = 0.3  # the share of scenes with a bar before the object
-    grain: float = 0.05
+    grain: float = 0.05  # the largest standard deviation of the noise, of 1
 
 
 WILD = Nuisance()
@@ -56,7 +56,7 @@ LITTER = Nuisance(size=(0.08, 0.25), place=1.0)
 BARS = Nuisance(size=(0.4, 0.8), place=1.0)
 
 
-def scenes(shape: Drawn, count: int, size: int, look: Dice, view: Dice, nuisance: Nuisance = WILD) -> Tensor:
+def scenes(shape: Pattern, count: int, size: int, look: Dice, view: Dice, nuisance: Nuisance = WILD) -> Tensor:
     """(count, 3, size, size) uint8: what `shape` gives, seen once.
 
     `look` decides about the objects, `view` about everything else: the same look with another view is the same object
@@ -73,10 +73,10 @@ def scenes(shape: Drawn, count: int, size: int, look: Dice, view: Dice, nuisance
 
 
 def _paint(
-    picture: Tensor, grid: Tensor, shape: Drawn, look: Dice, view: Dice, nuisance: Nuisance, share: float = 1.0
+    picture: Tensor, grid: Tensor, shape: Pattern, look: Dice, view: Dice, nuisance: Nuisance, share: float = 1.0
 ) -> None:
     """Put an object into `share` of the scenes: turned, placed, shaded, and with a soft shadow around it."""
-    rows = view.order(len(picture))[: math.ceil(share * len(picture))]
+    rows = view.order(len(picture))[: math.ceil(share * len(picture))].sort().values  # a look keeps its rows
     count = len(rows)
     turn, place = nuisance.turn, nuisance.place
     scale = view.between(*nuisance.size, count, 1, 1)
@@ -128,10 +128,10 @@ def hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return value[..., None] * (1 - saturation[..., None] * wedge)
 
 
-def any_of(choices: Sequence[Drawn], points: Tensor, dice: Dice) -> Tensor:
+def any_of(choices: Sequence[Pattern], points: Tensor, dice: Dice) -> Tensor:
     """Each of the choices for its share of the scenes, in random order."""
     drawn = points.new_empty(points.shape[:-1])
-    for choice, rows in zip(choices, dice.order(len(points)).chunk(len(choices)), strict=False):
+    for choice, rows in zip(choices, dice.order(len(points)).tensor_split(len(choices)), strict=True):
         drawn[rows] = choice(points[rows], dice)
     return drawn
 
@@ -214,16 +214,16 @@ def branches(points: Tensor, dice: Dice) -> Tensor:
     width = dice.between(0.05, 0.14, count, 1, 1)
     spread, shrink = dice.between(0.3, 0.9, count, 1, 1), dice.between(0.6, 0.85, count, 1, 1)
     tips = [(torch.tensor([0.0, 0.9]).expand(count, 1, 1, 2), torch.full((count, 1, 1), -math.pi / 2))]
-    length = dice.between(0.5, 0.8, count, 1, 1)
+    reach = dice.between(0.5, 0.8, count, 1, 1)
     drawn = torch.full(points.shape[:-1], math.inf)
     for _ in range(3):
         grown = []
         for start, angle in tips:
-            end = start + length[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+            end = start + reach[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
             drawn = torch.minimum(drawn, segment(points, start, end, width))
             turn = dice.between(-0.3, 0.3, count, 1, 1)
             grown += [(end, angle + turn - spread), (end, angle + turn + spread)]
-        tips, length, width = grown, length * shrink, width * 0.75
+        tips, reach, width = grown, reach * shrink, width * 0.75
     return drawn
 
 
@@ -303,5 +303,5 @@ def bricks(points: Tensor, dice: Dice) -> Tensor:
     return ((edge - dice.between(0.03, 0.12, count, 1, 1)) * 15).clamp(0, 1)
 
 
-SHAPES: tuple[Drawn, ...] = (blob, polygon, parts, stroke, branches, fractal)
-TEXTURES: tuple[Drawn, ...] = (noise, grating, cells, dots, bricks)
+SHAPES: tuple[Pattern, ...] = (blob, polygon, parts, stroke, branches, fractal)
+TEXTURES: tuple[Pattern, ...] = (noise, grating, cells, dots, bricks)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
@@ -24,15 +23,14 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 
-from tl_trainer import models
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
 from tl_trainer.files import content_hash, load_plain, sole_use, stall_timeout
-from tl_trainer.models import embedded  # noqa: F401 (importing it registers its model)
+from tl_trainer.models.embedded import tiny_resnet
 
 log = logging.getLogger(__name__)
 
-BACKBONES = frozenset(list_models(module=torchvision.models) + list_models(module=models))
+BACKBONES = frozenset(list_models(module=torchvision.models)) | {tiny_resnet.__name__}
 TAPS = ("penultimate", "pooled", "logits")
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
@@ -83,7 +81,7 @@ class Backbone(nn.Module):
 
 
 def weights_names() -> list[str]:
-    """What `model.weights` can be called, over all backbones."""
+    """Every name that `model.weights` takes, of any backbone."""
     return sorted({"none", *itertools.chain.from_iterable(get_model_weights(name).__members__ for name in BACKBONES)})
 
 
@@ -163,7 +161,7 @@ def fetch(weights: WeightsEnum) -> Path:
     """
     url = weights.url
     if url.startswith("file:"):
-        path = Path(url2pathname(urlsplit(url).path))
+        path = Path(url2pathname(url.removeprefix("file:")))
         if not _intact(path):
             raise InputError(f"{path}, which comes with tl-trainer, is missing or damaged; install tl-trainer again")
         return path
@@ -280,6 +278,7 @@ def _tap_index(stages: list[Stage], backbone: str, tap: str) -> int:
             raise SettingError("model.tap", f"{backbone} has no classifier, so no logits; set model.tap: penultimate")
         return len(stages)
     if tap == "penultimate":
+        # An Identity is the empty place for a classifier, as in tiny_resnet.
         linear = [index for index, stage in enumerate(stages) if isinstance(stage.module, (nn.Linear, nn.Identity))]
         if not linear:
             raise SettingError("model.tap", f"{backbone} has no Linear layer; set model.tap to pooled or a stage name")
