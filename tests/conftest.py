@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -69,6 +71,16 @@ def console(command: str, *arguments: object, **options: Any) -> subprocess.Comp
     """Run a console command in a process of its own, as a user would."""
     words = [str(Path(sys.executable).with_name(f"tl-{command}")), *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module, so that its functions can be tested."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

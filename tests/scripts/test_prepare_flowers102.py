@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from conftest import load_script
 from tl_trainer.data.folders import open_folders
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_flowers102.py"
@@ -28,7 +28,7 @@ Members = dict[str, bytes | tarfile.TarInfo]
 
 
 @pytest.fixture
-def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+def script() -> ModuleType:
     return load_script(SCRIPT)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from conftest import load_script
 from tl_trainer.data.drawing import Dice
 from tl_trainer.files import content_hash
 from tl_trainer.models.backbones import build_backbone
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_demo_backbone.py"
 
 
 @pytest.fixture(scope="module")
-def script(load_script: Callable[[Path], ModuleType]) -> ModuleType:
+def script() -> ModuleType:
     return load_script(SCRIPT)
 
 
