@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import random
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from stress_tools import RECIPES, Child, NotRun, Outcome, broken, command, draw
 from tl_trainer.models.prefix import FrozenPrefix
@@ -145,6 +147,9 @@ def out_of_memory(count: int, folder: Path, rng: random.Random) -> Outcome:
     """
     outcome, enough = Outcome(), 0
     data = draw(folder / "data")
+    for split, suffix in itertools.product(("train", "val"), (".jpg", ".webp")):  # whose decoders need much memory
+        picture = Image.effect_noise((1500, 1500), 64).convert("RGB")
+        picture.save(data / split / "red" / f"large{suffix}", progressive=True)
     words = ("--data-dir", data, "--output", folder / "runs", *RECIPES["cached"], *LARGE)
     assert command("train", *words, logs=folder).wait() == 0
     best = folder / "runs" / "run-1" / "best.pth"

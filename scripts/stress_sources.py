@@ -69,7 +69,7 @@ def replaced_files(count: int, folder: Path, rng: random.Random) -> Outcome:
     expected = trained(folder / "whole" / "run-1")
     cases = list(itertools.product(MOMENTS, CHANGES, ("train", "val")))
     for number in range(count):
-        moment, change, split = cases[number] if count >= len(cases) else rng.choice(cases)
+        moment, change, split = cases[number % len(cases)] if count >= len(cases) else rng.choice(cases)
         place = folder / str(number)
         data = draw(place / "data")
         victim = data / split / rng.choice(("blue", "green", "red")) / f"{rng.randrange(3):02}.png"

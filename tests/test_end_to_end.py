@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
-from tl_trainer import checkpoint, predict
+from tl_trainer import checkpoint, predict, run
 from tl_trainer.files import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
@@ -172,7 +172,7 @@ def test_a_signal_while_the_last_epoch_is_saved_counts(
     monkeypatch.setattr(Saver, "finish", lambda self: (signal.raise_signal(number), finish(self))[1])
     result = tl("train", "--data-dir", colours, "--epochs", 2, *SMALL)
     assert result.returncode == 128 + number
-    assert "stopped behind the last epoch; runs/run-1/best.pth is complete; --resume runs/run-1 makes" in result.stderr
+    assert "stopped after the last epoch; runs/run-1/best.pth is complete; --resume runs/run-1 makes" in result.stderr
     assert checkpoint.load(Path("runs/run-1/last.pth")).epoch == 2
     assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
 
@@ -183,7 +183,13 @@ def test_resume_refuses_what_does_not_fit(tl: Run, colours: Path) -> None:
     content = torch.load(last, weights_only=True)
     wider = {key: torch.cat([value, value]) for key, value in content["trained"].items()}
     without = {key: value for key, value in content["resume"].items() if key != "optimizer"}
-    for changed, message in (({"trained": wider}, "size mismatch"), ({"resume": without}, "'optimizer'")):
+    moments = {**content["resume"]["optimizer"], "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}}}
+    cases = [
+        ({"trained": wider}, "size mismatch"),
+        ({"resume": without}, "'optimizer'"),
+        ({"resume": {**content["resume"], "optimizer": moments}}, "the optimizer's exp_avg is (2,), its weight ("),
+    ]
+    for changed, message in cases:
         save_sealed(last, {**content, **changed})
         refused = tl("train", "--resume", "runs/run-1", "--epochs", 2)
         assert refused.returncode == 2
@@ -307,6 +313,26 @@ def test_bad_images_stop_a_run_before_its_first_epoch_or_are_skipped(tl: Run, co
     skipped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL, "data.on_bad_image=skip")
     assert skipped.returncode == 0, skipped.stderr
     assert "skipped 2 of 24 train images" in skipped.stderr
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_an_image_that_changes_between_two_views_is_not_skipped_in_one_of_them(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, f"features.cache={cache}"))
+    original = run.evaluate
+
+    def then_change(*arguments: Any) -> Any:
+        scores = original(*arguments)
+        (colours / "val" / "red" / "00.jpg").write_bytes(b"not an image any more")
+        return scores
+
+    monkeypatch.setattr(run, "evaluate", then_change)
+    words = ("--checkpoint", "runs/run-1", "--tta", "flip", "--on-bad-image", "skip")
+    result = tl("eval", *words)
+    assert result.returncode == 2
+    assert "00.jpg: has changed since it was read first" in result.stderr
+    assert last_json(tl("eval", *words, "--json"))["n"] == 11
 
 
 def test_unwritable_output_is_refused_before_anything_is_loaded(tl: Run, colours: Path, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_letters_of_every_script_and_emoji_stay_as_they_are(name: str) -> None:
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("can't start new thread"), True),
         (OSError(28, "No space left on device"), False),
+        (FileNotFoundError(2, "No such file or directory", "out of memory/a.jpg"), False),
         (ValueError("damaged"), False),
     ],
 )

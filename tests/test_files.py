@@ -334,7 +334,7 @@ def test_who_waits_for_a_folder_gets_it_in_the_end(tmp_path: Path) -> None:
         words = [sys.executable, "-c", code]
         waiting = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert waiting.stderr is not None
-        assert "waiting for another process that downloads to ." in waiting.stderr.readline()
+        assert "waiting for another process that is at work in ." in waiting.stderr.readline()
         (tmp_path / "fetched").touch()
     assert waiting.communicate(timeout=60)[0] == "True\n"
 

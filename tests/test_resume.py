@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,26 @@ def test_a_run_that_another_process_trains_is_not_even_read(
     assert (RUN / ".last.pth-7.tmp").exists()
 
 
+def test_a_look_at_a_run_that_another_process_trains_is_allowed(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    (RUN / ".last.pth-7.tmp").touch()
+    with sole_use(RUN):
+        for flag in ("--print-config", "--dry-run"):
+            assert tl("train", "--resume", RUN, "--epochs", 2, flag).returncode == 0
+        assert (RUN / ".last.pth-7.tmp").exists()
+    last_json(tl("train", "--resume", RUN, "--epochs", 2, "--json"))
+    assert not (RUN / ".last.pth-7.tmp").exists()
+
+
+def test_the_newest_run_is_found_beside_one_whose_description_is_damaged(tl: Run, colours: Path) -> None:
+    words = ("train", "--data-dir", colours, *SMALL)
+    for _ in range(2):
+        last_json(tl(*words, "--epochs", 2, "--json"))
+    RUN.with_name("run-2").joinpath("config.yaml").write_bytes(b"{\xff")
+    (RUN / "result.json").unlink()
+    assert last_json(tl(*words, "--epochs", 2, "--resume", "--json"))["run_dir"] == str(RUN)
+
+
 @pytest.mark.parametrize(
     "forged",
     [
@@ -121,6 +142,9 @@ def test_a_run_that_another_process_trains_is_not_even_read(
         {"batch": 2},  # of no images
         {"loss": "0"},
         {"seconds": None},
+        {"epoch": True, "best_epoch": True},
+        {"best_epoch": 2},
+        {"best": {"loss": 0.5, "top1": 2.0, "top5": 1.0, "n": 12}},
         {"another": 1},
     ],
 )
@@ -137,7 +161,12 @@ def test_forged_figures_are_refused_when_they_are_read(tl: Run, colours: Path, f
     )
 
 
-@pytest.mark.parametrize("plateau", [{"best": None, "bad_epochs": 0, "factor": 1.0}, {}, None])
+PLATEAU = {"best": 0.5, "bad_epochs": 0, "factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    "plateau", [{**PLATEAU, "best": None}, {**PLATEAU, "best": math.nan}, {**PLATEAU, "bad_epochs": 0.9}, {}, None]
+)
 def test_a_forged_schedule_is_refused(tl: Run, colours: Path, plateau: Any) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     content = torch.load(RUN / "last.pth", weights_only=True)
@@ -146,6 +175,8 @@ def test_a_forged_schedule_is_refused(tl: Run, colours: Path, plateau: Any) -> N
     refused = tl("train", "--resume", RUN, "--epochs", 2)
     assert refused.returncode == 2
     assert f"{RUN / 'last.pth'}: does not fit this run: " in refused.stderr.splitlines()[-1]
+    assert (RUN / "result.json").exists()
+    assert "epochs: 1" in (RUN / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -7,6 +7,7 @@ the commands end with: 2 for a wrong input, 1 for a run that failed, 128 + the s
 from __future__ import annotations
 
 import difflib
+import errno
 import reprlib
 import unicodedata
 from collections.abc import Iterable
@@ -66,17 +67,27 @@ class Interrupted(TrainerError):
 
 _NO_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
-    "can't start new thread", "failed to map segment",
+    "can't start new thread",
 )  # fmt: skip
+_SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, in the words of Python, torch, its libraries or the system.
 
-    Whoever calls a file damaged because reading it failed asks first.
+    Whoever calls a file damaged because reading it failed asks first. Decoders of images have no words of their own
+    for it, so it is also tried: as long as nobody writes to them, the bytes cost nothing.
     """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return True
+    try:
+        bytearray(_SPARE)
+    except MemoryError:
+        return True
+    return False
 
 
 _QUOTE = reprlib.Repr()

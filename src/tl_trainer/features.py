@@ -216,6 +216,7 @@ def _bad_copies(split: Split, hashes: Sequence[bytes | ImageError], bad: dict[in
         if digest in contents and index not in bad:
             try:
                 split.open(index)
+                copies[index] = f"{split.names[index]}: is the same as an image that has changed meanwhile; start again"
             except ImageError as error:
                 copies[index] = str(error)
     return copies

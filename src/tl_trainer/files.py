@@ -166,15 +166,15 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def sole_use(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a folder for this process; where another one holds it, `wait` for that or raise InputError.
 
-    Windows has no such lock.
+    Gives whether it is held: Windows and some file systems have no such lock.
     """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     _held.add(descriptor)
@@ -184,11 +184,13 @@ def sole_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             if not wait:
                 raise InputError(f"{folder}: another tl-train is at work in it; wait for it, or end it first") from None
-            log.info("waiting for another process that downloads to %s", folder)
+            log.info("waiting for another process that is at work in %s", folder)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             log.debug("%s cannot be locked", folder)
-        yield
+            yield False
+            return
+        yield True
     finally:
         if descriptor in _held:  # not in a worker, where the generator may end too
             _held.remove(descriptor)
@@ -197,7 +199,7 @@ def sole_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process has half written into a folder that this one holds."""
-    for unfinished in folder.glob(".*.tmp"):
+    for unfinished in folder.rglob(".*.tmp"):
         unfinished.unlink(missing_ok=True)
 
 

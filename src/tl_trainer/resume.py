@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
 from tl_trainer.config.schema import expand, flat
 from tl_trainer.errors import CheckpointError, InputError
-from tl_trainer.files import previous, sole_use
+from tl_trainer.files import previous, remove_unfinished, sole_use
 from tl_trainer.saver import RESULT, Progress
 
 log = logging.getLogger(__name__)
@@ -46,10 +44,13 @@ class Resumption:
 
 
 @contextlib.contextmanager
-def resume(target: str | None, config: str | None, overrides: Overrides) -> Iterator[tuple[Loaded, Resumption]]:
+def resume(
+    target: str | None, config: str | None, overrides: Overrides, *, hold: bool = True
+) -> Iterator[tuple[Loaded, Resumption]]:
     """The run at `target` (a run directory or its last.pth), or the newest unfinished one of the configuration.
 
-    Its folder is held within the block, and before last.pth is read: another process would soon write a newer one.
+    hold: whether it will be written to. Then its folder is this process's within the block, and before last.pth is
+    read, since another process would soon write a newer one; what a killed one has half written is removed.
     Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, or where the
     configuration differs in more than CHANGEABLE.
     """
@@ -62,7 +63,9 @@ def resume(target: str | None, config: str | None, overrides: Overrides) -> Iter
         path = path / "last.pth" if path.is_dir() else path
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
-    with sole_use(path.parent):
+    with sole_use(path.parent) if hold else contextlib.nullcontext(False) as held:
+        if held:
+            remove_unfinished(path.parent)
         yield _read(path, config, overrides)
 
 
@@ -86,11 +89,11 @@ def _read(path: Path, config: str | None, overrides: Overrides) -> tuple[Loaded,
 
 
 def _newest_unfinished(loaded: Loaded) -> Path:
-    output, wanted = expand(loaded.config.output.dir), yaml.safe_load(to_yaml(loaded.config))
+    output, wanted = expand(loaded.config.output.dir), to_yaml(loaded.config)
     newest = sorted(output.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         description = path.with_name("config.yaml")
-        same = description.is_file() and yaml.safe_load(description.read_text(encoding="utf-8")) == wanted
+        same = description.is_file() and description.read_text("utf-8", "surrogateescape") == wanted
         if same and (not path.with_name(RESULT).is_file() or _load_last(path).epoch < loaded.config.train.epochs):
             return path
     others = ", ".join(str(path.parent) for path in newest[:3])

@@ -31,7 +31,7 @@ from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError, is_out_of_memory
 from tl_trainer.evaluate import averaged, evaluate
 from tl_trainer.features import FeatureBatches
-from tl_trainer.files import make_folder, remove_unfinished, sole_use, write_text
+from tl_trainer.files import make_folder, sole_use, write_text
 from tl_trainer.metrics import Scores, figures, surest_mistakes
 from tl_trainer.report import Evaluation, write_report
 from tl_trainer.restore import restore
@@ -70,21 +70,21 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
     with contextlib.ExitStack() as stack:
         if resumption is None:  # else `resume` holds it, since before it read last.pth
             stack.enter_context(sole_use(run_dir))
-        remove_unfinished(run_dir)
-        (run_dir / RESULT).unlink(missing_ok=True)
+        else:
+            _go_on(state, resumption)
+            (run_dir / RESULT).unlink(missing_ok=True)
         with StopRequest() as stop, _threads_for(parts):
             _describe(parts, run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(parts, run_dir, resumption)))
             saver = Saver(run_dir, template, state, stop, images, tracker.flush)
-            if resumption:
-                _go_on(state, resumption)
-                saver.adopt(resumption.best)
+            saver.adopt(resumption.best if resumption else None)
             fit(new_training(parts, state), tracker, saver)
         if stop.signal is not None:  # it came while the last epoch was saved
             raise Interrupted(
-                stop.signal, f"stopped behind the last epoch; {run_dir / 'best.pth'} is complete; {_remedy(run_dir)}"
+                stop.signal, f"stopped after the last epoch; {run_dir / 'best.pth'} is complete; {_remedy(run_dir)}"
             )
-        return _conclude(parts, run_dir, tracker, saver, started)
+        with _saying_what_is_saved(run_dir):
+            return _conclude(parts, run_dir, tracker, saver, started)
 
 
 def _conclude(parts: Parts, run_dir: Path, tracker: Tracker, saver: Saver, started: float) -> dict[str, Any]:
@@ -109,23 +109,30 @@ def _conclude(parts: Parts, run_dir: Path, tracker: Tracker, saver: Saver, start
         "seconds": round(time.perf_counter() - started, 3),
     }
     try:
-        _log_outcome(parts, tracker, progress.best_epoch, scores)
         if parts.config.output.report:
             result["report"] = str(_report(parts, run_dir, scores, saver.best))
+        _log_outcome(parts, tracker, progress.best_epoch, scores)
         tracker.close()
         result["seconds"] = round(time.perf_counter() - started, 3)
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
     except TrainerError as error:  # the run has succeeded, and everything that matters is saved
-        log.warning("%s\nthe run is complete, its best epoch in %s; %s", error, best, _remedy(run_dir))
-    except KeyboardInterrupt as error:
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        message = f"stopped; the run is complete, its best epoch in {best}; {_remedy(run_dir)}"
-        raise Interrupted(number, message) from error
+        log.warning("%s\nevery epoch is done, the best one in %s; %s", error, best, _remedy(run_dir))
     return result
 
 
+@contextlib.contextmanager
+def _saying_what_is_saved(run_dir: Path) -> Iterator[None]:
+    """A signal after the last epoch takes no epoch with it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        message = f"stopped; every epoch is done, the best one in {run_dir / 'best.pth'}; {_remedy(run_dir)}"
+        raise Interrupted(number, message) from error
+
+
 def _remedy(run_dir: Path) -> str:
-    return f"--resume {run_dir} makes the report that is missing"
+    return f"--resume {run_dir} makes up what is missing, such as the report"
 
 
 def _go_on(state: State, resumption: Resumption) -> None:
@@ -201,12 +208,14 @@ def evaluate_checkpoint(
             log.warning("%s; going on without the cache", error)
             network.extractor = None
     size, processes = batch_size or config.train.batch_size, worker_count(data.workers if workers is None else workers)
-    images, views = dataset.split(split), []
+    images, views = dataset.split(split), list[Scores]()
     pipelines = tta_pipelines(restored.checkpoint.preprocessing, tta)
     for number, pipeline in enumerate(pipelines, start=1):
         what = f"{split} (view {number} of {len(pipelines)})" if tta else split
-        feed = network.evaluation_feed(images, what, pipeline, on_bad_image or data.on_bad_image, size, processes)
-        images = feed.split  # bad ones are found, and told, once
+        # Bad images are found, and told, once: those of the later views must be the same.
+        on_bad = "error" if views else on_bad_image or data.on_bad_image
+        feed = network.evaluation_feed(images, what, pipeline, on_bad, size, processes)
+        images = feed.split
         views.append(evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), what, len(feed.batches))))
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
     evaluation = Evaluation(split, dataset.where, images, scores, network.contents(images), restored.checkpoint, tta)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, optim
 
 from tl_trainer.checkpoint import Checkpoint, save
-from tl_trainer.errors import Interrupted, RunError
+from tl_trainer.errors import Interrupted, RunError, shown
 from tl_trainer.files import keep_previous
 from tl_trainer.metrics import Figures, Scores, fit_temperature
 from tl_trainer.models.classifier import Classifier
@@ -52,9 +52,11 @@ class Progress:
             return None
         counts = [found.epoch, found.batch, found.images, found.best_epoch, best.get("n", 1)]
         numbers = [found.loss, found.seconds, *(best[name] for name in best if name != "n")]
-        if not all(isinstance(value, int) and value >= 0 for value in counts):
+        if not all(type(value) is int and value >= 0 for value in counts) or found.best_epoch > found.epoch:
             return None
-        if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
+        if not all(type(value) is float and math.isfinite(value) for value in numbers):
+            return None
+        if best and not all(0 <= best[name] <= 1 for name in ("top1", "top5")):
             return None
         return found if (found.epoch == 0) == (not best) and (found.batch == 0) == (found.images == 0) else None
 
@@ -91,14 +93,23 @@ class State:
         }
 
     def restore(self, trained: dict[str, Tensor], resume: dict[str, Any]) -> None:
-        """The reverse of `resume_data`, bit for bit."""
+        """The reverse of `resume_data`, bit for bit. Raises whatever torch raises for what does not fit."""
         self.classifier.load_trained_state(trained)
         self.optimizer.load_state_dict(resume["optimizer"])
+        for weight, kept in self.optimizer.state.items():  # which torch would only find out in its first step
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                    raise ValueError(
+                        f"the optimizer's {name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}"
+                    )
         plateau = self.schedule.plateau
-        plateau.update({name: type(value)(resume["plateau"][name]) for name, value in plateau.items()})
+        for name, value in plateau.items():
+            found = resume["plateau"][name]
+            if type(found) is not type(value) or math.isnan(found):
+                raise ValueError(f"the schedule's {name} is {shown(found)}")
+            plateau[name] = found
         self.scaler.load_state_dict(resume["scaler"])
-        for name, value in resume["progress"].items():
-            setattr(self.progress, name, value)
+        self.progress = Progress(**resume["progress"])
         torch.set_rng_state(resume["random"]["cpu"])
         if "cuda" in resume["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(resume["random"]["cuda"], self._device)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from tl_trainer import errors
 from tl_trainer.data.images import FORMATS, decode, load, to_rgb
 from tl_trainer.errors import ImageError
 
@@ -283,6 +284,16 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match="not an ordinary file; remove it from the dataset"):
         load(tmp_path)
+
+
+def test_no_image_is_blamed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's words for that are the same as for broken bytes."""
+    broken = encode(Image.new("RGB", (64, 64)), "JPEG")[:-40]
+    with pytest.raises(ImageError, match=r"photo\.jpg: damaged image"):
+        decode(broken, "photo.jpg")
+    monkeypatch.setattr(errors, "_SPARE", 1 << 62)
+    with pytest.raises(MemoryError, match=r"photo\.jpg"):
+        decode(broken, "photo.jpg")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this platform")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tl_trainer.data import images
+from tl_trainer.data import images, loaders
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, ImageBatches, _named_deaths, batch_order, readable, worker_count
+from tl_trainer.data.loaders import Batch, ImageBatches, _Batches, _named_deaths, batch_order, readable, worker_count
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import DataError, ImageError, RunError
 
@@ -232,6 +232,14 @@ def test_an_image_that_was_written_again_as_it_was_is_the_same(split: Split) -> 
     assert len(list(batches.epoch(1, CPU))) == 3
 
 
+def test_an_image_that_changed_is_not_taken_for_the_one_that_was_read(split: Split) -> None:
+    assert split.paths is not None
+    kept = readable(split, "train", "error")
+    Image.new("RGB", (20, 20)).save(split.paths[3])
+    with pytest.raises(ImageError, match=r"3\.png: has changed"):
+        readable(kept, "train", "error").open(3)
+
+
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_no_image_is_bad_because_memory_ran_out(
     split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: str
@@ -346,6 +354,9 @@ def test_a_worker_that_cannot_hand_over_its_batch_says_why(
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    epoch = _Batches(split, _batches(split).pipeline, seed=0, epoch=0)
+    assert isinstance(epoch[[0, 1]], Batch)
+    monkeypatch.setattr(loaders, "get_worker_info", lambda: "a worker's")
     with pytest.raises(raised, match=said):
-        list(_batches(split, workers=1).epoch(0, CPU))
-    assert len(list(_batches(split, workers=0).epoch(0, CPU))) == 3
+        if isinstance(found := epoch[[0, 1]], Exception):
+            raise found

@@ -84,7 +84,8 @@ def _train(args: argparse.Namespace) -> int:
         return _perform(args, load(args.config, overrides), None)
     from tl_trainer.resume import resume
 
-    with resume(args.resume or None, args.config, overrides) as (loaded, resumption):
+    hold = not (args.print_config or args.clear_cache or args.dry_run)
+    with resume(args.resume or None, args.config, overrides, hold=hold) as (loaded, resumption):
         return _perform(args, loaded, resumption)
 
 

@@ -52,9 +52,7 @@ def changed(path: Path) -> ImageError:
 def read(path: Path) -> bytes:
     """The bytes of an image file. Raises ImageError where there are none, or where reading could wait for ever."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError(f"{printable(str(path))}: not an ordinary file; remove it from the dataset")
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_ordinary) as file:
             data = file.read()
     except OSError as error:
         if is_out_of_memory(error):
@@ -67,9 +65,13 @@ def read(path: Path) -> bytes:
     return data
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Never wait for the other end of a pipe that has taken the file's place since it was looked at."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+def _open_ordinary(path: str, flags: int) -> int:
+    """Open a file, but no pipe, whose other end could be waited for, and no device, which could be read for ever."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ImageError(f"{printable(path)}: not an ordinary file; remove it from the dataset")
 
 
 def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Image:
@@ -89,8 +91,8 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: too many pixels to be a photograph: {error}") from None
     except Exception as error:  # a decoder fed with broken bytes raises anything from OSError to IndexError
-        if is_out_of_memory(error):
-            raise
+        if is_out_of_memory(error):  # in the words of a decoder, which by then may no longer be known for what they are
+            raise MemoryError(f"{name}: {error}") from error
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
 
 
