@@ -154,7 +154,7 @@ def out_of_memory(count: int, folder: Path, rng: random.Random) -> Outcome:
     assert command("train", *words, logs=folder).wait() == 0
     best = folder / "runs" / "run-1" / "best.pth"
     for number in range(count):
-        place, megabytes = folder / str(number), rng.uniform(20, 400)
+        place, megabytes = folder / str(number), rng.uniform(20, 600)
         training = ("--data-dir", data, "--output", place / "runs", "data.on_bad_image=skip")
         large = (*LARGE, "transforms.train=[{RandomResizedCrop: 384}]")
         commands: list[tuple[Any, ...]] = [
