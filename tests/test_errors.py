@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tl_trainer import errors
-from tl_trainer.errors import Interrupted, SettingError, TrainerError, is_out_of_memory, printable, shown, unknown
+from tl_trainer.errors import (
+    Interrupted,
+    RunError,
+    SettingError,
+    TrainerError,
+    is_out_of_memory,
+    printable,
+    require_memory,
+    shown,
+    unknown,
+)
 
 CODES = {
     "TrainerError": 1,
@@ -115,3 +125,11 @@ def test_letters_of_every_script_and_emoji_stay_as_they_are(name: str) -> None:
 )
 def test_out_of_memory_has_many_words(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
+
+
+def test_too_little_memory_to_begin_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that start later take memory which nobody can be told is missing: the system aborts the process."""
+    require_memory()
+    monkeypatch.setattr(errors, "_SPARE", 1 << 62)
+    with pytest.raises(RunError, match=r"^out of memory: .* close other programs"):
+        require_memory()

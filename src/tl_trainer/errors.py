@@ -81,8 +81,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
-        return True
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY) or _memory_is_short()
+
+
+def require_memory() -> None:
+    """Raise RunError where so little memory is left that the system would abort the process for want of it."""
+    if _memory_is_short():
+        raise RunError(
+            f"out of memory: fewer than {_SPARE >> 20} MB are left for the network; close other programs, or raise the "
+            "limit on this one (ulimit -v)"
+        )
+
+
+def _memory_is_short() -> bool:
     try:
         bytearray(_SPARE)
     except MemoryError:

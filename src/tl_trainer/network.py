@@ -16,6 +16,7 @@ from tl_trainer.data.content import contents
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches, readable
 from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import require_memory
 from tl_trainer.evaluate import evaluate
 from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches, features_folder
 from tl_trainer.models.classifier import Classifier
@@ -64,6 +65,7 @@ class Network:
         *,
         compiled: bool = False,
     ) -> None:
+        require_memory()
         self.classifier = classifier.to(device)
         self.device = device
         self.precision = prefix_precision(precision, device)
