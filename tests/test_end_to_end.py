@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -177,6 +178,22 @@ def test_a_signal_while_the_last_epoch_is_saved_counts(
     assert last_json(tl("eval", "--checkpoint", "runs/run-1", "--json"))["n"] == 12
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_epoch_says_what_is_saved_and_what_is_not(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "figures", lambda scores: signal.raise_signal(number))
+        draw_split(colours / "test", 2)
+        stopped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL)
+    assert stopped.returncode == 128 + number
+    assert stopped.stderr.splitlines()[-1] == (
+        "tl-train: stopped; every epoch is done, the best one in runs/run-1/best.pth; "
+        "--resume runs/run-1 makes up what is missing, such as the report"
+    )
+    assert last_json(tl("train", "--resume", "runs/run-1", "--json"))["test"]["n"] == 6
+
+
 def test_resume_refuses_what_does_not_fit(tl: Run, colours: Path) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     last, best = Path("runs/run-1/last.pth"), Path("runs/run-1/best.pth")
@@ -331,7 +348,7 @@ def test_an_image_that_changes_between_two_views_is_not_skipped_in_one_of_them(
     words = ("--checkpoint", "runs/run-1", "--tta", "flip", "--on-bad-image", "skip")
     result = tl("eval", *words)
     assert result.returncode == 2
-    assert "00.jpg: has changed since it was read first" in result.stderr
+    assert re.fullmatch(r"tl-eval: .*00\.jpg: has changed since it was read first; .*", result.stderr.splitlines()[-1])
     assert last_json(tl("eval", *words, "--json"))["n"] == 11
 
 

@@ -359,7 +359,28 @@ def test_a_forked_process_does_not_hold_the_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_has_half_written_is_removed(tmp_path: Path) -> None:
-    for name in (".last.pth-7.tmp", "last.pth", "notes.tmp"):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "another's").mkdir()
+    names = [".last.pth-7.tmp", "last.pth", "notes.tmp", "report/.report.html-7.tmp", "another's/.last.pth-8.tmp"]
+    for name in names:
         (tmp_path / name).touch()
-    remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pth", "notes.tmp"]
+    remove_unfinished(tmp_path, tmp_path / "report", tmp_path / "missing")
+    assert [name for name in names if (tmp_path / name).exists()] == [
+        "last.pth",
+        "notes.tmp",
+        "another's/.last.pth-8.tmp",
+    ]
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with sole_use(tmp_path) as held:
+        assert not held
+    with pytest.raises(ValueError, match="of the block") as raised, sole_use(tmp_path):
+        raise ValueError("of the block")
+    assert raised.value.__context__ is None

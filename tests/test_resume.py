@@ -128,6 +128,13 @@ def test_the_newest_run_is_found_beside_one_whose_description_is_damaged(tl: Run
     assert last_json(tl(*words, "--epochs", 2, "--resume", "--json"))["run_dir"] == str(RUN)
 
 
+def test_nothing_is_removed_beside_a_file_that_is_no_checkpoint(tl: Run, tmp_path: Path) -> None:
+    (tmp_path / "last.pth").write_text("nonsense")
+    (tmp_path / ".notes.tmp").write_text("somebody's")
+    assert tl("train", "--resume", tmp_path).returncode == 2
+    assert (tmp_path / ".notes.tmp").exists()
+
+
 @pytest.mark.parametrize(
     "forged",
     [

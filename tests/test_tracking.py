@@ -429,6 +429,21 @@ def test_a_bar_writes_nothing_where_stderr_is_no_terminal(capsys: pytest.Capture
     assert captured.out == captured.err == ""
 
 
+def test_a_writer_that_cannot_be_made_is_left_out_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
+    with tracking(tmp_path) as tracker:
+        log_epochs(tracker, range(1, 3))
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "TensorBoard cannot be written, and is left out from here on: [Errno 28] No space left on device"
+    ]
+    assert len(rows(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("broken", ["add_text", "add_image", "add_scalar", "add_pr_curve", "close"])
 def test_a_writer_that_fails_is_left_out_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str

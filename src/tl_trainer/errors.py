@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import reprlib
+import threading
 import unicodedata
 from collections.abc import Iterable
 
@@ -70,34 +71,36 @@ _NO_MEMORY = (
     "can't start new thread",
 )  # fmt: skip
 _SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
+_TRYING = threading.Lock()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, in the words of Python, torch, its libraries or the system.
 
-    Whoever calls a file damaged because reading it failed asks first. Decoders of images have no words of their own
-    for it, so it is also tried: as long as nobody writes to them, the bytes cost nothing.
+    Whoever calls a file damaged because reading it failed asks first.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY) or _memory_is_short()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
 
 
 def require_memory() -> None:
     """Raise RunError where so little memory is left that the system would abort the process for want of it."""
-    if _memory_is_short():
+    if memory_is_short():
         raise RunError(
             f"out of memory: fewer than {_SPARE >> 20} MB are left for the network; close other programs, or raise the "
             "limit on this one (ulimit -v)"
         )
 
 
-def _memory_is_short() -> bool:
-    try:
-        bytearray(_SPARE)
-    except MemoryError:
-        return True
+def memory_is_short() -> bool:
+    """Whether hardly any memory can be had. It is tried; zeros that nobody reads take addresses and no memory."""
+    with _TRYING:  # or threads would take the room from each other
+        try:
+            bytes(_SPARE)
+        except MemoryError:
+            return True
     return False
 
 

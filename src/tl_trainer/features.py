@@ -26,7 +26,7 @@ from tl_trainer.data.content import content_hashes, forget
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, cores, known, stacked, without_bad
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import ImageError, InputError
+from tl_trainer.errors import ImageError, InputError, printable
 from tl_trainer.feature_store import FeatureStore, make_room
 from tl_trainer.files import cache_folder, make_folder
 from tl_trainer.models.prefix import FrozenPrefix
@@ -216,7 +216,9 @@ def _bad_copies(split: Split, hashes: Sequence[bytes | ImageError], bad: dict[in
         if digest in contents and index not in bad:
             try:
                 split.open(index)
-                copies[index] = f"{split.names[index]}: is the same as an image that has changed meanwhile; start again"
+                copies[index] = (
+                    f"{printable(split.names[index])}: is the same as an image that has changed meanwhile; start again"
+                )
             except ImageError as error:
                 copies[index] = str(error)
     return copies

@@ -176,7 +176,7 @@ def sole_use(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, held = os.open(folder, os.O_RDONLY), True
     _held.add(descriptor)
     try:
         try:
@@ -188,18 +188,17 @@ def sole_use(folder: Path, *, wait: bool = False) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             log.debug("%s cannot be locked", folder)
-            yield False
-            return
-        yield True
+            held = False
+        yield held
     finally:
         if descriptor in _held:  # not in a worker, where the generator may end too
             _held.remove(descriptor)
             os.close(descriptor)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process has half written into a folder that this one holds."""
-    for unfinished in folder.rglob(".*.tmp"):
+def remove_unfinished(*folders: Path) -> None:
+    """Remove what a killed process has half written into folders that this one holds."""
+    for unfinished in (path for folder in folders for path in folder.glob(".*.tmp")):
         unfinished.unlink(missing_ok=True)
 
 

@@ -120,7 +120,7 @@ class Network:
 
     def embed(self, split: Split, pipeline: Pipeline, batch_size: int) -> Tensor:
         """The input of the head for every image of the split, (N, features) float32 on the CPU."""
-        feed = self.evaluation_feed(split, "", pipeline, "error", batch_size, workers=0)
+        feed = self.evaluation_feed(split, "", pipeline, "changed", batch_size, workers=0)
         features: list[Tensor] = []
 
         def keep(head: object, inputs: tuple[Tensor, ...]) -> None:

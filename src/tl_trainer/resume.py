@@ -64,9 +64,10 @@ def resume(
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
     with sole_use(path.parent) if hold else contextlib.nullcontext(False) as held:
+        found = _read(path, config, overrides)
         if held:
-            remove_unfinished(path.parent)
-        yield _read(path, config, overrides)
+            remove_unfinished(path.parent, path.parent / "report")
+        yield found
 
 
 def _read(path: Path, config: str | None, overrides: Overrides) -> tuple[Loaded, Resumption]:

@@ -71,7 +71,7 @@ def train(loaded: Loaded, resumption: Resumption | None = None) -> dict[str, Any
         if resumption is None:  # else `resume` holds it, since before it read last.pth
             stack.enter_context(sole_use(run_dir))
         else:
-            _go_on(state, resumption)
+            _go_on(state, resumption)  # from here to `fit` nothing may draw random numbers
             (run_dir / RESULT).unlink(missing_ok=True)
         with StopRequest() as stop, _threads_for(parts):
             _describe(parts, run_dir)
@@ -213,7 +213,7 @@ def evaluate_checkpoint(
     for number, pipeline in enumerate(pipelines, start=1):
         what = f"{split} (view {number} of {len(pipelines)})" if tta else split
         # Bad images are found, and told, once: those of the later views must be the same.
-        on_bad = "error" if views else on_bad_image or data.on_bad_image
+        on_bad = "changed" if views else on_bad_image or data.on_bad_image
         feed = network.evaluation_feed(images, what, pipeline, on_bad, size, processes)
         images = feed.split
         views.append(evaluate(feed.forward, bar(feed.batches.epoch(0, network.device), what, len(feed.batches))))

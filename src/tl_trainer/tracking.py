@@ -30,6 +30,7 @@ Item = TypeVar("Item")
 Logged = ParamSpec("Logged")
 Graph = list[tuple[str, str, bool]]
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
+LEFT_OUT = "TensorBoard cannot be written, and is left out from here on: %s"
 CAPTION_HEIGHT = 14
 GAP = 4
 SECONDS_BETWEEN_DRAWINGS = 10.0  # an epoch on cached features takes less than a picture of its figures
@@ -61,7 +62,7 @@ def _on_tensorboard(
             if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
                 raise
             if self.writer is not None:  # else a step of this method has failed and said so
-                log.warning("TensorBoard cannot be written, and is left out from here on: %s", error)
+                log.warning(LEFT_OUT, error)
             self.writer = None
 
     return tolerant
@@ -85,7 +86,10 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
-            self.writer = SummaryWriter(str(run_dir), purge_step=done + 1)
+            try:
+                self.writer = SummaryWriter(str(run_dir), purge_step=done + 1)
+            except OSError as error:
+                log.warning(LEFT_OUT, error)
 
     @_on_tensorboard
     def start(self, config: str, graph: Graph) -> None:

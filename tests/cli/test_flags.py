@@ -219,6 +219,12 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, NO_MEMORY),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...: can't allocate memory"), 1, NO_MEMORY),
         (OSError(12, "Cannot allocate memory", "a.jpg"), 1, NO_MEMORY),
+        (
+            ImportError("/x/lib.so: failed to map segment from shared object"),
+            1,
+            "tl-x: /x/lib.so: failed to map segment from shared object; close other programs or raise the limit on "
+            "memory (ulimit -v), unless it is mounted noexec\n",
+        ),
         (OSError(36, "File name too long", "x" * 5000), 1, f"tl-x: '{'x' * 57}...{'x' * 58}': File name too long\n"),
         (errors.InputError("a\x1b[2J\nb\r"), 2, "tl-x: a\\x1b[2J\nb\\r\n"),
         (
@@ -371,7 +377,8 @@ def test_resume_takes_a_run_or_nothing_and_never_an_override(
 ) -> None:
     calls: list[object] = []
 
-    def resume(*arguments: object) -> None:
+    def resume(*arguments: object, hold: bool) -> None:
+        assert hold
         calls.append(arguments)
         raise errors.InputError("seen")
 

@@ -72,6 +72,11 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
             return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
         if is_out_of_memory(error):
             return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
+        if "failed to map segment" in str(error):  # the same words for a lack of memory and for a folder
+            message = (
+                f"{error}; close other programs or raise the limit on memory (ulimit -v), unless it is mounted noexec"
+            )
+            return _fail(parser.prog, message, 1)
         if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
             return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
         if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tl_trainer.errors import ImageError, is_out_of_memory, printable
+from tl_trainer.errors import ImageError, is_out_of_memory, memory_is_short, printable
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -91,7 +91,7 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: too many pixels to be a photograph: {error}") from None
     except Exception as error:  # a decoder fed with broken bytes raises anything from OSError to IndexError
-        if is_out_of_memory(error):  # in the words of a decoder, which by then may no longer be known for what they are
+        if is_out_of_memory(error) or memory_is_short():  # decoders have no words of their own for it
             raise MemoryError(f"{name}: {error}") from error
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
 

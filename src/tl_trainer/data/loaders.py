@@ -129,11 +129,14 @@ def known(split: Split, hashes: Sequence[bytes | ImageError]) -> Split:
 def without_bad(split: Split, bad: dict[int, str], what: str, on_bad_image: str) -> Split:
     """The split without the images at the indices of `bad`, whose values say what is wrong with each.
 
-    Raises DataError unless they are to be skipped, or where nothing would be left.
+    Raises DataError unless they are to be skipped, or where nothing would be left. on_bad_image: `error`, `skip`, or
+    `changed` for a split that was read before, of which none may be missing now.
     """
     if not bad:
         return split
     listing = "\n".join(bad[index] for index in sorted(bad)[:2])
+    if on_bad_image == "changed":
+        raise DataError(listing)
     if on_bad_image == "error":
         raise DataError(
             f"{len(bad)} of {len(split)} {what} images cannot be used; replace or remove them, or set "
