@@ -163,6 +163,8 @@ def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
         warnings.resetwarnings()  # pytest makes errors of them all
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)  # as an interpreter starts
         warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # as tl_trainer.data.images has it
         code = body()
         over.touch()

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +50,12 @@ def draw_split(folder: Path, count: int, size: int = 40, classes: dict[str, tupl
 def _one_thread() -> None:
     """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> None:
+    """Ctrl-C interrupts, as at a terminal: a shell starts what it puts into the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
