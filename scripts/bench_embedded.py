@@ -3,9 +3,10 @@
 
     scripts/bench_embedded.py [DIR] [--weights FILE] [--seeds 5]
 
-The demo data through tl-train, on its test split, the mean of the seeds. With DIR, a folder of photographs, logistic
-regression on the features of all of them at 96 px, 10-fold cross-validation twice, against three random networks; in
-`calibrated` the statistics of BatchNorm are those of the photographs. Needs the extra `dev` for scikit-learn.
+`demo, trained` is the demo data through tl-train, on its test split, the mean of the seeds. `probed` is logistic
+regression on the standardised features of all pictures at 96 px, of the demo or of DIR, 10-fold cross-validation twice,
+against three random networks; in `calibrated` the statistics of BatchNorm are those of the pictures. Needs the extra
+`dev` for scikit-learn: scripts/install dev, then .venv/bin/python scripts/bench_embedded.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from bench_report import report
 from tl_trainer.data import transforms
+from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
 from tl_trainer.models.backbones import build_backbone, preprocessing, resolve_weights
 
@@ -42,13 +44,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs on the demo data (default 5)")
     args = parser.parse_args()
     tops = ([trained(weights, seed) for seed in range(args.seeds)] for weights in (args.weights, "none"))
-    rows = [compared("demo", *tops)]
-    if args.folder:
-        images, targets = photographs(args.folder)
-        for name, calibrated in ((args.folder.name, False), (f"{args.folder.name}, calibrated", True)):
+    rows = [compared("demo, trained", *tops)]
+    for name, folder in (("demo", demo_folder()), *([(args.folder.name, args.folder)] if args.folder else [])):
+        images, targets = pictures(folder)
+        for kind, calibrated in (("probed", False), ("probed, calibrated", True)):
             networks = [(args.weights, 0), *(("none", seed) for seed in range(3))]
             pretrained, *random = (probed(weights, seed, images, targets, calibrated) for weights, seed in networks)
-            rows.append(compared(name, [pretrained], random))
+            rows.append(compared(f"{name}, {kind}", [pretrained], random))
     report(["data", "pretrained", "random", "margin"], rows, {"weights": args.weights, "rows": rows})
 
 
@@ -66,8 +68,8 @@ def trained(weights: str, seed: int) -> float:
     return float(summary["test"]["top1"])
 
 
-def photographs(folder: Path) -> tuple[Tensor, list[int]]:
-    """All photographs of all splits as the network wants them, and their classes."""
+def pictures(folder: Path) -> tuple[Tensor, list[int]]:
+    """All pictures of all splits as the network wants them, and their classes."""
     steps = transforms.spell_out("default", preprocessing(BACKBONE, None), train=False)
     pipeline = transforms.Pipeline(steps, "transforms.eval")
     splits = open_folders(folder, None).splits.values()

@@ -82,7 +82,7 @@ def weights(result: dict[str, Any], name: str = "best.pth") -> dict[str, torch.T
 
 def computed(stderr: str) -> dict[str, int]:
     """Per split, how many rows the run said it computed."""
-    found = re.findall(r"features of (\w+) images: (\d+) computed, \d+ cached", stderr)
+    found = re.findall(r"features of (\w+): (\d+) computed, \d+ cached", stderr)
     return {split: int(count) for split, count in found}
 
 
@@ -160,10 +160,10 @@ def test_evaluating_computes_nothing_again(tl: Run, pictures: Path, case: str) -
     assert computed(said) == {"train": 24, "val": 12, "test": 9}
     evaluated = tl("eval", "--checkpoint", result["checkpoint"], "--split", "val", "--json")
     assert last_json(evaluated).items() >= {"split": "val", **result["val"]}.items()
-    assert "features of val images: 0 computed, 12 cached" in evaluated.stderr
+    assert "features of val: 0 computed, 12 cached" in evaluated.stderr
     evaluated = tl("eval", "--checkpoint", result["checkpoint"], "--json")
     assert last_json(evaluated).items() >= {"split": "test", **result["test"]}.items()
-    assert "features of test images: 0 computed, 9 cached" in evaluated.stderr
+    assert "features of test: 0 computed, 9 cached" in evaluated.stderr
 
 
 def test_only_what_changed_is_computed(tl: Run, pictures: Path) -> None:

@@ -299,6 +299,12 @@ def test_the_frozen_prefix_is_made_before_threads_decode(
         (["train", "--device", "cuda:7"], "CUDA devices; use --device cpu"),
         (["train", "--resume", "nowhere"], "--resume nowhere: no such file; give a run directory or its last.pth"),
         (["train", "--resume"], "no unfinished run of this configuration under runs"),
+        (
+            ["train", "--config", "demo", "--data-dir", "colours"],
+            "command line: data.root: data.source: demo draws its",
+        ),
+        (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.weights: unknown weights"),
+        (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.tap: unknown tap 'nope'"),
         (["train", "oops"], "'oops' is not an override; write key=value"),
         (["eval", "--checkpoint", "colours/val/red/00.jpg"], "damaged or not a PyTorch file"),
         (["eval", "--checkpoint", "nofile.pth"], "nofile.pth: cannot be read: No such file or directory"),
@@ -362,7 +368,8 @@ def test_unwritable_output_is_refused_before_anything_is_loaded(tl: Run, colours
 def test_dry_run_writes_nothing(tl: Run, colours: Path) -> None:
     result = tl("train", "--data-dir", colours, "--dry-run", *SMALL)
     assert result.returncode == 0, result.stderr
-    assert "(8, 3, 64, 64)" in result.stdout
+    assert "the first batch is 8 x 3 x 64 x 64, its loss " in result.stdout
+    assert last_json(tl("train", "--data-dir", colours, "--dry-run", "--json", *SMALL))["first_batch"] == [8, 3, 64, 64]
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
     assert not Path("cache").exists()
 

@@ -158,8 +158,8 @@ def test_the_count_is_logged(cache: Cache, split: Split, caplog: pytest.LogCaptu
     cache.run(split.subset(range(3)))
     cache.run(split)
     assert [record.message for record in caplog.records] == [
-        "features of train images: 3 computed, 0 cached",
-        "features of train images: 37 computed, 3 cached",
+        "features of train: 3 computed, 0 cached",
+        "features of train: 37 computed, 3 cached",
     ]
 
 
@@ -404,7 +404,7 @@ def test_bad_images_are_skipped(
         found = extractor.features(bad, "train", pipeline(items), "skip", views)
         assert extractor.computed == computed
         assert "skipped 4 of 40 train images" in caplog.text
-        assert f"train images: {computed} computed, {views * len(good) - computed} cached" in caplog.text
+        assert f"features of train: {computed} computed, {views * len(good) - computed} cached" in caplog.text
         assert list(found.split.names) == [bad.names[index] for index in good]
         assert found.targets.tolist() == [bad.targets[index] for index in good]
         assert rows_of(found, views - 1).shape == (36, 2, 3, 3)

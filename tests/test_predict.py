@@ -3,6 +3,7 @@ how many classes, the temperature, the views."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from tl_trainer.config.load import load
 from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data import images
 from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta_pipelines
+from tl_trainer.errors import InputError
 from tl_trainer.network import Network
-from tl_trainer.predict import Predictor, Row
+from tl_trainer.predict import Predictor, Row, expand_inputs
 from tl_trainer.restore import Restored
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -140,3 +142,18 @@ def test_a_temperature_changes_the_probabilities_and_not_the_order(paths: list[s
     for low, middle, high in zip(cold, plain, hot, strict=True):
         if middle.error is None:
             assert max(shares(low)) > max(shares(middle)) > max(shares(high)) > 1 / CLASSES
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("", "an empty path, as from a variable that is not set"),
+        ("-", "-: no paths on stdin"),
+        ("empty", "empty: no images in this folder"),
+        ("*.jpg", r"\*.jpg: nothing matches"),
+    ],
+)
+def test_what_names_no_image_is_refused(argument: str, message: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        list(expand_inputs([argument], io.StringIO("\n")))

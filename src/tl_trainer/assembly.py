@@ -24,6 +24,7 @@ from tl_trainer.errors import DataError, ImageError, SettingError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.metrics import Scores, class_weights
 from tl_trainer.models.backbones import (
+    BACKBONES,
     build_backbone,
     empty_backbone,
     feature_size,
@@ -135,7 +136,8 @@ def _check_settings(loaded: Loaded) -> None:
     checks: list[Callable[[], object]] = [
         lambda: transforms.check(config.transforms.train, "transforms.train"),
         lambda: transforms.check(config.transforms.eval, "transforms.eval"),
-        lambda: _check_model(config.model),
+        lambda: resolve_weights(config.model.backbone, config.model.weights),
+        lambda: _check_stages(config.model),
         lambda: resolve_device(config.device),
     ]
     for check in checks:
@@ -147,8 +149,9 @@ def _check_settings(loaded: Loaded) -> None:
         raise loaded.located(problems)
 
 
-def _check_model(model: ModelSection) -> None:
-    resolve_weights(model.backbone, model.weights)
+def _check_stages(model: ModelSection) -> None:
+    if model.backbone not in BACKBONES:  # which the check before has said
+        return
     backbone = empty_backbone(model.backbone, model.weights != "none", model.tap)
     if model.trainable not in ("head", "all"):
         backbone.index(model.trainable)

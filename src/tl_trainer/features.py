@@ -89,7 +89,7 @@ class Extractor:
                 bad.update(_bad_copies(split, hashes, bad))
         cached = len(wanted) - len(missing)
         level = logging.INFO if what else logging.DEBUG
-        log.log(level, "features of %s images: %d computed, %d cached", what, self.computed - before, cached)
+        log.log(level, "features of %s: %d computed, %d cached", what, self.computed - before, cached)
         kept = without_bad(split, bad, what, on_bad_image)
         good = [digest for index, digest in enumerate(hashes) if index not in bad and isinstance(digest, bytes)]
         return Features(store, [[_key(digest, tag) for digest in good] for tag in tags], kept)

@@ -55,9 +55,11 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
     for name, curve in curves.items():
         filled = curve.images > 0
         confidence, accuracy = curve.confidence[filled].numpy(), curve.accuracy[filled].numpy()
-        upper.plot(confidence, accuracy, marker="o", markersize=4, label=name)
+        (line,) = upper.plot(confidence, accuracy, linewidth=1, label=name)
+        share = (curve.images / curve.images.max())[filled].numpy()  # a dot's area says how much it is worth
+        upper.scatter(confidence, accuracy, s=4 + 46 * share, color=line.get_color(), clip_on=False)
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    upper.legend(loc="upper left", fontsize=8)
+    upper.legend(loc="lower right", fontsize=8)
     *_, last = curves.values()
     lower.bar((np.arange(BINS) + 0.5) / BINS, last.images.numpy(), width=0.9 / BINS, color="tab:grey")
     lower.set(xlabel="confidence (probability of the predicted class)", ylabel=f"images\n({name})")

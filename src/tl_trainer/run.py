@@ -165,15 +165,15 @@ def _threads_for(parts: Parts) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def dry_run(loaded: Loaded) -> str:
-    """Check everything up to the loss of the first batch, writing nothing; what was found, in a sentence."""
+def dry_run(loaded: Loaded) -> dict[str, Any]:
+    """Check everything up to the loss of the first batch, writing nothing; the batch's shape and the loss."""
     uncached = loaded.config.features.model_copy(update={"cache": "off"})
     parts = assemble(replace(loaded, config=loaded.config.model_copy(update={"features": uncached})))
     log.info("%s", _summary(parts))
     training = new_training(parts, new_state(parts))
     batch = next(iter(training.feed.batches.epoch(0, training.device)))
     loss = training.criterion(training.feed.forward(batch.inputs), batch.targets).item()
-    return f"the first batch is {tuple(batch.inputs.shape)}, its loss {loss:.4f}; nothing was written"
+    return {"first_batch": list(batch.inputs.shape), "loss": loss}
 
 
 def evaluate_checkpoint(
@@ -334,6 +334,7 @@ def _summary(parts: Parts) -> str:
     if network.classifier.frozen:
         arithmetic += f", {network.precision} for what is frozen"
     return (
-        f"{counts} images in {len(parts.dataset.classes)} classes; {model.backbone} ({parts.backbone['weights']}), "
-        f"{trained:,} parameters train; {parts.network.device.type}, {arithmetic}"
+        f"{counts} images in {len(parts.dataset.classes)} classes\n"
+        f"{model.backbone} ({parts.backbone['weights']}), {trained:,} parameters train\n"
+        f"{parts.network.device.type}, {arithmetic}"
     )

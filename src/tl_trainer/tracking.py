@@ -112,7 +112,7 @@ class Tracker:
         scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
         self._scalars({**scalars, "lr": lr, "time/images_per_second": images / seconds}, epoch)
         log.info(
-            "epoch %*d/%d  train loss %.4f  val loss %.4f  top-1 %5.1f%%  top-5 %5.1f%%  lr %.2g  %.1f s",
+            "epoch %*d/%d  loss %.4f  val %.4f  top-1 %4.1f%%  top-5 %4.1f%%  lr %.2g  %.1f s",
             len(str(epochs)), epoch, epochs, train_loss, val.loss, 100 * val.top1, 100 * val.top5, lr, seconds,
         )  # fmt: skip
 

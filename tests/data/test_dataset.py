@@ -134,7 +134,7 @@ def test_an_unknown_split_lists_those_there_are() -> None:
 def test_enforce_classes(found: list[str], complaint: str) -> None:
     with pytest.raises(DataError) as caught:
         enforce_classes(["a", "b", "c"], found, "here", "train")
-    assert str(caught.value) == complaint
+    assert str(caught.value) == f"{complaint} and must be the same here: add, rename or remove what differs"
     enforce_classes(["a", "b", "c"], ["c", "b", "a"], "here", "train")
 
 

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-eval."""
     parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="the best.pth of a run")
+    add("--checkpoint", required=True, metavar="FILE", help="a run directory or its best.pth")
     add("--data-dir", metavar="DIR", help="another folder with the same classes (default: the one it was trained on)")
     add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
         "folder of class folders without splits")  # fmt: skip

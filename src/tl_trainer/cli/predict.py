@@ -27,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("tl-predict", "Classify images.", EPILOG)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
-    add("--checkpoint", metavar="FILE", help="default: $TL_CHECKPOINT, else best.pth of the newest run under ./runs")
+    add("--checkpoint", metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, else the "
+        "newest run under ./runs)")  # fmt: skip
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
@@ -59,7 +60,7 @@ def _predict(args: argparse.Namespace) -> int:
         make_folder(explanations, "--explain")
     restored = restore(path, args.device)
     if restored.checkpoint.temperature is None:
-        log.info("this checkpoint has no temperature; probabilities are as trained, which often says too much")
+        log.info("the probabilities are not calibrated (a last.pth, or too few validation images) and often too high")
     pipelines = tta_pipelines(restored.checkpoint.preprocessing, args.tta)
     predictor = Predictor(restored, args.topk, pipelines, explanations)
     rows = predictor.rows(expand_inputs(args.paths, sys.stdin), args.batch_size)

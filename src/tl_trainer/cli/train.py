@@ -106,10 +106,10 @@ def _perform(args: argparse.Namespace, loaded: Loaded, resumption: Resumption | 
     from tl_trainer import run
 
     if args.dry_run:
-        sys.stdout.write(run.dry_run(loaded) + "\n")
-        return 0
-    result = run.train(loaded, resumption)
-    sys.stdout.write(json.dumps(result) + "\n" if args.json else _report(result))
+        result, in_words = run.dry_run(loaded), _dry_report
+    else:
+        result, in_words = run.train(loaded, resumption), _report
+    sys.stdout.write((json.dumps(result) if args.json else in_words(result)) + "\n")
     return 0
 
 
@@ -124,4 +124,9 @@ def _report(result: dict[str, Any]) -> str:
             )
     lines.append(f"checkpoint: {result['checkpoint']}")
     lines += [f"report: {result['report']}"] if result["report"] else []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def _dry_report(result: dict[str, Any]) -> str:
+    shape = " x ".join(map(str, result["first_batch"]))
+    return f"the first batch is {shape}, its loss {result['loss']:.4f}; nothing was written"

@@ -105,7 +105,10 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
         if names:
             faults.append(f"{word} class {', '.join(map(repr, names[:5]))}{' and more' if len(names) > 5 else ''}")
     if faults:
-        raise DataError(f"{where} has {' and '.join(faults)}; the {len(expected)} classes are fixed by {fixed_by}")
+        raise DataError(
+            f"{where} has {' and '.join(faults)}; the {len(expected)} classes are fixed by {fixed_by} and must be the "
+            "same here: add, rename or remove what differs"
+        )
 
 
 def fingerprint(split: Split) -> str:

@@ -184,7 +184,8 @@ def fetch(weights: WeightsEnum) -> Path:
         raise InputError(
             f"{url} cannot be downloaded: {getattr(error, 'reason', None) or error}\n"
             f"Fetch that file on another machine and put it at {path}\n"
-            "or set model.weights to a state_dict file or a name that is cached, or to none for random weights."
+            "or set model.weights to a state_dict file that is here. The backbone model.backbone=tiny_resnet "
+            "model.weights=DEFAULT comes with tl-trainer."
         ) from error
     return path
 
@@ -301,9 +302,12 @@ def _covered(stages: list[Stage], name: str) -> list[int]:
 
 
 def _stage_names(stages: list[Stage]) -> list[str]:
-    """Names to choose from: features.0, avgpool; the top levels alone (layer1) where those would not fit on a line."""
-    names, top = (sorted({".".join(stage.name.split(".")[:levels]) for stage in stages}) for levels in (2, 1))
-    return names if len(", ".join(names)) < 350 else top
+    """Names to choose from: features, features.0, avgpool; the top levels alone where those would not fit on a line."""
+    top, both = (
+        sorted({".".join(stage.name.split(".")[:level]) for stage in stages for level in levels})
+        for levels in ((1,), (1, 2))
+    )
+    return both if len(", ".join(both)) < 350 else top
 
 
 def _load(model: nn.Module, path: Path, name: str) -> None:
