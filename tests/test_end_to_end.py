@@ -301,8 +301,10 @@ def test_the_frozen_prefix_is_made_before_threads_decode(
         (["train", "--resume"], "no unfinished run of this configuration under runs"),
         (
             ["train", "--config", "demo", "--data-dir", "colours"],
-            "command line: data.root: data.source: demo draws its",
+            "the command line: data.root: --data-dir has no effect on the demo",
         ),
+        (["train", "--config", "demo", "data.root=data", "--dry-run"], "data.root: --data-dir has no effect"),
+        (["train", "--dry-run", "model.backbone=nope", "model.tap=nope"], "model.backbone: unknown backbone 'nope'"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.weights: unknown weights"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.tap: unknown tap 'nope'"),
         (["train", "oops"], "'oops' is not an override; write key=value"),

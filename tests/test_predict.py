@@ -147,7 +147,6 @@ def test_a_temperature_changes_the_probabilities_and_not_the_order(paths: list[s
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("", "an empty path, as from a variable that is not set"),
         ("-", "-: no paths on stdin"),
         ("empty", "empty: no images in this folder"),
         ("*.jpg", r"\*.jpg: nothing matches"),

@@ -13,12 +13,12 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.load import Loaded
+from tl_trainer.config.load import COMMAND_LINE, Loaded
 from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.loaders import worker_count
-from tl_trainer.data.sources import open_dataset
+from tl_trainer.data.sources import check_root, open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import DataError, ImageError, SettingError
 from tl_trainer.evaluate import evaluate
@@ -140,6 +140,8 @@ def _check_settings(loaded: Loaded) -> None:
         lambda: _check_stages(config.model),
         lambda: resolve_device(config.device),
     ]
+    if loaded.origins.get(("data", "root")) == COMMAND_LINE:  # a file, such as a run's config.yaml, spells all keys out
+        checks.append(lambda: check_root(config.data))
     for check in checks:
         try:
             check()

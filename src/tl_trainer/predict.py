@@ -54,13 +54,11 @@ class Row:
 def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
     """Files as they are, the images below folders, what globs match, and for `-` the paths on stdin.
 
-    Raises InputError for an empty path, a folder without images and a glob that matches nothing. A file that does not
+    Raises InputError for a folder without images and a glob that matches nothing. A file that does not
     exist is passed on: it becomes an error row.
     """
     for argument in arguments:
         path = Path(argument)
-        if not argument:  # which as a path is the current folder
-            raise InputError("an empty path, as from a variable that is not set; give image files, folders, globs or -")
         if argument == "-":
             listed = (line.rstrip("\r\n") for line in stdin if line.strip())
             first = next(listed, None)

@@ -26,7 +26,7 @@ from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand, flat
 from tl_trainer.data.dataset import Dataset, Split, fingerprint, with_validation
 from tl_trainer.data.loaders import ImageBatches, worker_count
-from tl_trainer.data.sources import open_dataset
+from tl_trainer.data.sources import check_root, open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import CheckpointError, DataError, InputError, Interrupted, TrainerError, is_out_of_memory
 from tl_trainer.evaluate import averaged, evaluate
@@ -197,6 +197,8 @@ def evaluate_checkpoint(
         make_folder(report, "--report")
     config, network = restored.loaded.config, restored.network
     data = config.data.model_copy(update={"root": data_dir} if data_dir else {})
+    if data_dir:
+        check_root(data)
     dataset = open_dataset(data, restored.checkpoint.classes)
     split = split or _default_split(dataset, restored.checkpoint.val_names)
     if split != "all" and restored.checkpoint.val_names is not None:

@@ -132,6 +132,18 @@ def test_help_does_not_import_what_is_slow(command: str) -> None:
 
 # Exit codes
 
+EMPTY = [
+    ("train", ["--data-dir", ""]),
+    ("train", ["--output", ""]),
+    ("eval", ["--checkpoint", ""]),
+    ("eval", ["--checkpoint", "best.pth", "--data-dir", ""]),
+    ("eval", ["--checkpoint", "best.pth", "--report", ""]),
+    ("predict", [""]),
+    ("predict", ["a.jpg", "--checkpoint", ""]),
+    ("predict", ["a.jpg", "--explain", ""]),
+    ("predict", ["a.jpg", "--output", ""]),
+]
+
 
 @pytest.mark.parametrize(
     ("command", "words"),
@@ -146,6 +158,7 @@ def test_help_does_not_import_what_is_slow(command: str) -> None:
         ("predict", []),
         ("predict", ["a.jpg", "--format", "xml"]),
         ("predict", ["a.jpg", "--topk", "x"]),
+        *EMPTY,
     ],
 )
 def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +168,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
     output = capsys.readouterr()
     assert output.out == ""
     assert f"tl-{command}: error: " in output.err
+    assert ("is empty; is a variable not set?" in output.err) == ((command, words) in EMPTY)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tl_trainer.cli.main import TTA, TTA_HELP, new_parser, positive, run_command, worker_setting
+from tl_trainer.cli.main import TTA, TTA_HELP, given, new_parser, positive, run_command, worker_setting
 
 EPILOG = """\
 examples:
@@ -22,8 +22,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-eval."""
     parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="a run directory or its best.pth")
-    add("--data-dir", metavar="DIR", help="another folder with the same classes (default: the one it was trained on)")
+    add("--checkpoint", type=given, required=True, metavar="FILE", help="a run directory or its best.pth")
+    add(
+        "--data-dir",
+        type=given,
+        metavar="DIR",
+        help="another folder with the same classes (default: the one it was trained on)",
+    )
     add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
         "folder of class folders without splits")  # fmt: skip
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
@@ -32,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--on-bad-image", choices=("error", "skip"), help="what to do with images that cannot be read (default: as "
         "trained)")  # fmt: skip
     add("--tta", choices=TTA, help=TTA_HELP)
-    add("--report", metavar="DIR", help="write a page with pictures (report.html) and files of all figures into DIR")
+    add(
+        "--report",
+        type=given,
+        metavar="DIR",
+        help="write a page with pictures (report.html) and files of all figures into DIR",
+    )
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 

@@ -39,6 +39,13 @@ def worker_setting(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def given(text: str) -> str:
+    """A path. An empty one would be the current folder, and comes from a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; is a variable not set?")
+    return text
+
+
 def positive(text: str) -> int:
     """A number from 1 on."""
     if int(text) < 1:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import TTA, TTA_HELP, new_parser, run_command
+from tl_trainer.cli.main import TTA, TTA_HELP, given, new_parser, run_command
 from tl_trainer.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,19 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-predict."""
     parser = new_parser("tl-predict", "Classify images.", EPILOG)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
-    add("--checkpoint", metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, else the "
-        "newest run under ./runs)")  # fmt: skip
+    add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
+    add("--checkpoint", type=given, metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, "
+        "else the newest run under ./runs)")  # fmt: skip
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
-    add("--explain", metavar="DIR", help="write a picture per image into DIR: the evidence for its class (Grad-CAM)")
-    add("--output", metavar="FILE", help="write the rows to this file instead of stdout")
+    add(
+        "--explain",
+        type=given,
+        metavar="DIR",
+        help="write a picture per image into DIR: the evidence for its class (Grad-CAM)",
+    )
+    add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
     return parser

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_trainer.cli.main import new_parser, run_command, worker_setting
+from tl_trainer.cli.main import given, new_parser, run_command, worker_setting
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
@@ -41,14 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, its value read as YAML")
     add("--config", metavar="FILE", help="a YAML file, or the name of a bundled one (a wrong name lists them)")
-    add("--data-dir", metavar="DIR", help="the folder with the images (data.root)")
+    add("--data-dir", type=given, metavar="DIR", help="the folder with the images (data.root)")
     add("--epochs", type=int, metavar="N", help="passes over the training images (train.epochs)")
     add("-b", "--batch-size", type=int, metavar="N", help="images per step (train.batch_size)")
     add("--lr", type=float, metavar="RATE", help="learning rate (train.optimizer.lr)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images (data.workers)")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (device)")
     add("--seed", type=int, metavar="N", help="seed of everything random (seed)")
-    add("--output", metavar="DIR", help="where run directories are made (output.dir)")
+    add("--output", type=given, metavar="DIR", help="where run directories are made (output.dir)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run directory, or with the newest "
         "unfinished run of the same configuration")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")

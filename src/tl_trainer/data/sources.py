@@ -14,20 +14,23 @@ from tl_trainer.errors import SettingError
 def open_dataset(data: DataSection, classes: list[str] | None = None) -> Dataset:
     """The dataset that the configuration's `data` section names; where it has no splits of its own, one called `all`.
 
-    `classes` is a checkpoint's class list: the dataset must have exactly these. Raises DataError, and SettingError
-    for a root where the source has none.
+    `classes` is a checkpoint's class list: the dataset must have exactly these. Raises DataError.
     """
     root = expand(data.root)
     if data.source == "demo":
-        if data.root != DataSection().root:
-            raise SettingError(
-                "data.root",
-                "data.source: demo draws its own pictures and reads no folder; leave --data-dir out, or train with "
-                "data.source=imagefolder on a folder of your own",
-            )
         return open_folders(demo_folder(), classes)
     if data.source == "imagefolder":
         return open_folders(root, classes)
     if data.source == "csv":
         return open_csv(root, data.csv, classes)
     return open_torchvision(data.source, root, data.download, classes)
+
+
+def check_root(data: DataSection) -> None:
+    """Raise SettingError where a folder is given to a source that reads none."""
+    if data.source == "demo":
+        raise SettingError(
+            "data.root",
+            "--data-dir has no effect on the demo, which draws its own pictures; leave it out, or train on the folder "
+            "with data.source=imagefolder",
+        )
