@@ -118,6 +118,8 @@ def test_letters_of_every_script_and_emoji_stay_as_they_are(name: str) -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"), True),
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("can't start new thread"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution forward propagation"), False),
         (OSError(28, "No space left on device"), False),
         (FileNotFoundError(2, "No such file or directory", "out of memory/a.jpg"), False),
         (ValueError("damaged"), False),

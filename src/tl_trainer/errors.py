@@ -70,6 +70,10 @@ _NO_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
     "can't start new thread",
 )  # fmt: skip
+# oneDNN's words, the whole of them: where it cannot do what it was asked for, it has no *descriptor* of a primitive.
+_NO_MEMORY_IN_ONEDNN = (
+    "could not create a primitive", "could not create a memory object", "could not execute a primitive"
+)  # fmt: skip
 _SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
 _TRYING = threading.Lock()
 
@@ -82,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+    return isinstance(error, MemoryError) or text in _NO_MEMORY_IN_ONEDNN or any(words in text for words in _NO_MEMORY)
 
 
 def require_memory() -> None:

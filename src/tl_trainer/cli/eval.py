@@ -23,12 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
     add = parser.add_argument
     add("--checkpoint", type=given, required=True, metavar="FILE", help="a run directory or its best.pth")
-    add(
-        "--data-dir",
-        type=given,
-        metavar="DIR",
-        help="another folder with the same classes (default: the one it was trained on)",
-    )
+    add("--data-dir", type=given, metavar="DIR", help="another folder with the same classes (default: the one it was "
+        "trained on)")  # fmt: skip
     add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
         "folder of class folders without splits")  # fmt: skip
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
@@ -37,12 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--on-bad-image", choices=("error", "skip"), help="what to do with images that cannot be read (default: as "
         "trained)")  # fmt: skip
     add("--tta", choices=TTA, help=TTA_HELP)
-    add(
-        "--report",
-        type=given,
-        metavar="DIR",
-        help="write a page with pictures (report.html) and files of all figures into DIR",
-    )
+    add("--report", type=given, metavar="DIR", help="write a page with pictures (report.html) and all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
