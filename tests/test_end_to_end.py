@@ -376,6 +376,17 @@ def test_dry_run_writes_nothing(tl: Run, colours: Path) -> None:
     assert not Path("cache").exists()
 
 
+def test_no_folder_is_measured_with_the_demo_in_its_place(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    best = Path("runs/run-1/best.pth")
+    content = torch.load(best, weights_only=True)
+    content["config"]["data"]["source"] = "demo"
+    save_sealed(best, content)
+    result = tl("eval", "--checkpoint", best, "--data-dir", colours)
+    assert result.returncode == 2
+    assert result.stderr.startswith("tl-eval: data.root: --data-dir has no effect on the demo")
+
+
 def test_checkpoint_classes_are_enforced_in_eval(tl: Run, colours: Path) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     (colours / "val" / "red").rename(colours / "val" / "rouge")
