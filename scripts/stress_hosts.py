@@ -45,7 +45,8 @@ def fsync_order(count: int, folder: Path, rng: random.Random) -> Outcome:
     program = PROGRAM.format(scripts=str(Path(__file__).parent))
     words = [sys.executable, "-c", program, "--data-dir", str(data), "--output", str(folder / "runs"),
              *RECIPES["cached"], f"train.epochs={epochs}"]  # fmt: skip
-    traced = ["strace", "-ff", "-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(folder / "trace"), *words]
+    traced = ["strace", "-ff", "--seccomp-bpf", "-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(folder / "trace"),
+              *words]  # fmt: skip
     environment = {**os.environ, "TL_CACHE": str(folder / "cache")}
     done = subprocess.run(traced, capture_output=True, text=True, env=environment, timeout=1800)
     if "ptrace" in done.stderr:
@@ -65,7 +66,7 @@ def out_of_order(calls: Iterable[str]) -> Iterator[str | None]:
     last: dict[str, str] = {}  # the last call on each open file
     unsynced: str | None = None  # what was renamed into a folder that was not synced since
     for call in calls:
-        if found := re.match(r'rename\w*\(.*?"(.*?)", .*?"(.*?)".*\) = 0', call):
+        if found := re.match(r'rename\w*\(.*?"(.*?)", .*?"(.*?)".*\)\s+= 0', call):
             source, target = (Path(name) for name in found.groups())
             if target.name not in ("last.pth", "best.pth"):
                 continue
@@ -75,7 +76,7 @@ def out_of_order(calls: Iterable[str]) -> Iterator[str | None]:
             if before != "fsync":
                 yield f"the last call before the rename to {target.name} was {before}, not fsync"
             unsynced = str(target) if before == "fsync" else None
-        elif found := re.match(r"(\w+)\(\d+<(.*?)>.*\) = \d+", call):
+        elif found := re.match(r"(\w+)\(\d+<(.*?)>.*\)\s+= \d+", call):
             name, path = found.groups()
             last[path] = name
             if unsynced and name == "fsync" and path == str(Path(unsynced).parent):
