@@ -152,9 +152,9 @@ class Child:
 
 def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
     code = 70
-    gc.freeze()  # what it inherits is not its garbage, and walking through all of it takes longer than some commands
     try:
         os.setsid()
+        gc.freeze()  # what it inherits is not its garbage, and to walk through all of it takes longer than a command
         for number, path in ((0, Path(os.devnull)), (1, out), (2, err)):
             handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, number)

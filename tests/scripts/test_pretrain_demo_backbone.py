@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(script: ModuleType, tmp_path: Path) -> None:
     files = []
-    environment = {**os.environ, **script.MALLOC}  # what the script starts itself anew for, which takes seconds
+    environment = {**os.environ, **script.MALLOC}  # the script restarts itself to have these: once is enough
     for run, (seed, env) in enumerate([(0, None), (0, environment), (1, environment)]):
         folder = tmp_path / str(run)
         folder.mkdir()

@@ -108,7 +108,7 @@ def test_a_child_gives_its_code_and_its_words(code: int, signal_number: int, tmp
 
 
 ORDERLY = [  # as strace aligns them: short calls with spaces
-    'write(7</r/.last.pth-1.tmp>, ""..., 9) = 9',
+    'write(7</r/.last.pth-1.tmp>, ""..., 9)  = 9',
     "fsync(7</r/.last.pth-1.tmp>)            = 0",
     'rename("/r/.last.pth-1.tmp", "/r/last.pth") = 0',
     "fsync(7</r>)                            = 0",
@@ -126,7 +126,9 @@ ORDERLY = [  # as strace aligns them: short calls with spaces
         (ORDERLY[:3] + ORDERLY, ["the folder was not synced after /r/last.pth", None]),
         (['renameat2(AT_FDCWD, "/r/a", AT_FDCWD, "/r/best.pth", 0) = 0'],
          ["the last call before the rename to best.pth was nothing, not fsync"]),
-        (['rename("/r/a", "/r/config.yaml")          = 0'], []),
+        (['rename("/r/a", "/r/best.pth")           = 0'],
+         ["the last call before the rename to best.pth was nothing, not fsync"]),
+        (['rename("/r/a", "/r/config.yaml")        = 0'], []),
     ],
 )  # fmt: skip
 def test_the_order_of_a_save_is_read_from_the_trace(calls: list[str], problems: list[str | None]) -> None:

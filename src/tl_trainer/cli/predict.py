@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
-    add("--explain", type=given, metavar="DIR", help="write each image's evidence (Grad-CAM) as a picture to DIR")
+    add("--explain", type=given, metavar="DIR", help="write a picture per image to DIR: Grad-CAM for its class")
     add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
