@@ -33,7 +33,8 @@ import torch
 from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, random_moment, save_always
 from tl_trainer import checkpoint, files
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.errors import CheckpointError, TrainerError
+from tl_trainer.config.load import MAX_PROBLEMS
+from tl_trainer.errors import CheckpointError, ConfigError, TrainerError
 from tl_trainer.files import keep_previous, previous
 from tl_trainer.restore import restore
 from tl_trainer.resume import resume
@@ -252,7 +253,8 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
                     pass
         except TrainerError as error:
             lines = len(str(error).splitlines())
-            return f"{lines} lines" if lines > LINES else None
+            most = MAX_PROBLEMS + 1 if isinstance(error, ConfigError) else LINES  # one for each mistake
+            return f"{lines} lines" if lines > most else None
         except Exception as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         seconds = time.monotonic() - started

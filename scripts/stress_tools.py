@@ -171,8 +171,9 @@ def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
         over.touch()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        torch.utils.data._utils._set_python_exit_flag()  # from here on the end of an interpreter, in its order
+        multiprocessing.util._exit_function()
         gc.collect()
-        multiprocessing.util._exit_function()  # what an interpreter does at its end, for the loader's workers
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1
     except BaseException:
