@@ -60,7 +60,7 @@ def _table(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_train_evaluate_predict(colours: Path) -> None:
+def test_train_evaluate_predict(tl: Run, colours: Path) -> None:
     draw_split(colours / "test", 3)
     result = last_json(console("train", "--data-dir", colours, "--epochs", 4, "--json", *SMALL))
     run_dir = Path(result["run_dir"])
@@ -86,7 +86,7 @@ def test_train_evaluate_predict(colours: Path) -> None:
 
     evaluated = last_json(console("eval", "--checkpoint", run_dir / "best.pth", "--split", "val", "--json"))
     assert _headline(evaluated) == {"split": "val", **result["val"]}
-    tested = last_json(console("eval", "--checkpoint", run_dir / "best.pth", "--json"))
+    tested = last_json(tl("eval", "--checkpoint", run_dir / "best.pth", "--json"))
     assert _headline(tested) == {"split": "test", **result["test"]}
 
     picture = colours / "test" / "green" / "00.jpg"
