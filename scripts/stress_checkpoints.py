@@ -33,7 +33,6 @@ import torch
 from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, random_moment, save_always
 from tl_trainer import checkpoint, files
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.load import MAX_PROBLEMS
 from tl_trainer.errors import CheckpointError, ConfigError, TrainerError
 from tl_trainer.files import keep_previous, previous
 from tl_trainer.restore import restore
@@ -252,9 +251,10 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
                 with resume(str(path), None, []):
                     pass
         except TrainerError as error:
-            lines = len(str(error).splitlines())
-            most = MAX_PROBLEMS + 1 if isinstance(error, ConfigError) else LINES  # one for each mistake
-            return f"{lines} lines" if lines > most else None
+            lines = str(error).splitlines()
+            if isinstance(error, ConfigError):  # one for each mistake, with the file in front
+                lines = [line for line in lines if not line.startswith(f"{path}: ")]
+            return f"{len(lines)} lines" if len(lines) > LINES else None
         except Exception as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         seconds = time.monotonic() - started

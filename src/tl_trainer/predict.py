@@ -54,8 +54,8 @@ class Row:
 def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
     """Files as they are, the images below folders, what globs match, and for `-` the paths on stdin.
 
-    Raises InputError for a folder without images and a glob that matches nothing. A file that does not
-    exist is passed on: it becomes an error row.
+    Raises InputError for a folder without images and a glob that matches nothing. A file that does not exist is passed
+    on: it becomes an error row.
     """
     for argument in arguments:
         path = Path(argument)
