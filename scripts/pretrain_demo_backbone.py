@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tl_trainer.data.drawing import SHAPES, Dice, any_of, scenes
-from tl_trainer.files import write_bytes
+from tl_trainer.ground.files import write_bytes
 from tl_trainer.models.embedded import TinyResNet, TinyResNet_Weights
 
 # glibc returns tensors of this size to the system after every operation; getting them anew costs a third of the time.

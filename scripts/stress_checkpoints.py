@@ -34,7 +34,7 @@ from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw
 from tl_trainer import checkpoint, files
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.errors import CheckpointError, ConfigError, TrainerError
-from tl_trainer.files import keep_previous, previous
+from tl_trainer.ground.files import keep_previous, previous
 from tl_trainer.restore import restore
 from tl_trainer.resume import resume
 

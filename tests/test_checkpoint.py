@@ -14,7 +14,7 @@ import torch
 import tl_trainer
 from tl_trainer.checkpoint import Checkpoint, library_versions, load, save
 from tl_trainer.errors import CheckpointError, RunError
-from tl_trainer.files import save_sealed
+from tl_trainer.ground.sealed import save_sealed
 
 
 def example() -> Checkpoint:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
 from tl_trainer import checkpoint, predict, run
-from tl_trainer.files import save_sealed
+from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tl_trainer import errors
-from tl_trainer.errors import (
-    Interrupted,
-    RunError,
-    SettingError,
-    TrainerError,
-    is_out_of_memory,
-    printable,
-    require_memory,
-    shown,
-    unknown,
-)
+from tl_trainer.errors import Interrupted, RunError, SettingError, TrainerError
+from tl_trainer.ground.machine import is_out_of_memory, require_memory
+from tl_trainer.ground.wording import printable, shown, unknown
 
 CODES = {
     "TrainerError": 1,

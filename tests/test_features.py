@@ -26,7 +26,8 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import DataError, InputError
-from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder, free_memory
+from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder
+from tl_trainer.ground.machine import free_memory
 from tl_trainer.models.backbones import Stage
 from tl_trainer.models.prefix import FrozenPrefix
 

@@ -19,16 +19,16 @@ import pytest
 import torch
 
 from tl_trainer.errors import CheckpointError, InputError, RunError
-from tl_trainer.files import (
+from tl_trainer.ground.files import (
     cache_folder,
     content_hash,
-    load_plain,
     make_folder,
     remove_unfinished,
-    sole_use,
     write_atomically,
     write_text,
 )
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.sealed import load_plain
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

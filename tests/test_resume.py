@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import Run, last_json
 from test_end_to_end import SMALL
 from tl_trainer import checkpoint, saver, train
-from tl_trainer.files import save_sealed, sole_use
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.sealed import save_sealed
 
 RUN = Path("runs/run-1")
 

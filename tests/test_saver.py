@@ -28,7 +28,8 @@ from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
-from tl_trainer.files import previous
+from tl_trainer.ground.files import previous
+from tl_trainer.ground.signals import StopRequest
 from tl_trainer.metrics import Figures
 from tl_trainer.models.backbones import build_backbone, state_hash
 from tl_trainer.models.classifier import Classifier
@@ -36,7 +37,6 @@ from tl_trainer.models.heads import build_head
 from tl_trainer.optim import Schedule
 from tl_trainer.restore import restore
 from tl_trainer.saver import Progress, Saver, State
-from tl_trainer.signals import StopRequest
 
 ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
 PLATEAU = {"name": "plateau", "patience": 0}

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tl_trainer.signals import StopRequest, Terminated, raise_terminated
+from tl_trainer.ground.signals import StopRequest, Terminated, raise_terminated
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tiny import Clock
 from tl_trainer import tracking as module_under_test
 from tl_trainer.errors import RunError
+from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Figures, Scores, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
-from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, bar, graph_of, picture_grid
+from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, graph_of, picture_grid
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
 TAGS = {"train/loss", "val/loss", "val/top1", "val/top5", "lr", "time/images_per_second"}

@@ -1,30 +1,44 @@
-"""The only assembler: Config -> dataset, transforms, classifier, optimizer."""
+"""The only assembler: configuration, and of a checkpoint its weights -> the parts that every command works with.
+
+`set_up` is for training, new or resumed; `restore` for whatever is done with a checkpoint. They differ in where the
+weights and the classes come from, and share all the rest.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.load import COMMAND_LINE, Loaded
-from tl_trainer.config.schema import Config, ModelSection
+from tl_trainer import checkpoint
+from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
+from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
+from tl_trainer.config.schema import Config, FeaturesSection, ModelSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import check_root, open_dataset
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import DataError, ImageError, SettingError
+from tl_trainer.data.verify import verified
+from tl_trainer.errors import CheckpointError, DataError, SettingError
 from tl_trainer.evaluate import evaluate
-from tl_trainer.metrics import Scores, class_weights
+from tl_trainer.features import Extractor, features_folder
+from tl_trainer.feeds import Feed, Feeds
+from tl_trainer.ground.machine import is_out_of_memory
+from tl_trainer.ground.progress import bar
+from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import (
     BACKBONES,
+    Weights,
     build_backbone,
     empty_backbone,
     feature_size,
@@ -34,92 +48,177 @@ from tl_trainer.models.backbones import (
 )
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
-from tl_trainer.network import Feed, Network
+from tl_trainer.network import Network, resolve_device
 from tl_trainer.optim import Schedule, build_optimizer
-from tl_trainer.restore import resolve_device
 from tl_trainer.saver import Progress, State
-from tl_trainer.tracking import bar
-from tl_trainer.train import Training
+from tl_trainer.tasks import SingleLabel, Task
+
+log = logging.getLogger(__name__)
+
+# To be raised with every change to how an image becomes features.
+CACHE_VERSION = 1
+
+MEMORY = "files.sqlite"  # what `data.verify` remembers, in the folder of the features
+
+# What a command may set on top of a checkpoint. The rest is how the weights came about.
+SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
+# What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get.
+NOT_TAKEN: tuple[Override, ...] = (
+    ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
+)  # fmt: skip
 
 
 @dataclass
 class Parts:
-    """What a run is made of, before anything is written into its directory."""
+    """A classifier on its device, and what belongs to it. `saved` is the checkpoint it came from, if any."""
 
-    config: Config
+    loaded: Loaded
+    task: Task
+    network: Network
+    pipeline: Pipeline  # of evaluation and prediction
+    backbone: BackboneIdentity
+    features: int  # that the head takes
+    feeds: Feeds
+    saved: Checkpoint | None
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.loaded.config
+
+    def scores(self, feed: Feed, name: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
+        """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
+        self.network.classifier.eval()
+        batches = bar(feed.batches.epoch(0, self.network.device), name, len(feed.batches))
+        return evaluate(feed.logits, batches, after_batch)
+
+
+@dataclass
+class Setup:
+    """What a run is made of, before anything is written into its directory. Every image of `dataset` is verified."""
+
+    parts: Parts
     dataset: Dataset
     drawn: bool  # whether the val split was drawn, and is not the source's own
     train_pipeline: Pipeline
-    eval_pipeline: Pipeline
-    network: Network
-    backbone: dict[str, Any]
-    feeds: dict[str, Feed]
 
-    def evaluate(self, split: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
-        """The scores of the classifier, as it is now, on a split."""
-        feed, device = self.feeds[split], self.network.device
-        self.network.classifier.eval()
-        return evaluate(feed.forward, bar(feed.batches.epoch(0, device), split, len(feed.batches)), after_batch)
+    def feeds(self) -> dict[str, Feed]:
+        """The batches of each split; what is frozen is computed here where it is not in the cache."""
+        parts, views = self.parts, self.parts.config.features.views
+        return {
+            name: parts.feeds.training(split, self.train_pipeline, views)
+            if name == "train"
+            else parts.feeds.evaluation(split, name, parts.pipeline)
+            for name, split in self.dataset.splits.items()
+        }
+
+    def new_state(self, batches: int) -> State:
+        """The optimizer and all that changes with it, at the beginning; `batches` is their number in an epoch."""
+        section, network = self.parts.config.train, self.parts.network
+        trainable = [parameter for parameter in network.classifier.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(trainable, section.optimizer)
+        schedule = Schedule(optimizer, section.schedule, section.epochs, batches)
+        scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
+        return State(network.classifier, optimizer, schedule, scaler, Progress())
 
 
-def assemble(loaded: Loaded, resumed: Checkpoint | None = None) -> Parts:
-    """Build everything a run needs, naming every wrong setting at once with its file and line."""
+def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool = True) -> Setup:
+    """Everything a run needs, naming every wrong setting at once with its file and line.
+
+    resumed: the checkpoint of the run to go on with, whose classes and val split are kept. remember: whether what was
+    read of the images is remembered on disk.
+    """
     config = loaded.config
     with _located(loaded):
         _check_settings(loaded)
         device = resolve_device(config.device)
         weights = resolve_weights(config.model.backbone, config.model.weights)
-        train_pipeline, eval_pipeline = _pipelines(config, weights)
+        train_pipeline, pipeline = _pipelines(config, weights)
+        _check_views(config, train_pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None)
         if len(dataset.classes) < 2:
             raise DataError(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "
                 "is the folder one level too high or too low?"
             )
-        drawn = "val" not in dataset.splits
-        val_names = resumed.val_names if resumed else None
-        dataset = with_validation(dataset, config.data.val_fraction, config.seed, val_names)
-        classifier = _classifier(config, weights, dataset, eval_pipeline)
-        backbone = {
-            "name": config.model.backbone,
-            "weights": weights.name if isinstance(weights, WeightsEnum) else config.model.weights,
-            "tap": config.model.tap,
-            "sha256": state_hash(classifier.frozen_state()),
+        task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
+        dataset = with_val(config, dataset, task, resumed)
+        memory = memory_of(config) if remember else None
+        splits = {
+            name: verified(split, name, config.data.on_bad_image, memory) for name, split in dataset.splits.items()
         }
-        if resumed and resumed.backbone != backbone:
-            raise DataError(
-                f"the weights of {config.model.backbone} are not those this run began with; restore that file"
-            )
-        _check_views(config, train_pipeline, classifier)
+        image = pipeline.image(splits["train"].open(0))
+        classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
+        identity = BackboneIdentity(
+            name=config.model.backbone,
+            weights=weights.name if isinstance(weights, WeightsEnum) else config.model.weights,
+            tap=config.model.tap,
+            sha256=state_hash(classifier.frozen_state()),
+        )
         compiled = config.performance.compile == "auto"
-        network = Network(classifier, device, config.train.precision, config.features, backbone, compiled=compiled)
-    feeds = _feeds(config, dataset, train_pipeline, eval_pipeline, network)
-    dataset = replace(dataset, splits={name: feed.split for name, feed in feeds.items()})
-    return Parts(config, dataset, drawn, train_pipeline, eval_pipeline, network, backbone, feeds)
+        network = Network(classifier, device, config.train.precision, compiled=compiled)
+    parts = Parts(loaded, task, network, pipeline, identity, size, _feeds(config, network, identity), resumed)
+    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline)
 
 
-def new_state(parts: Parts) -> State:
-    """The optimizer and all that changes with it, at the beginning."""
-    section, classifier = parts.config.train, parts.network.classifier
-    optimizer = build_optimizer([p for p in classifier.parameters() if p.requires_grad], section.optimizer)
-    schedule = Schedule(optimizer, section.schedule, section.epochs, len(parts.feeds["train"].batches))
-    scaler = torch.amp.GradScaler(parts.network.device.type, enabled=parts.network.autocast == torch.float16)
-    return State(classifier, optimizer, schedule, scaler, Progress())
+def restore(path: Path, overrides: Overrides = ()) -> Parts:
+    """The classifier of a checkpoint, or of a run directory's best.pth, in eval mode on its device.
+
+    overrides: dotted keys of SETTABLE. Needs no network, unless the run was killed before its backbone was written into
+    best.pth and the weights are no longer cached. Raises CheckpointError where the file is damaged or does not fit
+    together, ConfigError for a wrong override.
+    """
+    if path.is_dir():
+        path = path / "best.pth"
+    if not path.exists() and path.with_name("last.pth").exists():
+        raise CheckpointError(f"{path}: no epoch of this run has ended yet; go on with --resume {path.parent}")
+    saved, overrides = checkpoint.load(path), list(overrides)
+    loaded = from_checkpoint(saved.config, path, [*NOT_TAKEN, *overrides])
+    _check_fixed(loaded, overrides)
+    try:
+        pipeline = Pipeline(saved.preprocessing, "preprocessing")
+        classifier = _saved_classifier(saved, loaded.config)
+    except (SettingError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {error}") from error
+    except RuntimeError as error:  # load_state_dict's word for tensors of another shape or name
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1]}"
+        ) from error
+    with _located(loaded):
+        _check_root(loaded)
+        config, device = loaded.config, resolve_device(loaded.config.device)
+        precision = config.train.precision
+        if precision == "fp16" and device.type != "cuda":
+            log.warning("trained in fp16, which needs CUDA; computing in fp32 on %s", device.type)
+            precision = "fp32"
+        network = Network(classifier.eval(), device, precision)
+    feeds = _feeds(config, network, saved.backbone)
+    return Parts(loaded, SingleLabel(saved.classes), network, pipeline, saved.backbone, saved.features, feeds, saved)
 
 
-def new_training(parts: Parts, state: State) -> Training:
-    """What `fit` works with."""
-    loss, split = parts.config.train.loss, parts.dataset.split("train")
-    balanced = loss.class_weights == "balanced"
-    weights = class_weights(list(split.targets), len(parts.dataset.classes)) if balanced else None
-    return Training(
-        state=state,
-        feed=parts.feeds["train"],
-        validate=partial(parts.evaluate, "val"),
-        criterion=nn.CrossEntropyLoss(weights, label_smoothing=loss.label_smoothing).to(parts.network.device),
-        device=parts.network.device,
-        epochs=parts.config.train.epochs,
-    )
+def memory_of(config: Config) -> Path:
+    """Where `verified` remembers what it has read."""
+    return features_folder(config.features) / MEMORY
+
+
+def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | None) -> Dataset:
+    """The dataset with a val split: its own, that of the checkpoint, or else a drawn one."""
+
+    def draw(targets: Sequence[Any]) -> set[int]:
+        return task.hold_out(targets, config.data.val_fraction, config.seed)
+
+    return with_validation(dataset, draw, saved.val_names if saved else None)
+
+
+def _check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
+    """Raise ConfigError for an override of what the checkpoint has decided."""
+    valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE)]
+    wrong = [key for key, _ in overrides if not key.startswith(SETTABLE)]
+    if wrong:
+        fixed = "fixed by the checkpoint; what can be set on top of one"
+        raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
 
 
 @contextlib.contextmanager
@@ -139,9 +238,8 @@ def _check_settings(loaded: Loaded) -> None:
         lambda: resolve_weights(config.model.backbone, config.model.weights),
         lambda: _check_stages(config.model),
         lambda: resolve_device(config.device),
+        lambda: _check_root(loaded),
     ]
-    if loaded.origins.get(("data", "root")) == COMMAND_LINE:  # a file, such as a run's config.yaml, spells all keys out
-        checks.append(lambda: check_root(config.data))
     for check in checks:
         try:
             check()
@@ -149,6 +247,12 @@ def _check_settings(loaded: Loaded) -> None:
             problems.append(error)
     if problems:
         raise loaded.located(problems)
+
+
+def _check_root(loaded: Loaded) -> None:
+    """Only where it was asked for: a file, such as a run's config.yaml, spells all keys out."""
+    if loaded.origins.get(("data", "root")) == COMMAND_LINE:
+        check_root(loaded.config.data)
 
 
 def _check_stages(model: ModelSection) -> None:
@@ -159,12 +263,12 @@ def _check_stages(model: ModelSection) -> None:
         backbone.index(model.trainable)
 
 
-def _check_views(config: Config, pipeline: Pipeline, classifier: Classifier) -> None:
+def _check_views(config: Config, pipeline: Pipeline) -> None:
     if config.features.views > 1 and pipeline.deterministic:
         raise SettingError(
             "features.views", "transforms.train has nothing random, so all views are the same; set it to 1"
         )
-    if config.features.views > 1 and not classifier.frozen:
+    if config.features.views > 1 and config.model.trainable == "all":
         raise SettingError(
             "features.views", "model.trainable is all, so there are no frozen features to keep; set it to 1"
         )
@@ -183,43 +287,50 @@ def _pipelines(config: Config, weights: Any) -> tuple[Pipeline, Pipeline]:
     return train, evaluation
 
 
-def _classifier(config: Config, weights: Any, dataset: Dataset, pipeline: Pipeline) -> Classifier:
+def _new_classifier(config: Config, weights: Weights, classes: int, image: Tensor) -> tuple[Classifier, int]:
+    """With the configured weights and a new head, and how many features that takes from such an image (3, H, W)."""
     model = config.model
     backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
-    in_features = feature_size(
-        backbone, model.backbone, weights is not None, model.tap, *_image_size(dataset, pipeline)
-    )
+    size = feature_size(backbone, model.backbone, weights is not None, model.tap, *image.shape[-2:])
     torch.manual_seed(config.seed)
-    head = build_head(in_features, model.head.hidden, len(dataset.classes), model.head.dropout)
-    return Classifier(backbone, head, model.trainable)
+    head = build_head(size, model.head.hidden, classes, model.head.dropout)
+    return Classifier(backbone, head, model.trainable), size
 
 
-def _image_size(dataset: Dataset, pipeline: Pipeline) -> tuple[int, int]:
-    """Height and width of the network's input, from the first image that can be read."""
-    split = dataset.split("train")
-    for index in range(len(split)):
-        with contextlib.suppress(ImageError):
-            height, width = pipeline.image(split.open(index)).shape[-2:]
-            return height, width
-    raise DataError(f"none of the {len(split)} train images can be read")
+def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
+    """With the weights of the checkpoint."""
+    model, weights = config.model, saved.backbone["weights"]
+    with torch.device("meta"):
+        head = build_head(saved.features, model.head.hidden, len(saved.classes), model.head.dropout)
+    if saved.frozen is not None:
+        backbone = empty_backbone(model.backbone, weights != "none", model.tap)
+    else:
+        backbone = build_backbone(model.backbone, resolve_weights(model.backbone, weights), model.tap, config.seed)
+    classifier = Classifier(backbone, head, model.trainable)
+    if saved.frozen is None and state_hash(classifier.frozen_state()) != saved.backbone["sha256"]:
+        raise CheckpointError(
+            f"the weights of {model.backbone} are not those it was trained with; end its run with --resume, "
+            "which writes them into best.pth"
+        )
+    classifier.restore(saved.trained, saved.frozen)
+    return classifier
 
 
-def _feeds(
-    config: Config, dataset: Dataset, train_pipeline: Pipeline, eval_pipeline: Pipeline, network: Network
-) -> dict[str, Feed]:
-    size, workers, bad = config.train.batch_size, worker_count(config.data.workers), config.data.on_bad_image
-    feeds = {}
-    for name, split in dataset.splits.items():
-        if name == "train":
-            feeds[name] = network.training_feed(
-                split,
-                train_pipeline,
-                bad,
-                batch_size=size,
-                workers=workers,
-                seed=config.seed,
-                views=config.features.views,
-            )
-        else:
-            feeds[name] = network.evaluation_feed(split, name, eval_pipeline, bad, batch_size=size, workers=workers)
-    return feeds
+def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feeds:
+    extractor = None
+    if network.classifier.frozen and config.features.cache == "auto":
+        extractor = Extractor(
+            make_prefix=network.prefix,
+            identity={
+                "backbone": backbone["name"],
+                "sha256": backbone["sha256"],
+                "stages": [stage.name for stage in network.classifier.frozen],
+                "precision": network.precision,
+                "device": network.device.type,
+                "versions": [CACHE_VERSION, torchvision.__version__, PIL.__version__],
+            },
+            folder=features_folder(config.features),
+            limit=int(config.features.limit_gb * 1e9),
+            device=network.device,
+        )
+    return Feeds(network, extractor, config.train.batch_size, worker_count(config.data.workers), config.seed)

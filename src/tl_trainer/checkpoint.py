@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import tl_trainer
-from tl_trainer.errors import CheckpointError, shown
-from tl_trainer.files import check_seal, load_plain, save_sealed
+from tl_trainer.errors import CheckpointError
+from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed
+from tl_trainer.ground.wording import shown
 
 FORMAT = "tl-trainer checkpoint"
-VERSION = 2
+VERSION = 3
 
 
-@dataclass
+class BackboneIdentity(TypedDict):
+    """Name, weights and tap as configured, and the SHA-256 of the frozen state."""
+
+    name: str
+    weights: str
+    tap: str
+    sha256: str
+
+
+@dataclass(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 class Checkpoint:
     """Everything that tl-eval and tl-predict need, and for last.pth what --resume needs.
 
     config: the resolved configuration. classes: names in index order. preprocessing: the evaluation pipeline spelled
-    out. backbone: {name, weights, tap, sha256 of the frozen state}. trained: the tensors that training changed.
-    frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation figures of these
-    weights. val_names: the validation split, where the run drew it. val_images: the contents of its images.
-    temperature: fitted on these, None where they are too few, and in last.pth. resume: the optimizer and so on, only
-    in last.pth.
+    out. backbone: which one, and its weights. features: the size of the head's input. trained: the tensors that
+    training changed. frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation
+    figures of these weights. val_names: the validation split, where the run drew it. val_images: the contents of its
+    images. temperature: fitted on these, None where they are too few, and in last.pth. resume: the optimizer and so
+    on, only in last.pth.
     """
 
     config: dict[str, Any]
     classes: list[str]
     preprocessing: list[dict[str, Any]]
-    backbone: dict[str, Any]
+    backbone: BackboneIdentity
+    features: PositiveInt
     trained: dict[str, Tensor]
     frozen: dict[str, Tensor] | None
-    epoch: int
+    epoch: NonNegativeInt
     metrics: dict[str, Any] | None
     val_names: list[str] | None
     val_images: list[str]
@@ -45,28 +59,10 @@ class Checkpoint:
     resume: dict[str, Any] | None = None
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "config": (dict,),
-    "classes": (list,),
-    "preprocessing": (list,),
-    "backbone": (dict,),
-    "trained": (dict,),
-    "frozen": (dict, type(None)),
-    "epoch": (int,),
-    "metrics": (dict, type(None)),
-    "val_names": (list, type(None)),
-    "val_images": (list,),
-    "temperature": (float, type(None)),
-    "resume": (dict, type(None)),
-}
-_ITEM_TYPES: dict[str, type] = {"classes": str, "val_images": str, "trained": Tensor, "frozen": Tensor}
-
-
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint atomically. Raises RunError where it cannot be written."""
     content = {"format": FORMAT, "version": VERSION, "libraries": library_versions()}
-    content |= {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-    save_sealed(path, content)
+    save_sealed(path, content | {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)})
 
 
 def load(path: Path) -> Checkpoint:
@@ -78,24 +74,31 @@ def load(path: Path) -> Checkpoint:
     content = load_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
-    if content.get("version") != VERSION:
+    version = content.get("version")
+    if version not in (2, VERSION):
         libraries = content.get("libraries")
         writer = libraries.get("tl-trainer") if isinstance(libraries, dict) else None
         raise CheckpointError(
-            f"{path}: format version {shown(content.get('version'))}, this tl-trainer reads {VERSION}; install the "
-            f"version that wrote it ({shown(writer)})"
+            f"{path}: format version {shown(version)}, this tl-trainer reads 2 and {VERSION}; install the version that "
+            f"wrote it ({shown(writer)})"
         )
     if not sealed:
         raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
-    for name in _TYPES:
-        if name not in content or not _is_right_kind(name, content[name]):
-            raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind")
-    return Checkpoint(**{name: content[name] for name in _TYPES})
+    if version == 2:
+        content = _renewed(content)
+    try:
+        return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint) if field.name in content})
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind") from error
 
 
-def _is_right_kind(name: str, value: Any) -> bool:
-    items: list[Any] = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return isinstance(value, _TYPES[name]) and all(isinstance(item, _ITEM_TYPES.get(name, object)) for item in items)
+def _renewed(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of version 2, which did not say how wide the head's input is: its first matrix has that width."""
+    trained = content.get("trained")
+    named = trained.items() if isinstance(trained, dict) else ()
+    first = [value for key, value in named if str(key).startswith("head.") and isinstance(value, Tensor)]
+    return {**content, "features": first[0].shape[-1] if first and first[0].dim() == 2 else None}
 
 
 def library_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tl_trainer.errors import DataError, RunError
-from tl_trainer.files import write_text
+from tl_trainer.ground.files import write_text
 
 log = logging.getLogger(__name__)
 

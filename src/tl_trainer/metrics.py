@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +18,14 @@ FEWEST = 30  # images from which a temperature can be fitted
 Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
+Figures = dict[str, float]  # mean cross-entropy in nats as `loss`, the number of images as `n`, and what a task adds
+
+
 class Scores(NamedTuple):
-    """What a pass over a split leaves: logits (N, classes) float32 and targets (N,), on the CPU."""
+    """What a pass over a split leaves: logits (N, classes) float32 and targets (N, ...), on the CPU."""
 
     logits: Tensor
     targets: Tensor
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Mean cross-entropy in nats, and the fractions of n images whose label is the first or among the first five."""
-
-    loss: float
-    top1: float
-    top5: float
-    n: int
 
 
 class Reliability(NamedTuple):
@@ -52,7 +44,8 @@ def figures(scores: Scores) -> Figures:
     better = (logits > of_label) | ((logits == of_label) & (index < targets[:, None]))
     rank = better.sum(dim=1)
     loss = functional.cross_entropy(logits.double(), targets).item()
-    return Figures(loss, (rank < 1).double().mean().item(), (rank < 5).double().mean().item(), len(targets))
+    top1, top5 = ((rank < k).double().mean().item() for k in (1, 5))
+    return {"loss": loss, "top1": top1, "top5": top5, "n": len(targets)}
 
 
 def ranked(logits: Tensor, count: int) -> Tensor:
@@ -137,13 +130,13 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
     if withheld is not None:
         undefined["calibration.after"] = withheld
     return {
-        **asdict(found),
-        "top1_interval": wilson(found.top1, found.n),
-        "top5_interval": wilson(found.top5, found.n),
+        **found,
+        "top1_interval": wilson(found["top1"], len(scores.targets)),
+        "top5_interval": wilson(found["top5"], len(scores.targets)),
         "balanced_accuracy": sum(row["recall"] for row in present) / len(present),
         "macro": {key: sum(row[key] or 0 for row in counted) / len(counted) for key in ("precision", "recall", "f1")},
         "weighted": {
-            key: sum(row[key] * row["support"] for row in present) / found.n for key in ("precision", "recall", "f1")
+            key: sum(row[key] * row["support"] for row in present) / found["n"] for key in ("precision", "recall", "f1")
         },
         "calibration": {
             "temperature": temperature,

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tl_trainer.errors import printable
+from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import BINS, Reliability
 
 if TYPE_CHECKING:

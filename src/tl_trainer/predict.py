@@ -16,30 +16,26 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from tl_trainer.assembly import Parts
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
+from tl_trainer.data.loaders import stacked
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import ImageError, InputError, printable
+from tl_trainer.errors import ImageError, InputError
 from tl_trainer.evaluate import averaged
 from tl_trainer.explain import GradCam
-from tl_trainer.files import write_atomically
-from tl_trainer.metrics import check_finite, probabilities, ranked
-from tl_trainer.restore import Restored
+from tl_trainer.ground.files import write_atomically
+from tl_trainer.ground.wording import printable
+from tl_trainer.metrics import check_finite
+from tl_trainer.tasks import Prediction
 
 THREADS = 4
+Source = str | Path | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A class and its probability."""
-
-    label: str
-    index: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -85,68 +81,100 @@ class Predictor:
     explanations: the folder for a picture per image of where the evidence for its first class is; None for none.
     """
 
-    def __init__(self, restored: Restored, topk: int, pipelines: Sequence[Pipeline], explanations: Path | None) -> None:
-        self.restored, self.topk, self.pipelines, self.explanations = restored, topk, pipelines, explanations
-        if restored.network.classifier.frozen:
-            restored.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
-        self.cam = GradCam(restored.network.classifier)
+    def __init__(
+        self, parts: Parts, topk: int = 5, pipelines: Sequence[Pipeline] = (), explanations: Path | None = None
+    ) -> None:
+        self.parts, self.topk, self.explanations = parts, topk, explanations
+        self.pipelines = [*pipelines] or [parts.pipeline]
+        if parts.network.classifier.frozen:
+            parts.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
+        self.cam = GradCam(parts.network.classifier)
         self.number = 0
 
-    def rows(self, paths: Iterable[str], batch_size: int) -> Iterator[Row]:
-        """A row per path, in order. A batch is decoded while the one before is computed."""
+    def rows(self, inputs: Iterable[Source], batch_size: int = 16) -> Iterator[Row]:
+        """A row per image, in order. A batch is decoded while the one before is computed."""
         with ThreadPoolExecutor(THREADS) as pool:
-            waiting: tuple[list[str], list[Future[Views | str]]] = [], []
-            for chunk in itertools.chain(_chunks(paths, batch_size), [[]]):
-                decoded = [pool.submit(self._decode, path) for path in chunk]
-                yield from self._rows(waiting[0], [item.result() for item in waiting[1]])
-                waiting = chunk, decoded
+            waiting: list[tuple[Source, Future[Views]]] = []
+            for chunk in itertools.chain(_chunks(inputs, batch_size), [[]]):
+                decoded = [(source, pool.submit(self._decode, source)) for source in chunk]
+                yield from self._rows(waiting)
+                waiting = decoded
 
-    def _decode(self, path: str) -> Views | str:
-        try:
-            picture = images.load(Path(path))
-        except ImageError as error:
-            return str(error)
-        return [pipeline.image(picture) for pipeline in self.pipelines]
+    def _decode(self, source: Source) -> Views:
+        """The image's views, and last, where it is to be explained, all of it as in evaluation."""
+        picture = _opened(source)
+        explained = [self.parts.pipeline] if self.explanations is not None else []
+        return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)]
 
-    def _rows(self, paths: list[str], decoded: list[Views | str]) -> Iterator[Row]:
-        found = iter(self._ranked([item for item in decoded if not isinstance(item, str)]))
-        for path, item in zip(paths, decoded, strict=True):
+    def _rows(self, decoded: list[tuple[Source, Future[Views]]]) -> Iterator[Row]:
+        good = [future.result() for _, future in decoded if future.exception() is None]
+        found = iter(self._ranked(good))
+        for source, future in decoded:
             self.number += 1
-            row = Row(path, error=item) if isinstance(item, str) else Row(path, next(found))
-            if self.explanations is not None and not isinstance(item, str):
-                pipeline = self.restored.pipeline  # the whole view, whatever views were averaged
-                picture = self.cam.picture(pipeline, pipeline.image(images.load(Path(path))), row.predictions[0].index)
-                said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
-                name = f"{self.number:05}-{Path(path).stem[:60]}-{said[:40]}.png"
-                write_atomically(self.explanations / name, partial(picture.save, format="PNG"))
+            path = f"image {self.number}" if isinstance(source, Image.Image) else str(source)
+            try:
+                views = future.result()
+            except ImageError as error:
+                yield Row(path, error=str(error))
+                continue
+            row = Row(path, next(found))
+            if self.explanations is not None:
+                self._explain(self.explanations, row, views[-1])
             yield row
+
+    def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
+        picture = self.cam.picture(self.parts.pipeline, view, row.predictions[0].index)
+        said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
+        name = f"{self.number:05}-{Path(row.path).stem[:60]}-{said[:40]}.png"
+        write_atomically(folder / name, partial(picture.save, format="PNG"))
 
     def _ranked(self, pictures: list[Views]) -> list[list[Prediction]]:
         """The best classes of each image, given as its views."""
-        if len({view.shape for views in pictures for view in views[:1]}) > 1:  # the transforms fix no size: one by one
+        if len({views[0].shape for views in pictures}) > 1:  # the transforms fix no size: one by one
             return [self._ranked([views])[0] for views in pictures]
         if not pictures:
             return []
-        logits, classes = self._logits(pictures), self.restored.classes
-        best = ranked(logits, self.topk)
-        shares = probabilities(logits, self.restored.checkpoint.temperature).gather(1, best)
-        return [
-            [Prediction(classes[index], index, round(share, 6)) for index, share in zip(*row, strict=True)]
-            for row in zip(best.tolist(), shares.tolist(), strict=True)
-        ]
+        logits, saved = self._logits(pictures), self.parts.saved
+        return self.parts.task.predictions(logits, saved.temperature if saved else None, self.topk)
 
     @torch.inference_mode()
     def _logits(self, pictures: list[Views]) -> Tensor:
-        network, views = self.restored.network, []
-        for pipeline, tensors in zip(self.pipelines, zip(*pictures, strict=True), strict=True):
-            views.append(network.images_to_logits(pipeline.batch(torch.stack(tensors).to(network.device))))
+        network, views = self.parts.network, []
+        for pipeline, *tensors in zip(self.pipelines, *pictures, strict=False):
+            batch = pipeline.batch(torch.stack(tensors).to(network.device))
+            views.append(network.logits(network.features(batch)))
         logits = averaged(views).cpu()
         check_finite(logits)
         return logits
 
 
-def _chunks(paths: Iterable[str], size: int) -> Iterator[list[str]]:
-    remaining = iter(paths)
+@torch.inference_mode()
+def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
+    """The input of the head for each image, (N, features) float32 on the CPU. Raises ImageError."""
+    network, pipeline, rows = parts.network, parts.pipeline, [torch.empty(0, parts.features)]
+    for chunk in _chunks(inputs, batch_size):
+        batch = pipeline.batch(stacked([pipeline.image(_opened(source)) for source in chunk]).to(network.device))
+        rows.append(network.embed(network.features(batch)).cpu())
+    return torch.cat(rows)
+
+
+def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
+    """The image beside the evidence for class `target`, None for the predicted one. Raises ImageError, InputError."""
+    network, pipeline = parts.network, parts.pipeline
+    view = pipeline.image(_opened(source))
+    if target is None:
+        with torch.inference_mode():
+            batch = pipeline.batch(view[None].to(network.device))
+            target = int(network.logits(network.features(batch)).argmax())
+    return GradCam(network.classifier).picture(pipeline, view, target)
+
+
+def _opened(source: Source) -> Image.Image:
+    return images.upright_rgb(source) if isinstance(source, Image.Image) else images.load(Path(source))
+
+
+def _chunks(items: Iterable[Source], size: int) -> Iterator[list[Source]]:
+    remaining = iter(items)
     while chunk := list(islice(remaining, size)):
         yield chunk
 

@@ -6,22 +6,21 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from tl_trainer.checkpoint import Checkpoint, library_versions
-from tl_trainer.data.dataset import Split
+from tl_trainer.checkpoint import library_versions
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import InputError, printable
+from tl_trainer.errors import InputError
+from tl_trainer.evaluation import Evaluation
 from tl_trainer.explain import GradCam
-from tl_trainer.files import write_bytes, write_text
-from tl_trainer.metrics import Scores, measure, probabilities, ranked, reliability, surest_mistakes
+from tl_trainer.ground.files import write_bytes, write_text
+from tl_trainer.ground.wording import printable
+from tl_trainer.metrics import probabilities, ranked, reliability, surest_mistakes
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 
@@ -29,42 +28,6 @@ MISTAKES = 12
 PAIRS_SHOWN = 6
 EXAMPLES = 4
 SIDE = 224  # pixels of the longer side of an example
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of a checkpoint on a split.
-
-    what: the split's name. data: where its images are. contents: what `data.content.contents` says of them. tta: the
-    test-time augmentation, if any.
-    """
-
-    what: str
-    data: str
-    split: Split
-    scores: Scores
-    contents: Sequence[str]
-    checkpoint: Checkpoint
-    tta: str | None = None
-
-    @cached_property
-    def measured(self) -> dict[str, Any]:
-        """All figures as plain data."""
-        temperature, withheld = self.checkpoint.temperature, None
-        shared = len(set(self.contents) & set(self.checkpoint.val_images))
-        if temperature is None:
-            withheld = "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
-        elif shared:
-            withheld = f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
-        elif self.what == "train":
-            withheld = "the network was trained on these images, so its probabilities for them say nothing of others"
-        origin = {"split": self.what, "data": self.data, "tta": self.tta}
-        return {**origin, **measure(self.scores, self.checkpoint.classes, temperature, withheld)}
-
-    @property
-    def headline(self) -> dict[str, Any]:
-        """The figures without those that take a row per class."""
-        return {key: value for key, value in self.measured.items() if key not in ("per_class", "confusion_matrix")}
 
 
 def write_report(
@@ -159,16 +122,16 @@ def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterato
 
 def _mistakes(
     evaluation: Evaluation, predictions: _Predictions, classifier: Classifier, pipeline: Pipeline
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """The mistakes that the classifier is surest of, as it saw them, each beside the evidence for what it said."""
     cam, shown = GradCam(classifier), []
     for index in predictions.wrong[:MISTAKES]:
         tensor = pipeline.image(evaluation.split.open(index))
         try:
-            picture, explained = cam.picture(pipeline, tensor, int(predictions.best[index, 0])), "yes"
+            picture, explained = cam.picture(pipeline, tensor, int(predictions.best[index, 0])), True
         except InputError:  # a backbone without a spatial stage
             picture = functional.to_pil_image(pipeline.denormalise(pipeline.batch(tensor[None]))[0])
-            explained = ""
+            explained = False
         shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
     return shown
 

@@ -1,20 +1,24 @@
-"""Which run --resume goes on with, and whether it may with this configuration."""
+"""The one room that knows which run --resume goes on with, and whether it still is the same run."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
 from tl_trainer.config.schema import expand, flat
-from tl_trainer.errors import CheckpointError, InputError
-from tl_trainer.files import previous, remove_unfinished, sole_use
-from tl_trainer.saver import RESULT, Progress
+from tl_trainer.errors import CheckpointError, DataError, InputError
+from tl_trainer.ground.files import previous, remove_unfinished
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.machine import is_out_of_memory
+from tl_trainer.saver import RESULT, Progress, State
+from tl_trainer.tasks import SingleLabel
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +46,34 @@ class Resumption:
     last: Checkpoint
     best: Checkpoint | None
 
+    def require_same(self, template: Checkpoint, images: str, where: str) -> None:
+        """Raise DataError where the run began with other weights or images; `images` is their fingerprint."""
+        name = template.backbone["name"]
+        if self.last.backbone != template.backbone:
+            raise DataError(f"the weights of {name} are not those this run began with; restore that file")
+        assert self.last.resume is not None
+        if self.last.resume.get("images") != images:
+            raise DataError(f"{where}: the training images are not those this run began with")
+        if self.last.val_images != template.val_images:
+            raise DataError(f"{where}: the validation images are not those this run began with")
+
+    def go_on(self, state: State) -> None:
+        """Put the run's state into `state`, bit for bit. From here to `fit` nothing may draw random numbers."""
+        assert self.last.resume is not None
+        try:
+            state.restore(self.last.trained, self.last.resume)
+        except Exception as error:  # its checksum is right and its content is not: torch raises anything
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            raise CheckpointError(
+                f"{self.run_dir / 'last.pth'}: does not fit this run: {type(error).__name__}: {reason}"
+            ) from error
+
 
 @contextlib.contextmanager
 def resume(
-    target: str | None, config: str | None, overrides: Overrides, *, hold: bool = True
+    target: str | None, config: str | Mapping[str, Any] | None, overrides: Overrides, *, hold: bool = True
 ) -> Iterator[tuple[Loaded, Resumption]]:
     """The run at `target` (a run directory or its last.pth), or the newest unfinished one of the configuration.
 
@@ -70,13 +98,11 @@ def resume(
         yield found
 
 
-def _read(path: Path, config: str | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
+def _read(path: Path, config: str | Mapping[str, Any] | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
     last = _load_last(path)
     if last.resume is None:
         raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
-    progress = Progress.from_plain(last.resume.get("progress"))
-    if progress is None or (progress.epoch, progress.best) != (last.epoch, last.metrics):
-        raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind")
+    _check_progress(last, path)
     loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
     _compare(loaded, last, path)
     if last.epoch >= loaded.config.train.epochs:
@@ -87,6 +113,17 @@ def _read(path: Path, config: str | None, overrides: Overrides) -> tuple[Loaded,
     if last.metrics is not None and not best.exists():
         raise InputError(f"{best}: no such file, and last.pth counts on it; put it back or start a new run")
     return loaded, Resumption(path.parent, last, checkpoint.load(best) if best.exists() else None)
+
+
+def _check_progress(last: Checkpoint, path: Path) -> None:
+    try:
+        progress = Progress.model_validate((last.resume or {}).get("progress"))
+        if (progress.epoch, progress.best) != (last.epoch, last.metrics):
+            raise ValueError("not that of its weights")
+        if progress.best is not None:
+            SingleLabel(last.classes).check(progress.best)
+    except ValueError as error:  # pydantic's are
+        raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind") from error
 
 
 def _newest_unfinished(loaded: Loaded) -> Path:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 from torch import Tensor, optim
 
 from tl_trainer.checkpoint import Checkpoint, save
-from tl_trainer.errors import Interrupted, RunError, shown
-from tl_trainer.files import keep_previous
-from tl_trainer.metrics import Figures, Scores, fit_temperature
+from tl_trainer.errors import RunError
+from tl_trainer.ground.files import keep_previous
+from tl_trainer.ground.wording import shown
+from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.optim import Schedule
-from tl_trainer.signals import StopRequest
-
-log = logging.getLogger(__name__)
 
 # An epoch on cached features takes milliseconds, a save with its fsync more. A run that is killed in between resumes
 # from the last save and arrives at the same weights.
@@ -30,43 +28,52 @@ SECONDS_BETWEEN_SAVES = 5.0
 RESULT = "result.json"  # written last of all: where it is missing, so may be the report and the final figures
 
 
-@dataclass
-class Progress:
+class EpochDone(NamedTuple):
+    """An epoch that has ended, counted from 1: mean training loss, seconds and images without validation."""
+
+    epoch: int
+    train_loss: float
+    seconds: float
+    images: int
+    improved: bool
+
+
+class Progress(BaseModel):
     """Where a run stands; with the weights, the optimizer and the random state it is all that a resume needs."""
 
-    epoch: int = 0  # epochs completed
-    batch: int = 0  # of the epoch under way: batches done, their summed loss, images and seconds
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    epoch: NonNegativeInt = 0  # epochs completed
+    batch: NonNegativeInt = 0  # of the epoch under way: batches done, their summed loss, images and seconds
     loss: float = 0.0
-    images: int = 0
+    images: NonNegativeInt = 0
     seconds: float = 0.0
-    best_epoch: int = 0
-    best: dict[str, Any] | None = None
+    best_epoch: NonNegativeInt = 0
+    best: dict[str, int | float] | None = None
 
-    @classmethod
-    def from_plain(cls, data: Any) -> Progress | None:
-        """The reverse of `asdict`; None where that did not make `data`."""
-        try:
-            found = cls(**data)
-            best = {} if found.best is None else asdict(Figures(**found.best))
-        except TypeError:  # no mapping, or one with other names
-            return None
-        counts = [found.epoch, found.batch, found.images, found.best_epoch, best.get("n", 1)]
-        numbers = [found.loss, found.seconds, *(best[name] for name in best if name != "n")]
-        if not all(type(value) is int and value >= 0 for value in counts) or found.best_epoch > found.epoch:
-            return None
-        if not all(type(value) is float and math.isfinite(value) for value in numbers):
-            return None
-        if best and not all(0 <= best[name] <= 1 for name in ("top1", "top5")):
-            return None
-        return found if (found.epoch == 0) == (not best) and (found.batch == 0) == (found.images == 0) else None
+    @model_validator(mode="after")
+    def _check(self) -> Progress:
+        if self.best_epoch > self.epoch or (self.epoch == 0) != (self.best is None):
+            raise ValueError("the best epoch is none of those that were completed")
+        if (self.batch == 0) != (self.images == 0):
+            raise ValueError("batches without images")
+        return self
 
-    def epoch_ended(self, figures: Figures) -> bool:
-        """Count the epoch; True where its top-1 is the best so far, or as good with a lower loss."""
+    def batch_ended(self, loss: float, images: int, seconds: float) -> None:
+        """Count a batch with this mean loss; `seconds` is what the epoch has taken so far."""
+        self.batch += 1
+        self.loss += loss * images
+        self.images += images
+        self.seconds = seconds
+
+    def epoch_ended(self, figures: Figures, better: Callable[[Figures, Figures], bool]) -> EpochDone:
+        """Count the epoch, and remember its figures where they are better than the best so far."""
+        mean, images, seconds = self.loss / max(1, self.images), self.images, self.seconds
         self.epoch, self.batch, self.loss, self.images, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
-        better = self.best is None or (figures.top1, -figures.loss) > (self.best["top1"], -self.best["loss"])
-        if better:
-            self.best_epoch, self.best = self.epoch, asdict(figures)
-        return better
+        improved = self.best is None or better(figures, self.best)
+        if improved:
+            self.best_epoch, self.best = self.epoch, figures
+        return EpochDone(self.epoch, mean, seconds, images, improved)
 
 
 @dataclass
@@ -85,7 +92,7 @@ class State:
         if self._device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self._device)
         return {
-            "progress": asdict(self.progress),
+            "progress": self.progress.model_dump(),
             "optimizer": self.optimizer.state_dict(),
             "plateau": dict(self.schedule.plateau),
             "scaler": self.scaler.state_dict(),
@@ -109,7 +116,7 @@ class State:
                 raise ValueError(f"the schedule's {name} is {shown(found)}")
             plateau[name] = found
         self.scaler.load_state_dict(resume["scaler"])
-        self.progress = Progress(**resume["progress"])
+        self.progress = Progress.model_validate(resume["progress"])
         torch.set_rng_state(resume["random"]["cpu"])
         if "cuda" in resume["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(resume["random"]["cuda"], self._device)
@@ -120,34 +127,35 @@ class State:
 
 
 class Saver:
-    """Writes last.pth and best.pth into the run directory. `template` has what stays the same in every checkpoint."""
+    """Writes last.pth and best.pth into the run directory.
+
+    template: what stays the same in every checkpoint. images: the fingerprint of the training images. calibrate: gives
+    the temperature for best.pth from the validation scores.
+    """
 
     def __init__(
         self,
         run_dir: Path,
         template: Checkpoint,
         state: State,
-        stop: StopRequest,
         images: str = "",
+        calibrate: Callable[[Scores], float | None] = lambda _: None,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
         self.run_dir = run_dir
         self.template = template
         self.state = state
-        self.stop = stop
         self.best: Checkpoint | None = None
         self.best_scores: Scores | None = None  # of the validation split; None where an earlier session had the best
         self._best_on_disk = False
-        self.images = images  # the fingerprint of the training images, which a resumed run must have too
+        self.images = images
+        self.calibrate = calibrate
         self.flush = flush  # for the logs: an epoch that last.pth counts is not logged again
         self._saved_at = time.monotonic()
         self._pause = SECONDS_BETWEEN_SAVES
 
-    def tick(self) -> None:
-        """Save when the last time is long ago; after a signal save, finish and raise Interrupted."""
-        if self.stop.signal is not None:
-            self.finish()
-            raise Interrupted(self.stop.signal, f"stopped; continue with --resume {self.run_dir}")
+    def save_if_due(self) -> None:
+        """Save where the last time is long ago."""
         if time.monotonic() - self._saved_at > self._pause:
             self.save()
 
@@ -173,16 +181,16 @@ class Saver:
         resume, progress = {**self.state.resume_data(), "images": self.images}, self.state.progress
         trained = self.state.classifier.trained_state()
         if not all(value.isfinite().all() for value in trained.values()):
-            where = (
-                f"epoch {progress.epoch + 1}, batch {progress.batch}" if progress.batch else f"epoch {progress.epoch}"
-            )
+            where = f"epoch {progress.epoch}"
+            if progress.batch:
+                where = f"epoch {progress.epoch + 1}, batch {progress.batch}"
             raise RunError(
                 f"the weights are not finite after {where}; "
                 "lower the rate with --lr or set train.schedule.warmup_epochs"
             )
         if self.best is not None and not self._best_on_disk:
             if self.best_scores is not None:
-                self.best = replace(self.best, temperature=fit_temperature(self.best_scores))
+                self.best = replace(self.best, temperature=self.calibrate(self.best_scores))
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
         self.flush()

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.csv, TensorBoard, progress on stderr."""
+"""What a run writes while it trains: metrics.csv, TensorBoard, a line per epoch."""
 
 from __future__ import annotations
 
@@ -10,41 +10,33 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from tqdm import tqdm
 
-from tl_trainer.errors import RunError, printable
-from tl_trainer.files import write_text
-from tl_trainer.metrics import Figures, Scores, confusion, per_class, probabilities, reliability
-from tl_trainer.plots import confusion_figure, png, reliability_figure
+from tl_trainer.errors import RunError
+from tl_trainer.ground.failures import is_worker_death
+from tl_trainer.ground.files import write_text
+from tl_trainer.ground.wording import printable
+from tl_trainer.metrics import Figures, Scores
+from tl_trainer.plots import png
+from tl_trainer.saver import EpochDone
+from tl_trainer.tasks import Task
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Logged = ParamSpec("Logged")
 Graph = list[tuple[str, str, bool]]
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_top1", "val_top5", "lr", "seconds")
 LEFT_OUT = "TensorBoard cannot be written, and is left out from here on: %s"
 CAPTION_HEIGHT = 14
 GAP = 4
 SECONDS_BETWEEN_DRAWINGS = 10.0  # an epoch on cached features takes less than a picture of its figures
-CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
 PROJECTOR = "projector"  # the folder that add_embedding makes, which it names after a step
 COMPONENTS = 128  # of the features, for the projector, whose own methods reduce them further
-
-
-def bar(
-    items: Iterable[Item], description: str, total: int | None = None, *, start: int = 0, unit: str = "batch"
-) -> Iterable[Item]:
-    """A progress bar on stderr; nothing where stderr is no terminal or --quiet was given."""
-    quiet = not log.isEnabledFor(logging.INFO)
-    return tqdm(items, description, total, initial=start, leave=False, unit=unit, disable=True if quiet else None)
 
 
 def _on_tensorboard(
@@ -59,7 +51,7 @@ def _on_tensorboard(
         try:
             method(self, *args, **kwargs)
         except Exception as error:  # its writer is a thread with a file, and raises whatever that met
-            if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
+            if is_worker_death(error):  # torch raises it from a signal handler, wherever the program is
                 raise
             if self.writer is not None:  # else a step of this method has failed and said so
                 log.warning(LEFT_OUT, error)
@@ -74,13 +66,15 @@ class Tracker:
     Rows and points of epochs after `done` are dropped: a run that was killed will train and log these again.
     """
 
-    def __init__(self, run_dir: Path, classes: Sequence[str], *, tensorboard: bool, done: int = 0) -> None:
+    def __init__(self, run_dir: Path, task: Task, epochs: int, *, tensorboard: bool, done: int = 0) -> None:
         self.path = run_dir / "metrics.csv"
-        self.classes = classes
+        self.task = task
+        self.epochs = epochs
         self._done = done
         self._drawn_at, self._drawn_epoch = float("-inf"), 0
+        columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *_rows(self.path)[:done]])
+        csv.writer(table, lineterminator="\n").writerows([columns, *_rows(self.path)[:done]])
         write_text(self.path, table.getvalue())
         self.writer: Any = None
         if tensorboard:
@@ -102,27 +96,22 @@ class Tracker:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
         self.writer.add_image(tag, pil_to_tensor(picture_grid(batch, captions)), epoch)
 
-    def epoch(
-        self, epoch: int, epochs: int, train_loss: float, val: Figures, lr: float, seconds: float, images: int
-    ) -> None:
-        """Log an epoch, counted from 1; `images` were trained on in `seconds`, validation not included."""
-        self._done = epoch
-        row = (epoch, train_loss, val.loss, val.top1, val.top5, lr, round(seconds, 3))
-        self._append(row)
-        scalars = {"train/loss": train_loss, "val/loss": val.loss, "val/top1": val.top1, "val/top5": val.top5}
-        self._scalars({**scalars, "lr": lr, "time/images_per_second": images / seconds}, epoch)
+    def epoch(self, done: EpochDone, val: Figures, lr: float) -> None:
+        """Log an epoch, its validation figures, and the rate of its last step."""
+        self._done, shown = done.epoch, {name: val[name] for name in self.task.columns}
+        self._append((done.epoch, done.train_loss, *shown.values(), lr, round(done.seconds, 3)))
+        scalars = {"train/loss": done.train_loss, **{f"val/{name}": value for name, value in shown.items()}}
+        self._scalars({**scalars, "lr": lr, "time/images_per_second": done.images / done.seconds}, done.epoch)
         log.info(
-            "epoch %*d/%d  loss %.4f  val %.4f  top-1 %4.1f%%  top-5 %4.1f%%  lr %.2g  %.1f s",
-            len(str(epochs)), epoch, epochs, train_loss, val.loss, 100 * val.top1, 100 * val.top5, lr, seconds,
+            "epoch %*d/%d  loss %.4f  val %.4f  %s  lr %.2g  %.1f s",
+            len(str(self.epochs)), done.epoch, self.epochs, done.train_loss, val["loss"], self.task.in_words(val), lr,
+            done.seconds,
         )  # fmt: skip
 
     @_on_tensorboard
     def improved(self, epoch: int, scores: Scores) -> None:
-        """Log what is worth knowing of the best epoch so far: F1 of each class, and from time to time pictures."""
-        if len(self.classes) <= CURVES:
-            rows = per_class(scores, self.classes)
-            found = {f"f1/{printable(row['class'])}": row["f1"] for row in rows if row["f1"] is not None}
-            self._scalars(found, epoch)
+        """Log what is worth knowing of the best epoch so far: figures of each class, and from time to time pictures."""
+        self._scalars(self.task.curves(scores), epoch)
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw(epoch, scores)
 
@@ -157,20 +146,12 @@ class Tracker:
         self.writer.add_embedding(reduced, names, thumbnails, PROJECTOR, "features")
 
     def _draw(self, epoch: int, scores: Scores) -> None:
-        matrix = confusion(scores, len(self.classes)).tolist()
-        self._figure("val/confusion_matrix", confusion_figure(matrix, self.classes), epoch)
-        self._figure("val/reliability", reliability_figure({"as trained": reliability(scores, None)}), epoch)
-        if len(self.classes) <= CURVES:
-            shares, labels = probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
-            for index, name in enumerate(self.classes):
-                self.writer.add_pr_curve(
-                    f"precision_recall/{printable(name)}", labels[:, index], shares[:, index], epoch
-                )
+        for tag, figure in self.task.pictures(scores):
+            picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
+            self.writer.add_image(f"val/{tag}", pil_to_tensor(picture), epoch)
+        for name, labels, shares in self.task.precision_recall(scores):
+            self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels, shares, epoch)
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
-
-    def _figure(self, tag: str, figure: Any, epoch: int) -> None:
-        picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
-        self.writer.add_image(tag, pil_to_tensor(picture), epoch)
 
     @_on_tensorboard
     def flush(self) -> None:

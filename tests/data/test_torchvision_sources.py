@@ -26,7 +26,7 @@ from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.torchvision_sources import CLASSES
 from tl_trainer.errors import DataError, InputError, SettingError
-from tl_trainer.files import sole_use
+from tl_trainer.ground.locks import sole_use
 
 Server = tuple[str, Path]
 

@@ -11,7 +11,7 @@ from torchvision.models import get_model, get_model_weights
 from tl_trainer.data.demo import SHAPES, TAME
 from tl_trainer.data.drawing import Dice, scenes
 from tl_trainer.errors import InputError, SettingError
-from tl_trainer.files import content_hash
+from tl_trainer.ground.files import content_hash
 from tl_trainer.models.backbones import build_backbone, fetch, preprocessing, resolve_weights, weights_names
 from tl_trainer.models.embedded import TinyResNet, TinyResNet_Weights
 

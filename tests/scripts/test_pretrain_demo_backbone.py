@@ -13,7 +13,7 @@ import torch
 
 from conftest import load_script
 from tl_trainer.data.drawing import Dice
-from tl_trainer.files import content_hash
+from tl_trainer.ground.files import content_hash
 from tl_trainer.models.backbones import build_backbone
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_demo_backbone.py"

@@ -5,23 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from tl_trainer.cli.main import TTA, TTA_HELP, given, new_parser, positive, run_command, worker_setting
+from tl_trainer.cli.main import (
+    OVERRIDES_HELP,
+    TTA,
+    TTA_HELP,
+    given,
+    new_parser,
+    overrides_of,
+    positive,
+    run_command,
+    worker_setting,
+)
 
 EPILOG = """\
 examples:
   tl-eval --checkpoint runs/flowers102-1/best.pth
   tl-eval --checkpoint best.pth --data-dir new-photos --split all --json
-  tl-eval --checkpoint best.pth --tta flip --report report
+  tl-eval --checkpoint best.pth --tta flip --report report features.cache=off
 """
+
+
+# The flags that are short for an override.
+FLAGS = {
+    "data_dir": "data.root",
+    "device": "device",
+    "batch_size": "train.batch_size",
+    "workers": "data.workers",
+    "on_bad_image": "data.on_bad_image",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-eval."""
     parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
     add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     add("--checkpoint", type=given, required=True, metavar="FILE", help="a run directory or its best.pth")
     add("--data-dir", type=given, metavar="DIR", help="another folder with the same classes (default: the one it was "
         "trained on)")  # fmt: skip
@@ -44,19 +64,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from tl_trainer.run import evaluate_checkpoint
+    overrides = overrides_of(args, FLAGS)
+    from tl_trainer import api
 
-    result = evaluate_checkpoint(
-        Path(args.checkpoint),
-        data_dir=args.data_dir,
-        split=args.split,
-        device=args.device,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        on_bad_image=args.on_bad_image,
-        tta=args.tta,
-        report=Path(args.report) if args.report else None,
-    )
+    model = api.load(args.checkpoint, progress=not args.quiet, **overrides)
+    result = model.evaluate(args.split, tta=args.tta, report=args.report)
     sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0
 

@@ -8,15 +8,19 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
+from typing import Any
 
 from tl_trainer import __version__
-from tl_trainer.errors import InputError, TrainerError, is_out_of_memory, printable_lines, shown
-from tl_trainer.signals import Terminated, raise_terminated
+from tl_trainer.errors import InputError
+from tl_trainer.ground.failures import as_trainer_error
+from tl_trainer.ground.signals import Terminated, raise_terminated
+from tl_trainer.ground.wording import printable_lines
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 TTA_HELP = "average over views of each image: with its mirror image, five crops, or five crops and their mirror images"
+OVERRIDES_HELP = "a key of the configuration that does not change what was trained, such as features.cache=off"
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -73,27 +77,20 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        if isinstance(error, TrainerError):
-            return _fail(parser.prog, str(error), error.exit_code)
-        if type(error).__name__ == "OutOfMemoryError":
-            return _fail(parser.prog, "the GPU is out of memory; lower --batch-size or use --device cpu", 1)
-        if is_out_of_memory(error):
-            return _fail(parser.prog, "out of memory; lower --batch-size, or the number of --workers", 1)
-        if "failed to map segment" in str(error):  # the same words for a lack of memory and for a folder
-            message = (
-                f"{error}; close other programs or raise the limit on memory (ulimit -v), unless it is mounted noexec"
-            )
-            return _fail(parser.prog, message, 1)
-        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long for the system
-            return _fail(parser.prog, f"{shown(error.filename)}: {error.strerror}", 1)
-        if "DataLoader worker" in str(error):  # torch raises it from a signal handler, wherever the program is
-            from tl_trainer.data.loaders import named_death
-
-            if death := named_death(error):
-                return _fail(parser.prog, str(death), death.exit_code)
+        if (told := as_trainer_error(error)) is not None:
+            return _fail(parser.prog, str(told), told.exit_code)
         return _fail(
             parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
         )
+
+
+def overrides_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
+    """The keys that the command line sets: its key=value words, then the flags that are short for one."""
+    from tl_trainer.config.load import parse_override
+
+    words = dict(parse_override(word) for word in args.overrides)
+    given = {key: getattr(args, flag) for flag, key in flags.items() if getattr(args, flag) is not None}
+    return {**words, **given}
 
 
 def _fail(program: str, message: str, code: int) -> int:

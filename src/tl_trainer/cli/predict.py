@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import TTA, TTA_HELP, given, new_parser, run_command
+from tl_trainer.cli.main import OVERRIDES_HELP, TTA, TTA_HELP, given, new_parser, overrides_of, run_command
 from tl_trainer.errors import InputError, RunError
+from tl_trainer.ground.progress import bar, bars
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-predict."""
     parser = new_parser("tl-predict", "Classify images.", EPILOG)
     add = parser.add_argument
-    add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin")
+    add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin; "
+        "key=value sets " + OVERRIDES_HELP)  # fmt: skip
     add("--checkpoint", type=given, metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, "
         "else the newest run under ./runs)")  # fmt: skip
     add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
@@ -49,23 +52,28 @@ def _predict(args: argparse.Namespace) -> int:
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be 1 or more")
     path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
-    from tl_trainer.data.transforms import tta_pipelines
-    from tl_trainer.files import make_folder
-    from tl_trainer.predict import Predictor, expand_inputs, write_rows
-    from tl_trainer.restore import restore
-    from tl_trainer.tracking import bar
+    named = [word for word in args.paths if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+    args.overrides = [word for word in named if not Path(word).exists()]
+    paths = [word for word in args.paths if word not in args.overrides]
+    if not paths:
+        raise InputError("no images: give files, folders, globs, or - for paths on stdin")
+    overrides = overrides_of(args, {"device": "device"})
+    from tl_trainer import api
+    from tl_trainer.predict import expand_inputs, write_rows
 
-    explanations = Path(args.explain) if args.explain else None
-    if explanations is not None:
-        make_folder(explanations, "--explain")
-    restored = restore(path, args.device)
-    if restored.checkpoint.temperature is None:
+    model = api.load(path, progress=not args.quiet, **overrides)
+    if model.temperature is None:
         log.info("the probabilities are not calibrated (a last.pth, or too few validation images) and often too high")
-    pipelines = tta_pipelines(restored.checkpoint.preprocessing, args.tta)
-    predictor = Predictor(restored, args.topk, pipelines, explanations)
-    rows = predictor.rows(expand_inputs(args.paths, sys.stdin), args.batch_size)
+    rows = model.rows(
+        expand_inputs(paths, sys.stdin),
+        topk=args.topk,
+        tta=args.tta,
+        batch_size=args.batch_size,
+        evidence=args.explain,
+    )
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
-        rows = iter(bar(rows, "images", unit="img"))
+        with bars(not args.quiet):
+            rows = iter(bar(rows, "images", unit="img"))
     if args.output is None:
         failed = write_rows(rows, args.format, sys.stdout)
     else:
@@ -74,8 +82,8 @@ def _predict(args: argparse.Namespace) -> int:
                 failed = write_rows(rows, args.format, file)
         except OSError as error:
             raise RunError(f"--output {args.output}: {error.strerror}") from error
-    if explanations is not None:
-        log.info("pictures of the evidence: %s", explanations)
+    if args.explain:
+        log.info("pictures of the evidence: %s", args.explain)
     if failed:
         log.warning("%d image(s) could not be read", failed)
     return 1 if failed else 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_trainer.cli.main import given, new_parser, run_command, worker_setting
+from tl_trainer.cli.main import given, new_parser, overrides_of, run_command, worker_setting
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
-    from tl_trainer.resume import Resumption
 
 EPILOG = """\
 examples:
@@ -65,52 +67,69 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tl_trainer.config.load import load, parse_override, to_json_schema
-
-    words = list(args.overrides)
     if args.resume and "=" in args.resume and not Path(args.resume).exists():
-        words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
+        args.overrides.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
-    overrides: list[tuple[str, Any]] = [parse_override(word) for word in words]
-    overrides += [(key, getattr(args, flag)) for flag, key in FLAGS.items() if getattr(args, flag) is not None]
+    overrides = overrides_of(args, FLAGS)
     if args.print_schema:
-        from tl_trainer.data.transforms import TRANSFORMS
-        from tl_trainer.models.backbones import BACKBONES, weights_names
+        sys.stdout.write(_schema() + "\n")
+    elif args.print_config or args.clear_cache:
+        with _configuration(args, overrides) as loaded:
+            sys.stdout.write(_configured(loaded) if args.print_config else _cleared(loaded))
+    else:
+        sys.stdout.write(_performed(args, overrides) + "\n")
+    return 0
 
-        names = {"backbone": sorted(BACKBONES), "weights": weights_names(), "transforms": sorted(TRANSFORMS)}
-        sys.stdout.write(to_json_schema(names) + "\n")
-        return 0
+
+def _schema() -> str:
+    from tl_trainer.config.load import to_json_schema
+    from tl_trainer.data.transforms import TRANSFORMS
+    from tl_trainer.models.backbones import BACKBONES, weights_names
+
+    return to_json_schema({"backbone": sorted(BACKBONES), "weights": weights_names(), "transforms": sorted(TRANSFORMS)})
+
+
+@contextlib.contextmanager
+def _configuration(args: argparse.Namespace, overrides: dict[str, Any]) -> Iterator[Loaded]:
+    """That of a new run, or of the run that would be resumed, which is left alone."""
     if args.resume is None:
-        return _perform(args, load(args.config, overrides), None)
-    from tl_trainer.resume import resume
+        from tl_trainer.config.load import load
 
-    hold = not (args.print_config or args.clear_cache or args.dry_run)
-    with resume(args.resume or None, args.config, overrides, hold=hold) as (loaded, resumption):
-        return _perform(args, loaded, resumption)
+        yield load(args.config, overrides.items())
+    else:
+        from tl_trainer.resume import resume
+
+        with resume(args.resume or None, args.config, overrides.items(), hold=False) as (loaded, _):
+            yield loaded
 
 
-def _perform(args: argparse.Namespace, loaded: Loaded, resumption: Resumption | None) -> int:
-    """What the flags ask for, with the configuration."""
+def _configured(loaded: Loaded) -> str:
     from tl_trainer.config.load import to_yaml
 
-    if args.print_config:
-        sys.stdout.write(to_yaml(loaded.config))
-        return 0
-    if args.clear_cache:
-        from tl_trainer.feature_store import clear
-        from tl_trainer.features import features_folder
+    return to_yaml(loaded.config)
 
-        folder = features_folder(loaded.config.features)
-        sys.stdout.write(f"removed {clear(folder) / 1e6:.1f} MB of cached features: {folder}\n")
-        return 0
-    from tl_trainer import run
 
+def _cleared(loaded: Loaded) -> str:
+    from tl_trainer.feature_store import clear
+    from tl_trainer.features import features_folder
+
+    folder = features_folder(loaded.config.features)
+    return f"removed {clear(folder) / 1e6:.1f} MB of cached features: {folder}\n"
+
+
+def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
+    """Train, or with --dry-run begin to; what is printed of it."""
+    from tl_trainer import api
+    from tl_trainer.ground.signals import StopRequest
+
+    resume, progress = args.resume is not None and (args.resume or True), not args.quiet
     if args.dry_run:
-        result, in_words = run.dry_run(loaded), _dry_report
+        result, in_words = api.dry_run(args.config, resume=resume, progress=progress, **overrides), _dry_report
     else:
-        result, in_words = run.train(loaded, resumption), _report
-    sys.stdout.write((json.dumps(result) if args.json else in_words(result)) + "\n")
-    return 0
+        stop = StopRequest((signal.SIGINT, signal.SIGTERM))
+        result = api.train(args.config, resume=resume, progress=progress, stop=stop, **overrides)
+        in_words = _report
+    return json.dumps(result) if args.json else in_words(result)
 
 
 def _report(result: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tl_trainer.config.schema import Config, expand
-from tl_trainer.errors import ConfigError, InputError, SettingError, shown, unknown
+from tl_trainer.errors import ConfigError, InputError, SettingError
+from tl_trainer.ground.wording import shown, unknown
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 32
@@ -27,7 +28,8 @@ TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; check its brackets and inden
 COMMAND_LINE = "the command line"
 
 KeyPath = tuple[str | int, ...]
-Overrides = Iterable[tuple[str, Any]]
+Override = tuple[str, Any]
+Overrides = Iterable[Override]
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,17 @@ class Loaded:
         return ConfigError(_lines(self.origins, [(_parse_key(error.key), error.message) for error in errors]))
 
 
-def load(name: str | None, overrides: Overrides = ()) -> Loaded:
+def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loaded:
     """The configuration called `name` (a path, else a bundled one; None: the defaults) with dotted-key overrides.
+
+    A mapping is taken as it is.
 
     Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
     """
     if name is None:
         return _validated({}, "run", {}, overrides)
+    if isinstance(name, Mapping):
+        return _validated(copy.deepcopy(dict(name)), "run", {(): "the configuration"}, overrides)
     path = find(name)
     data, lines = _read(path)
     return _validated(data, path.stem, {key: f"{path}:{line}" for key, line in lines.items()}, overrides)

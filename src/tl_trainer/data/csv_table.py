@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tl_trainer.config.schema import CsvSection
-from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Split
-from tl_trainer.errors import DataError, unknown
+from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Files, Split
+from tl_trainer.errors import DataError
+from tl_trainer.ground.wording import unknown
 
 
 class Row(NamedTuple):
@@ -44,7 +45,8 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None) -> Data
                 raise DataError(f"{table}:{row.line}: {unknown('label', row.label, classes)}, fixed by {fixed_by}")
         names = [row.image for row in by_split[name]]
         targets = [index[row.label] for row in by_split[name]]
-        splits[name] = Split(names, targets, [root / section.images / image for image in names])
+        files = Files([root / section.images / image for image in names], names)
+        splits[name] = Split(files, targets, range(len(names)))
     return Dataset(classes, splits, str(table))
 
 

@@ -7,55 +7,148 @@ every other one: a missing or an extra class is an error that names it, never a 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from tl_trainer.data import images
-from tl_trainer.errors import DataError
+from tl_trainer.errors import DataError, ImageError
+from tl_trainer.ground.wording import printable
 
 # Each split and the names its folder or its value in a CSV column may have.
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
+class Stamp(NamedTuple):
+    """What changes whenever a file does: its path, size in bytes, and times of modification and change in ns."""
+
+    path: bytes
+    size: int
+    modified: int
+    changed: int
+
+
+class Images(Protocol):
+    """Where images are. No other room asks which kind it has: another one, such as shards, is these four methods."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def name(self, index: int) -> str:
+        """What errors, predictions and split.csv call the image."""
+
+    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        """The image as upright RGB, and the SHA-256 of its content. ImageError, naming it, where it cannot be read.
+
+        draft: every byte is read, but the picture may be smaller, which is enough to find a damaged file.
+        """
+
+    def stamp(self, index: int) -> Stamp | None:
+        """What tells without reading the image that it is still the same; None where nothing does."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images that are files, called `names`."""
+
+    paths: Sequence[Path]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """As given."""
+        return self.names[index]
+
+    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        """Read the file once, hash its bytes, decode them."""
+        path = self.paths[index]
+        data = images.read(path)
+        return images.decode(data, path, draft=draft), hashlib.sha256(data).digest()
+
+    def stamp(self, index: int) -> Stamp | None:
+        """None for a file that is not there. A name may be no text, so the path is bytes."""
+        try:
+            found = self.paths[index].stat()
+        except (OSError, ValueError):  # gone, or a NUL in the path: `load` says so
+            return None
+        return Stamp(os.fsencode(self.paths[index].absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A dataset of (picture, label) that holds its pictures in memory, as torchvision's CIFAR10; named by number."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """The index as text."""
+        return str(index)
+
+    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        """The picture and the hash of its size and pixels."""
+        picture = images.to_rgb(self.dataset[index][0])
+        return picture, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+
+    def stamp(self, index: int) -> Stamp | None:
+        """None: it is in memory, and hashing it is cheap."""
+        return None
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images and their labels. `names` is what errors, predictions and split.csv call an image.
+    """Images and their labels; `rows` says which of `images` each one is.
 
-    The images are files at `paths`, or else rows of `pictures`, a dataset that holds them in memory. `digests` are the
-    SHA-256 of the files, once they were read: from then on only these very images are opened.
+    `hashes` are the SHA-256 of their contents, once `data.verify` has read them: from then on only these are opened.
     """
 
-    names: Sequence[str]
+    images: Images
     targets: Sequence[int]
-    paths: Sequence[Path] | None = None
-    pictures: Any = None
-    rows: Sequence[int] = ()
-    digests: Sequence[bytes] = ()
+    rows: Sequence[int]
+    hashes: Sequence[bytes] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def names(self) -> list[str]:
+        """What its images are called, in order."""
+        return [self.images.name(row) for row in self.rows]
+
+    def name(self, index: int) -> str:
+        """What the image is called."""
+        return self.images.name(self.rows[index])
+
     def open(self, index: int) -> Image.Image:
-        """The image as upright RGB; ImageError, naming it, where it cannot be read."""
-        if self.paths is not None:
-            return images.load(self.paths[index], self.digests[index] if self.digests else b"")
-        return images.to_rgb(self.pictures[self.rows[index]][0])
+        """The image as upright RGB. ImageError, naming it, where it cannot be read or is not the verified one."""
+        picture, digest = self.images.load(self.rows[index])
+        if self.hashes and digest != self.hashes[index]:
+            name = printable(self.name(index))
+            raise ImageError(f"{name}: has changed since it was read first; put it back, or start again")
+        return picture
 
     def subset(self, indices: Sequence[int]) -> Split:
         """The images at `indices`, in that order."""
-        return Split(
-            [self.names[i] for i in indices],
-            [self.targets[i] for i in indices],
-            None if self.paths is None else [self.paths[i] for i in indices],
-            self.pictures,
-            [self.rows[i] for i in indices] if self.rows else (),
-            [self.digests[i] for i in indices] if self.digests else (),
-        )
+        targets, rows = [self.targets[i] for i in indices], [self.rows[i] for i in indices]
+        return Split(self.images, targets, rows, [self.hashes[i] for i in indices] if self.hashes else ())
+
+    def sample(self, number: int) -> Split:
+        """At most `number` images, spread evenly over the split, which is ordered by class."""
+        number = min(number, len(self))
+        return self.subset([index * len(self) // number for index in range(number)])
+
+    @property
+    def contents(self) -> list[str]:
+        """What tells its images from others: 64 bits of each one's hash, in hexadecimal."""
+        return [digest.hex()[:16] for digest in self.hashes]
 
 
 @dataclass(frozen=True)
@@ -73,17 +166,20 @@ class Dataset:
         return self.splits[name]
 
 
-def with_validation(dataset: Dataset, fraction: float, seed: int, val_names: Iterable[str] | None = None) -> Dataset:
-    """The dataset with a val split, drawn from train (or `all`) where it has none of its own: stratified, seeded.
+def with_validation(
+    dataset: Dataset, draw: Callable[[Sequence[Any]], set[int]], val_names: Iterable[str] | None = None
+) -> Dataset:
+    """The dataset with a val split, taken from train (or `all`) where it has none of its own.
 
-    `val_names` is a split drawn before (by the run that is resumed or evaluated) and is taken instead of a new draw.
+    draw: targets -> the indices that are held out. `val_names` is a split drawn before (by the run that is resumed or
+    evaluated) and is taken instead of a new draw.
     """
     if "val" in dataset.splits or ("train" not in dataset.splits and "all" not in dataset.splits):
         return dataset
     splits = dict(dataset.splits)
     source = splits.pop("all") if "all" in splits else splits["train"]
     if val_names is None:
-        held_out = _draw(source, fraction, seed, dataset.classes)
+        held_out = draw(source.targets)
     else:
         position = {name: index for index, name in enumerate(source.names)}
         if missing := [name for name in val_names if name not in position]:
@@ -112,25 +208,8 @@ def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object
 
 
 def fingerprint(split: Split) -> str:
-    """The SHA-256 of names, labels and, of files that were read, contents in order: what a batch holds."""
+    """The SHA-256 of a verified split's names, labels and contents in order: what a batch holds."""
     digest = hashlib.sha256()
-    contents = split.digests or [b""] * len(split)
-    for name, target, content in zip(split.names, split.targets, contents, strict=True):
+    for name, target, content in zip(split.names, split.targets, split.hashes, strict=True):
         digest.update(f"{name}\0{target}\n".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()
-
-
-def _draw(split: Split, fraction: float, seed: int, classes: list[str]) -> set[int]:
-    rng = random.Random(seed)
-    by_class: dict[int, list[int]] = {label: [] for label in range(len(classes))}
-    for index, label in enumerate(split.targets):
-        by_class[label].append(index)
-    held_out: set[int] = set()
-    for label, indices in by_class.items():
-        if len(indices) < 2:
-            raise DataError(
-                f"class {classes[label]!r} has {len(indices)} image(s); a val split needs at least 2 of each"
-            )
-        count = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
-        held_out.update(rng.sample(indices, count))
-    return held_out

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from tl_trainer.data.drawing import Dice, Nuisance, Pattern, box, ellipse, length, scenes
-from tl_trainer.files import cache_folder
+from tl_trainer.ground.files import cache_folder
 
 VERSION = 2
 SIZE = 96

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Split, enforce_classes
+from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Files, Split, enforce_classes
 from tl_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> 
                 left_out.append(str(path.relative_to(root)))
         if len(paths) == before:
             raise DataError(f"{folder / name}: no images in this class folder; add some or remove it from every split")
-    return Split([path.relative_to(root).as_posix() for path in paths], targets, paths)
+    files = Files(paths, [path.relative_to(root).as_posix() for path in paths])
+    return Split(files, targets, range(len(paths)))
 
 
 def walk(folder: Path) -> list[Path]:

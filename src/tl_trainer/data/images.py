@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -12,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tl_trainer.errors import ImageError, is_out_of_memory, memory_is_short, printable
+from tl_trainer.errors import ImageError
+from tl_trainer.ground.machine import is_out_of_memory, memory_is_short
+from tl_trainer.ground.wording import printable
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -33,20 +34,9 @@ _UPRIGHT = {
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def load(path: Path, digest: bytes = b"") -> Image.Image:
-    """The image in a file as an upright RGB image with values in [0, 255].
-
-    Raises ImageError, naming the file, also where it no longer is the one whose SHA-256 is `digest`, if given.
-    """
-    data = read(path)
-    if digest and hashlib.sha256(data).digest() != digest:
-        raise changed(path)
-    return decode(data, path)
-
-
-def changed(path: Path) -> ImageError:
-    """The complaint about a file that is not what it was: a run must not learn from an image it never checked."""
-    return ImageError(f"{printable(str(path))}: has changed since it was read first; put it back, or start again")
+def load(path: Path) -> Image.Image:
+    """The image in a file as an upright RGB image with values in [0, 255]. Raises ImageError, naming the file."""
+    return decode(read(path), path)
 
 
 def read(path: Path) -> bytes:
@@ -74,18 +64,18 @@ def _open_ordinary(path: str, flags: int) -> int:
     raise ImageError(f"{printable(path)}: not an ordinary file; remove it from the dataset")
 
 
-def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Image:
+def decode(data: bytes, name: object, *, draft: bool = False) -> Image.Image:
     """The image in a file's bytes as an upright RGB image; `name` is what an error calls it.
 
-    `check_only` reads every byte but lets the JPEG decoder make an image of an eighth of the size, which is enough to
-    find a truncated file and is several times faster.
+    `draft` reads every byte but lets the JPEG decoder make an image of an eighth of the size, which is enough to find a
+    truncated file and is several times faster.
     """
     name = printable(str(name))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if check_only:
+            if draft:
                 image.draft("RGB", (1, 1))
-            return to_rgb(_upright(image))
+            return upright_rgb(image)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -94,6 +84,11 @@ def decode(data: bytes, name: object, *, check_only: bool = False) -> Image.Imag
         if is_out_of_memory(error) or memory_is_short():  # decoders have no words of their own for it
             raise MemoryError(f"{name}: {error}") from error
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says; not converted again where it is both."""
+    return to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -13,9 +13,11 @@ from urllib.error import URLError
 
 from torchvision import datasets
 
-from tl_trainer.data.dataset import Dataset, Split, enforce_classes
-from tl_trainer.errors import DataError, InputError, SettingError, unknown
-from tl_trainer.files import sole_use, stall_timeout
+from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes
+from tl_trainer.errors import DataError, InputError, SettingError
+from tl_trainer.ground.downloads import stall_timeout
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.wording import unknown
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +100,13 @@ def _construct(cls: type, root: Path, download: bool, arguments: dict[str, Any])
 def _split(dataset: Any, root: Path) -> Split:
     if pairs := _files(dataset):
         paths = [Path(path) for path, _ in pairs]
-        return Split([_relative(path, root) for path in paths], [int(label) for _, label in pairs], paths)
+        files = Files(paths, [_relative(path, root) for path in paths])
+        return Split(files, [int(label) for _, label in pairs], range(len(paths)))
     labels: Sequence[Any] = next(
         (getattr(dataset, name) for name in ("targets", "labels", "_labels", "y") if hasattr(dataset, name)), ()
     )
     targets = [int(label) for label in labels] or [int(dataset[index][1]) for index in range(len(dataset))]
-    return Split([str(index) for index in range(len(dataset))], targets, None, dataset, range(len(dataset)))
+    return Split(Pictures(dataset), targets, range(len(dataset)))
 
 
 def _files(dataset: Any) -> list[tuple[Path | str, int]]:

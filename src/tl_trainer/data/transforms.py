@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from tl_trainer.errors import InputError, SettingError, unknown
+from tl_trainer.errors import InputError, SettingError
+from tl_trainer.ground.wording import unknown
 
 Step = tuple[str, Any]
 PlainSteps = list[dict[str, Any]]

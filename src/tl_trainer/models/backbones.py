@@ -11,11 +11,11 @@ import hashlib
 import itertools
 import logging
 import re
-import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from urllib.request import url2pathname
 
 import torch
@@ -24,13 +24,19 @@ from torch import Tensor, fx, nn
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 
 from tl_trainer.data.transforms import Preprocessing
-from tl_trainer.errors import CheckpointError, InputError, SettingError, unknown
-from tl_trainer.files import content_hash, load_plain, sole_use, stall_timeout
+from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.ground.downloads import stall_timeout
+from tl_trainer.ground.files import content_hash
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.progress import bars_shown
+from tl_trainer.ground.sealed import load_plain
+from tl_trainer.ground.wording import unknown
 from tl_trainer.models.embedded import tiny_resnet
 
 log = logging.getLogger(__name__)
 
 BACKBONES = frozenset(list_models(module=torchvision.models)) | {tiny_resnet.__name__}
+Weights: TypeAlias = WeightsEnum | Path | None  # one of torchvision's, a state_dict file, or random
 TAPS = ("penultimate", "pooled", "logits")
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
@@ -85,7 +91,7 @@ def weights_names() -> list[str]:
     return sorted({"none", *itertools.chain.from_iterable(get_model_weights(name).__members__ for name in BACKBONES)})
 
 
-def resolve_weights(backbone: str, weights: str) -> WeightsEnum | Path | None:
+def resolve_weights(backbone: str, weights: str) -> Weights:
     """`weights` as torchvision's enum member, as a file's path, or None for random. Raises SettingError."""
     if backbone not in BACKBONES:
         raise SettingError("model.backbone", unknown("backbone", backbone, BACKBONES))
@@ -102,7 +108,7 @@ def resolve_weights(backbone: str, weights: str) -> WeightsEnum | Path | None:
     raise SettingError("model.weights", unknown(f"weights of {backbone}", weights, [*members, "none", "a file's path"]))
 
 
-def preprocessing(backbone: str, weights: WeightsEnum | Path | None) -> Preprocessing:
+def preprocessing(backbone: str, weights: Weights) -> Preprocessing:
     """The sizes, mean and std of the weights; for random ones or a file, those of the backbone's default weights."""
     member = weights if isinstance(weights, WeightsEnum) else get_model_weights(backbone).__members__["DEFAULT"]
     preset = member.transforms()
@@ -115,7 +121,7 @@ def preprocessing(backbone: str, weights: WeightsEnum | Path | None) -> Preproce
     )
 
 
-def build_backbone(name: str, weights: WeightsEnum | Path | None, tap: str, seed: int) -> Backbone:
+def build_backbone(name: str, weights: Weights, tap: str, seed: int) -> Backbone:
     """The backbone with its weights: downloaded or cached, from a file, or random from `seed`.
 
     Raises SettingError for a tap or weights that do not fit, InputError where weights cannot be fetched.
@@ -177,7 +183,7 @@ def fetch(weights: WeightsEnum) -> Path:
             if path.exists():
                 log.warning("%s does not have the hash in its name; downloading it again", path)
             log.info("downloading %s", url)
-            torch.hub.download_url_to_file(url, str(path), _named_hash(path), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(path), _named_hash(path), progress=bars_shown())
     except RuntimeError as error:  # torch.hub's word for a wrong hash
         raise InputError(f"{url}: the download is damaged ({error}); try again") from error
     except (OSError, HTTPException) as error:
@@ -311,10 +317,10 @@ def _stage_names(stages: list[Stage]) -> list[str]:
 
 
 def _load(model: nn.Module, path: Path, name: str) -> None:
-    state = load_plain(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    loaded = load_plain(path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path}: not a state_dict (names and tensors) of {name}")
-    state = {_modern(key.removeprefix("module.")): value for key, value in state.items()}
+    state = {_modern(key.removeprefix("module.")): value for key, value in loaded.items()}
     wanted = model.state_dict()
     if missing := [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]:
         raise CheckpointError(
@@ -325,7 +331,18 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
             raise CheckpointError(f"{path}: {key} is {tuple(state[key].shape)}, {name} has {tuple(value.shape)}")
     for key in wanted.keys() - state.keys():  # files older than torch 0.4.1 do not count batches
         state[key] = torch.tensor(0)
-    model.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
+    known = {key: state[key].to(value.dtype) for key, value in wanted.items()}
+    model.load_state_dict(with_versions(known, model, getattr(loaded, "_metadata", None)), assign=True)
+
+
+def with_versions(state: dict[str, Tensor], model: nn.Module, versions: Any = None) -> dict[str, Tensor]:
+    """The state dict with the modules' versions that `load_state_dict` reads: those given, else those of `model`.
+
+    A plain dict carries none, and MNASNet refuses a state dict without.
+    """
+    found: Any = OrderedDict(state)
+    found._metadata = versions or model.state_dict()._metadata  # type: ignore[attr-defined]
+    return found  # type: ignore[no-any-return]
 
 
 def _modern(key: str) -> str:

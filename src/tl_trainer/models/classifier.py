@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tl_trainer.models.backbones import Backbone, Stage
+from tl_trainer.models.backbones import Backbone, Stage, with_versions
 
 State = dict[str, Tensor]
 
@@ -37,11 +37,15 @@ class Classifier(nn.Module):
                 images = stage.module(images)
         return images
 
-    def suffix(self, features: Tensor) -> Tensor:
-        """The prefix's output -> logits (N, classes)."""
+    def embed(self, features: Tensor) -> Tensor:
+        """The prefix's output -> the input of the head (N, features)."""
         for stage in self.trained:
             features = stage.module(features)
-        logits: Tensor = self.head(features.flatten(1))
+        return features.flatten(1)
+
+    def suffix(self, features: Tensor) -> Tensor:
+        """The prefix's output -> logits (N, classes)."""
+        logits: Tensor = self.head(self.embed(features))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,7 +69,11 @@ class Classifier(nn.Module):
     def load_trained_state(self, state: State) -> None:
         """Fill what `trained_state` gives; AssertionError where the keys are not the same."""
         assert state.keys() == self.trained_state().keys()
-        self.load_state_dict(state, strict=False)
+        self.load_state_dict(with_versions(state, self), strict=False)
+
+    def restore(self, trained: State, frozen: State | None) -> None:
+        """Take over saved tensors as they are; RuntimeError where they do not fit. frozen: None keeps those it has."""
+        self.load_state_dict(with_versions({**(frozen or {}), **trained}, self), strict=frozen is not None, assign=True)
 
     def _is_frozen(self, key: str) -> bool:
         name = key.removeprefix("backbone.model.")

@@ -25,12 +25,12 @@ from tl_trainer.checkpoint import load
 from tl_trainer.data.dataset import Split
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
+from tl_trainer.ground.signals import StopRequest
 from tl_trainer.metrics import Scores
 from tl_trainer.network import Feed
 from tl_trainer.saver import Saver, State
-from tl_trainer.signals import StopRequest
 from tl_trainer.tracking import Tracker
-from tl_trainer.train import Training, fit
+from tl_trainer.loop import Training, fit
 
 EPOCHS = 3
 EVENTS = EPOCHS * (STEPS + 1)  # the forward pass of each training batch, and each validation

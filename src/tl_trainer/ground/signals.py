@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM as a request to stop at the next safe point."""
+"""A request to stop at the next safe point, and SIGINT and SIGTERM as such a request."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,14 +18,19 @@ def raise_terminated(number: int, _: FrameType | None) -> None:
 
 
 class StopRequest:
-    """Within the `with` block the first Ctrl-C or SIGTERM only sets `signal`; a second one stops at once."""
+    """Whether a run shall stop: `signal` is the number of the signal that asks for it, None while nothing does.
 
-    def __init__(self) -> None:
+    Within the `with` block the first of `signals` sets it, and a second one stops at once. Python allows handlers in
+    the main thread only; without any `signals` it is a request for whoever sets `signal`.
+    """
+
+    def __init__(self, signals: Sequence[int] = ()) -> None:
         self.signal: int | None = None
+        self._signals = signals
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._signals:
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -1,0 +1,190 @@
+"""tl-trainer from Python: train, load a checkpoint, predict, evaluate, embed, explain.
+
+Nothing here sets a signal handler, ends the process, or writes to stderr unless `progress` is asked for; what the
+commands say goes to the logger `tl_trainer`. What is wrong is raised as a TrainerError with the commands' sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from tl_trainer import resume as resuming
+from tl_trainer import run
+from tl_trainer.assembly import Parts, restore
+from tl_trainer.config.load import Loaded, Override, to_yaml
+from tl_trainer.config.load import load as load_config
+from tl_trainer.data.transforms import tta_pipelines
+from tl_trainer.errors import InputError
+from tl_trainer.evaluation import evaluate_checkpoint
+from tl_trainer.ground.failures import in_sentences
+from tl_trainer.ground.files import make_folder
+from tl_trainer.ground.progress import bars
+from tl_trainer.ground.signals import StopRequest
+from tl_trainer.ground.wording import unknown
+from tl_trainer.predict import Predictor, Row, Source, embed, explain
+from tl_trainer.report import write_report
+from tl_trainer.resume import Resumption
+
+Location = str | os.PathLike[str]
+Configuration = Location | Mapping[str, Any] | None
+
+
+def train(
+    config: Configuration = None,
+    *,
+    resume: Location | bool = False,
+    progress: bool = False,
+    stop: StopRequest | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Train a classifier; what the run's result.json holds, such as `run_dir`, `checkpoint` and the figures of `val`.
+
+    config: a YAML file, the name of a bundled configuration, or a mapping; None for the defaults. resume: a run to go
+    on with; True for the newest unfinished one of this configuration. progress: whether bars are drawn on stderr.
+    stop: setting its `signal` to a signal's number ends the run after the next batch, saved. overrides: keys of the
+    configuration, dots as double underscores: `train__epochs=5`.
+
+    Raises a TrainerError: InputError for what is wrong with configuration or data, RunError for a run that failed,
+    Interrupted for one that `stop` ended.
+    """
+    with _called(progress), _started(config, resume, overrides, hold=True) as (loaded, resumption):
+        return run.train(loaded, resumption, stop or StopRequest())
+
+
+def dry_run(
+    config: Configuration = None, *, resume: Location | bool = False, progress: bool = False, **overrides: Any
+) -> dict[str, Any]:
+    """Check all that `train` needs, up to the first batch, writing nothing; its shape and `loss`."""
+    with _called(progress), _started(config, resume, overrides, hold=False) as (loaded, _):
+        return run.dry_run(loaded)
+
+
+def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> Model:
+    """The trained classifier in a checkpoint, or in the best.pth of a run directory.
+
+    overrides: keys of the configuration that do not change what was trained, such as `device="cpu"`,
+    `data__root="more-photos"`, `train__batch_size=8`. Raises a TrainerError.
+    """
+    with _called(progress):
+        return Model(restore(Path(checkpoint), _dotted(overrides)), checkpoint, progress)
+
+
+class Model:
+    """A trained classifier. `load` makes it."""
+
+    def __init__(self, parts: Parts, checkpoint: Location, progress: bool) -> None:
+        self._parts, self._checkpoint, self._progress = parts, checkpoint, progress
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names in index order."""
+        return list(self._parts.task.classes)
+
+    @property
+    def temperature(self) -> float | None:
+        """What calibrates the probabilities; None where they are as the head gives them, and often too high."""
+        return self._parts.saved.temperature if self._parts.saved else None
+
+    def predict(
+        self, images: Source | Iterable[Source], *, topk: int = 5, tta: str | None = None, batch_size: int = 16
+    ) -> list[Row]:
+        """A row per image (a path or a PIL image), in order: its best classes, or in `error` why there are none.
+
+        tta: flip, fivecrop or tencrop, to average over views of each image.
+        """
+        return list(self.rows(_many(images), topk=topk, tta=tta, batch_size=batch_size))
+
+    def rows(
+        self,
+        images: Iterable[Source],
+        *,
+        topk: int = 5,
+        tta: str | None = None,
+        batch_size: int = 16,
+        evidence: Location | None = None,
+    ) -> Iterator[Row]:
+        """`predict` for any number of images: rows as they come, with constant memory.
+
+        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM).
+        """
+        with in_sentences():
+            folder = None if evidence is None else Path(evidence)
+            if folder is not None:
+                make_folder(folder, "--explain")
+            views = tta_pipelines(self._parts.pipeline.steps, tta)
+            predictor = Predictor(self._parts, topk, views, folder)
+
+        def stream() -> Iterator[Row]:
+            with in_sentences():
+                yield from predictor.rows(images, batch_size)
+
+        return stream()
+
+    def evaluate(
+        self, split: str | None = None, *, tta: str | None = None, report: Location | None = None
+    ) -> dict[str, Any]:
+        """The figures on a split of the configured dataset, as `tl-eval --json` prints them.
+
+        split: None takes test where there is one, else val, else all. report: a folder to write the report into.
+        """
+        with _called(self._progress):
+            folder = None if report is None else Path(report)
+            if folder is not None:
+                make_folder(folder, "--report")
+            evaluation = evaluate_checkpoint(self._parts, split, tta)
+            if folder is None:
+                return evaluation.headline
+            loaded = self._parts.loaded
+            about = {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}
+            page = write_report(folder, evaluation, self._parts.network.classifier, self._parts.pipeline, about)
+            return {**evaluation.headline, "report": str(page)}
+
+    def embed(self, images: Source | Iterable[Source], *, batch_size: int = 16) -> Tensor:
+        """What the head sees of each image, (N, features) float32 on the CPU. ImageError for one that is unreadable."""
+        with _called(self._progress):
+            return embed(self._parts, _many(images), batch_size)
+
+    def explain(self, image: Source, label: str | None = None) -> Image.Image:
+        """The image as the network sees it, and beside it the same under the heat of Grad-CAM.
+
+        label: the class whose evidence is shown, None for the predicted one. Raises InputError for an unknown class,
+        and for a backbone without a stage that has a height and a width.
+        """
+        with _called(self._progress):
+            if label is not None and label not in self.classes:
+                raise InputError(unknown("class", label, self.classes))
+            return explain(self._parts, image, None if label is None else self.classes.index(label))
+
+
+@contextlib.contextmanager
+def _called(progress: bool) -> Iterator[None]:
+    with bars(progress), in_sentences():
+        yield
+
+
+@contextlib.contextmanager
+def _started(
+    config: Configuration, resume: Location | bool, overrides: Mapping[str, Any], *, hold: bool
+) -> Iterator[tuple[Loaded, Resumption | None]]:
+    path = os.fspath(config) if isinstance(config, os.PathLike) else config
+    if resume is False:
+        yield load_config(path, _dotted(overrides)), None
+        return
+    target = None if resume is True else os.fspath(resume)
+    with resuming.resume(target, path, _dotted(overrides), hold=hold) as found:
+        yield found
+
+
+def _dotted(overrides: Mapping[str, Any]) -> list[Override]:
+    return [(key.replace("__", "."), value) for key, value in overrides.items()]
+
+
+def _many(images: Source | Iterable[Source]) -> Iterable[Source]:
+    return [images] if isinstance(images, (str, Path, Image.Image)) else images

@@ -1,0 +1,95 @@
+"""A checkpoint on a split: its scores, and the figures that may be told of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tl_trainer.assembly import Parts, memory_of, with_val
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.data.sources import open_dataset
+from tl_trainer.data.transforms import tta_pipelines
+from tl_trainer.data.verify import verified
+from tl_trainer.errors import InputError
+from tl_trainer.evaluate import averaged
+from tl_trainer.ground.files import make_folder
+from tl_trainer.metrics import Scores
+from tl_trainer.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a checkpoint on a split.
+
+    what: the split's name. data: where its images are. tta: the test-time augmentation, if any.
+    """
+
+    what: str
+    data: str
+    split: Split
+    scores: Scores
+    checkpoint: Checkpoint
+    task: Task
+    tta: str | None = None
+
+    @cached_property
+    def measured(self) -> dict[str, Any]:
+        """All figures as plain data."""
+        temperature, withheld = self.checkpoint.temperature, None
+        shared = len(set(self.split.contents) & set(self.checkpoint.val_images))
+        if temperature is None:
+            withheld = "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
+        elif shared:
+            withheld = f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
+        elif self.what == "train":
+            withheld = "the network was trained on these images, so its probabilities for them say nothing of others"
+        origin = {"split": self.what, "data": self.data, "tta": self.tta}
+        return {**origin, **self.task.measure(self.scores, temperature, withheld)}
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """The figures without those that take a row per class."""
+        return {key: value for key, value in self.measured.items() if key not in ("per_class", "confusion_matrix")}
+
+
+def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None = None) -> Evaluation:
+    """The evaluation of a restored classifier on a split of the configured dataset.
+
+    what: the split; None takes test where there is one, else val, and all of a folder without splits, unless the run
+    drew its val split from it. tta: as `data.transforms.tta_pipelines`.
+    """
+    saved, config = parts.saved, parts.config
+    assert saved is not None
+    pipelines = tta_pipelines(saved.preprocessing, tta)
+    dataset = open_dataset(config.data, saved.classes)
+    what = what or _default_split(dataset, saved.val_names)
+    if what != "all" and saved.val_names is not None:
+        dataset = with_val(config, dataset, parts.task, saved)
+    _leave_out_unwritable_cache(parts)
+    split = verified(dataset.split(what), what, config.data.on_bad_image, memory_of(config))
+    names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
+    feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
+    views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
+    scores = Scores(averaged([view.logits for view in views]), views[0].targets)
+    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta)
+
+
+def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
+    if "test" in dataset.splits or "all" not in dataset.splits:
+        return "test" if "test" in dataset.splits else "val"
+    return "val" if val_names is not None and set(val_names) <= {*dataset.splits["all"].names} else "all"
+
+
+def _leave_out_unwritable_cache(parts: Parts) -> None:
+    if parts.feeds.extractor is not None:
+        try:
+            make_folder(parts.feeds.extractor.folder, "features.dir")
+        except InputError as error:
+            log.warning("%s; going on without the cache", error)
+            parts.feeds.extractor = None

@@ -1,0 +1,94 @@
+"""Splits -> batches for the network: cached features where something is frozen and nothing random, else images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch, ImageBatches
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.evaluate import evaluate
+from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches
+from tl_trainer.network import Network
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Batches(Protocol):
+    """Batches of images or of cached features."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A split, its batches, and what takes their inputs to logits and to the input of the head."""
+
+    split: Split
+    batches: Batches
+    logits: Forward
+    embed: Forward
+
+
+@dataclass
+class Feeds:
+    """Makes the feeds of one network. `extractor` is the feature cache, None where there is none."""
+
+    network: Network
+    extractor: Extractor | None
+    batch_size: int
+    workers: int
+    seed: int
+
+    def training(self, split: Split, pipeline: Pipeline, views: int = 1) -> Feed:
+        """Shuffled batches: cached features where the transform is not random or views are kept."""
+        if self.extractor is not None and (pipeline.deterministic or views > 1):
+            features = self.extractor.features(split, "train", pipeline, views, self.seed)
+            return self._of_features(FeatureBatches(features, batch_size=self.batch_size, seed=self.seed, shuffle=True))
+        if self.extractor is not None:
+            log.info(
+                "transforms.train is random, so every epoch computes the frozen stages again; to compute them once, "
+                "set transforms.train=eval, or features.views to the number of random views to keep"
+            )
+        return self._of_images(
+            ImageBatches(
+                split, pipeline, batch_size=self.batch_size, workers=self.workers, seed=self.seed, shuffle=True
+            )
+        )
+
+    def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
+        """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""
+        if self.extractor is not None:
+            features = self.extractor.features(split, what, pipeline)
+            size = self.batch_size if self.network.classifier.trained else EVALUATED_AT_ONCE
+            return self._of_features(FeatureBatches(features, batch_size=size))
+        return self._of_images(ImageBatches(split, pipeline, batch_size=self.batch_size, workers=self.workers))
+
+    def embed(self, split: Split, pipeline: Pipeline) -> Tensor:
+        """The input of the head for every image of the split, (N, features) float32 on the CPU."""
+        feed = self.evaluation(split, "", pipeline)
+        return evaluate(feed.embed, feed.batches.epoch(0, self.network.device)).logits
+
+    def _of_features(self, batches: FeatureBatches) -> Feed:
+        return Feed(batches.features.split, batches, self.network.logits, self.network.embed)
+
+    def _of_images(self, batches: ImageBatches) -> Feed:
+        network = self.network
+        return Feed(
+            batches.split,
+            batches,
+            lambda images: network.logits(network.features(images)),
+            lambda images: network.embed(network.features(images)),
+        )

@@ -1,0 +1,66 @@
+"""What this process may use of the machine: processor cores and memory, and whether an error means that it ran out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+from tl_trainer.errors import RunError
+
+_NO_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+    "can't start new thread",
+)  # fmt: skip
+# oneDNN's words, the whole of them: where it cannot do what it was asked for, it has no *descriptor* of a primitive.
+_NO_MEMORY_IN_ONEDNN = (
+    "could not create a primitive", "could not create a memory object", "could not execute a primitive"
+)  # fmt: skip
+_SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
+_TRYING = threading.Lock()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, in the words of Python, torch, its libraries or the system.
+
+    Call this before reporting a file as damaged: reading also fails when memory runs out.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or text in _NO_MEMORY_IN_ONEDNN or any(words in text for words in _NO_MEMORY)
+
+
+def require_memory() -> None:
+    """Raise RunError where so little memory is left that the system would abort the process for want of it."""
+    if memory_is_short():
+        raise RunError(
+            f"out of memory: fewer than {_SPARE >> 20} MB are left for the network; close other programs, or raise the "
+            "limit on this one (ulimit -v)"
+        )
+
+
+def memory_is_short() -> bool:
+    """Whether hardly any memory is left, found by asking for some. Untouched pages of zeros cost addresses only."""
+    with _TRYING:  # two threads that ask at once would take it from each other
+        try:
+            bytes(_SPARE)
+        except MemoryError:
+            return True
+    return False
+
+
+def free_memory() -> int:
+    """The bytes of memory that are free for use, caches of the system counted in; 4 GB where that is unknown."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4_000_000_000
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

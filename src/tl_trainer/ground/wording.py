@@ -1,0 +1,48 @@
+"""How a message quotes a value, shows a name and lists what would have been right."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import unicodedata
+from collections.abc import Iterable
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 120
+
+
+def shown(given: object) -> str:
+    """A value as a message quotes it: cut to a line, however long it is."""
+    return "nothing" if given is None else _QUOTE.repr(given)
+
+
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control and direction characters as escapes: a name must not move the cursor."""
+    return "".join(
+        character.encode("unicode_escape").decode() if _moves_the_cursor(character) else character for character in text
+    )
+
+
+def _moves_the_cursor(character: str) -> bool:
+    """Joiners and the other invisible characters that ordinary text needs do not."""
+    direction = unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u061c\u200e\u200f"
+    return direction or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def printable_lines(text: str) -> str:
+    """The same for a message of several lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def unknown(what: str, given: object, valid: Iterable[str]) -> str:
+    """Say that `given` is not a valid `what`: the nearest valid names, and all of them where they fit on a line."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(given)[:200], names, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    listing = ", ".join(names)
+    if len(listing) > 400:
+        listing = f"{len(names)} names, listed by `tl-train --print-schema`"
+    return f"unknown {what} {shown(given)}{hint} (valid: {listing})"

@@ -1,0 +1,113 @@
+"""fit: the one loop, and the step that turns a batch into an update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn, optim
+
+from tl_trainer.data.dataset import Split
+from tl_trainer.data.loaders import Batch
+from tl_trainer.errors import RunError
+from tl_trainer.feeds import Feed, Forward
+from tl_trainer.ground.progress import bar
+from tl_trainer.ground.wording import printable
+from tl_trainer.metrics import Scores
+from tl_trainer.saver import Saver, State
+from tl_trainer.tasks import Task
+from tl_trainer.tracking import Tracker
+
+NAMED = 3  # images of a batch whose loss is not finite
+REMEDY = "lower the rate with --lr or set train.schedule.warmup_epochs"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch -> an update of the weights.
+
+    What else a step may do, such as mixing images, clipping gradients, accumulating them, averaging weights or
+    learning from a teacher, is a line or a small function here; the loop knows none of it.
+    """
+
+    forward: Forward
+    criterion: nn.Module
+    optimizer: optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def __call__(self, batch: Batch) -> float:
+        """The batch's mean loss before the update; a loss that is not finite updates nothing."""
+        loss = self.loss(batch)
+        value = loss.item()
+        if math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return value
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The batch's mean loss, a scalar with its graph."""
+        loss: Tensor = self.criterion(self.forward(batch.inputs), batch.targets)
+        return loss
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `fit` works with. `validate` gives the scores of the validation split.
+
+    `pause` is called after every batch of training and validation: a run may save there, or be ended by an exception.
+    """
+
+    task: Task
+    state: State
+    feed: Feed
+    step: Step
+    validate: Callable[[Callable[[], None]], Scores]
+    pause: Callable[[], None]
+    device: torch.device
+    epochs: int
+
+
+def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
+    """Train from where the state stands to the last epoch, validating after each.
+
+    Raises RunError as soon as a loss is not finite, and whatever `pause` raises.
+    """
+    state, progress, steps = training.state, training.state.progress, len(training.feed.batches)
+    while progress.epoch < training.epochs:
+        name = f"epoch {progress.epoch + 1}/{training.epochs}"
+        first_step = progress.epoch * steps
+        started = time.perf_counter() - progress.seconds
+        lr = state.schedule.set_rate(first_step + max(0, progress.batch - 1))
+        state.classifier.train()
+        batches = training.feed.batches.epoch(progress.epoch, training.device, progress.batch)
+        for batch in bar(batches, name, steps, start=progress.batch):
+            lr = state.schedule.set_rate(first_step + progress.batch)
+            loss = training.step(batch)
+            if not math.isfinite(loss):
+                images = _names(training.feed.split, batch)
+                raise RunError(f"the loss is {loss} in {name}, batch {progress.batch + 1}/{steps} ({images}); {REMEDY}")
+            progress.batch_ended(loss, len(batch.targets), time.perf_counter() - started)
+            training.pause()
+        scores = training.validate(training.pause)
+        val = training.task.figures(scores)
+        if not math.isfinite(val["loss"]):
+            raise RunError(f"the validation loss is {val['loss']} after {name}; lower the rate with --lr")
+        state.schedule.epoch_ended(val["loss"])
+        done = progress.epoch_ended(val, training.task.better)
+        tracker.epoch(done, val, lr)
+        if done.improved:
+            saver.improved(scores)
+            tracker.improved(progress.epoch, scores)
+    saver.finish()
+
+
+def _names(split: Split, batch: Batch) -> str:
+    """Some of a batch's images, for the person who has to look for the bad one."""
+    shown = [printable(split.name(index)) for index in batch.indices[:NAMED].tolist()]
+    more = len(batch.indices) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,107 @@
+"""What comes after the last epoch: the final figures, the report, and what TensorBoard shows of them.
+
+A run that was killed here makes up for it when it is resumed; result.json is written last, as the mark that nothing is
+missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from tl_trainer.assembly import Setup
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.load import to_yaml
+from tl_trainer.config.schema import flat
+from tl_trainer.data.dataset import Split
+from tl_trainer.errors import TrainerError
+from tl_trainer.evaluation import Evaluation
+from tl_trainer.feeds import Feed
+from tl_trainer.ground.files import make_folder, write_text
+from tl_trainer.metrics import Scores
+from tl_trainer.report import write_report
+from tl_trainer.saver import RESULT, Saver
+from tl_trainer.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+MISTAKES_SHOWN = 16
+IMAGES_EMBEDDED = 256
+THUMBNAIL, MISTAKE = 48, 128  # pixels
+REMEDY = "--resume {} makes up what is missing, such as the report"
+
+
+def conclude(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, started: float) -> dict[str, Any]:
+    """Figures and report of the best epoch; what result.json holds. `started` is when by `time.perf_counter`."""
+    assert saver.best is not None
+    parts, progress, run_dir = setup.parts, saver.state.progress, saver.run_dir
+    parts.network.classifier.load_trained_state(saver.best.trained)
+    scores = {"val": saver.best_scores or parts.scores(feeds["val"], "val")}
+    if "test" in feeds:
+        scores["test"] = parts.scores(feeds["test"], "test")
+    best = run_dir / "best.pth"
+    result: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "checkpoint": str(best),
+        "report": None,
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.epoch,
+        "val": progress.best,
+        **({"test": parts.task.figures(scores["test"])} if "test" in scores else {}),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    try:
+        if parts.config.output.report:
+            result["report"] = str(_report(setup, run_dir, scores, saver.best))
+        if parts.config.output.tensorboard:
+            _log(setup, tracker, progress.best_epoch, scores)
+        tracker.close()
+        result["seconds"] = round(time.perf_counter() - started, 3)
+        write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
+    except TrainerError as error:  # the run has succeeded, and everything that matters is saved
+        log.warning("%s\nevery epoch is done, the best one in %s; %s", error, best, REMEDY.format(run_dir))
+    return result
+
+
+def _report(setup: Setup, run_dir: Path, scores: dict[str, Scores], best: Checkpoint) -> Path:
+    """The report on the best checkpoint, on the split that tl-eval would take too."""
+    parts, what = setup.parts, "test" if "test" in scores else "val"
+    evaluation = Evaluation(what, setup.dataset.where, setup.dataset.split(what), scores[what], best, parts.task)
+    log.info("writing the report on %s images", what)
+    about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
+    make_folder(run_dir / "report", "--output")
+    return write_report(run_dir / "report", evaluation, parts.network.classifier, parts.pipeline, about)
+
+
+def _log(setup: Setup, tracker: Tracker, best_epoch: int, scores: dict[str, Scores]) -> None:
+    """The best epoch's pictures, the final figures, and the features of some validation images."""
+    parts, val = setup.parts, setup.dataset.split("val")
+    final = {
+        f"final/{name}_{key}": value
+        for name, found in scores.items()
+        for key, value in parts.task.figures(found).items()
+        if key != "n"
+    }
+    dumped = parts.config.model_dump(include={"seed", "transforms", "model", "train"})
+    settings = {key: value if isinstance(value, (str, float, int)) else str(value) for key, value in flat(dumped)}
+    tracker.finish(best_epoch, scores["val"], final, settings)
+    if mistakes := parts.task.mistakes(scores["val"], MISTAKES_SHOWN):
+        captions = [f"{parts.task.caption(val.targets[index])}? {said}" for index, said in mistakes.items()]
+        tracker.images("val/mistakes", _thumbnails(val.subset([*mistakes]), MISTAKE), captions, best_epoch)
+    sample = val.sample(IMAGES_EMBEDDED)
+    labels = [parts.task.caption(target) for target in sample.targets]
+    tracker.embedding(parts.feeds.embed(sample, parts.pipeline), labels, _thumbnails(sample, THUMBNAIL))
+
+
+def _thumbnails(split: Split, side: int) -> Tensor:
+    """(N, 3, side, side) in [0, 1]: what is in the middle of each image."""
+    pictures = [ImageOps.fit(split.open(index), (side, side)) for index in range(len(split))]
+    return torch.stack([pil_to_tensor(picture) for picture in pictures]) / 255

@@ -1,0 +1,144 @@
+"""What a label is, and all that follows from it: the loss, the figures, which of two results is better, the rows.
+
+`SingleLabel` is the only task yet. Another one, such as several labels per image, is another class with its methods,
+and `Task` their union; the loop, the batches, the saving and the commands know nothing of labels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from typing_extensions import TypedDict
+
+from tl_trainer import metrics
+from tl_trainer.config.schema import LossSection
+from tl_trainer.errors import DataError
+from tl_trainer.ground.wording import printable
+from tl_trainer.metrics import Figures, Scores
+from tl_trainer.plots import confusion_figure, reliability_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and its probability."""
+
+    label: str
+    index: int
+    probability: float
+
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _TopK(TypedDict):
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    top1: _Share
+    top5: _Share
+    n: Annotated[int, Field(ge=1)]
+
+
+class SingleLabel:
+    """Each image has one class, and a target is its index."""
+
+    columns = ("loss", "top1", "top5")  # of the figures, what metrics.csv and TensorBoard show of each epoch
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+
+    def hold_out(self, targets: Sequence[int], fraction: float, seed: int) -> set[int]:
+        """The indices of a validation split, drawn from each class. DataError for a class of fewer than two images."""
+        rng = random.Random(seed)
+        by_class: dict[int, list[int]] = {label: [] for label in range(len(self.classes))}
+        for index, label in enumerate(targets):
+            by_class[label].append(index)
+        held_out: set[int] = set()
+        for label, indices in by_class.items():
+            if len(indices) < 2:
+                raise DataError(
+                    f"class {self.classes[label]!r} has {len(indices)} image(s); a val split needs at least 2 of each"
+                )
+            count = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
+            held_out.update(rng.sample(indices, count))
+        return held_out
+
+    def criterion(self, section: LossSection, targets: Sequence[int]) -> nn.Module:
+        """The loss: (logits (N, classes), targets (N,)) -> the batch's mean cross-entropy."""
+        balanced = section.class_weights == "balanced"
+        weights = metrics.class_weights(list(targets), len(self.classes)) if balanced else None
+        return nn.CrossEntropyLoss(weights, label_smoothing=section.label_smoothing)
+
+    def figures(self, scores: Scores) -> Figures:
+        """The figures of an epoch: `loss`, `n` (images), and those in `columns`."""
+        return metrics.figures(scores)
+
+    def check(self, figures: Any) -> None:
+        """Raise ValueError for what `figures` cannot have given."""
+        TypeAdapter(_TopK).validate_python(figures, strict=True)
+
+    def better(self, figures: Figures, best: Figures) -> bool:
+        """Whether `figures` beat the best so far: a higher top-1, or the same with a lower loss."""
+        return (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
+
+    def in_words(self, figures: Figures) -> str:
+        """The figures on one line, without the loss."""
+        return f"top-1 {figures['top1']:5.1%}  top-5 {figures['top5']:5.1%}"
+
+    def temperature(self, scores: Scores) -> float | None:
+        """What calibrates the probabilities; None where too few images tell."""
+        return metrics.fit_temperature(scores)
+
+    def predictions(self, logits: Tensor, temperature: float | None, count: int) -> list[list[Prediction]]:
+        """What tl-predict shows of each image: at most `count` classes, the most probable first."""
+        best = metrics.ranked(logits, count)
+        shares = metrics.probabilities(logits, temperature).gather(1, best)
+        return [
+            [Prediction(self.classes[index], index, round(share, 6)) for index, share in zip(*row, strict=True)]
+            for row in zip(best.tolist(), shares.tolist(), strict=True)
+        ]
+
+    def measure(self, scores: Scores, temperature: float | None, withheld: str | None) -> dict[str, Any]:
+        """All figures of an evaluation as plain data; `withheld`: why those with the temperature are not given."""
+        return metrics.measure(scores, self.classes, temperature, withheld)
+
+    def caption(self, target: int) -> str:
+        """A label in words."""
+        return self.classes[target]
+
+    def mistakes(self, scores: Scores, count: int) -> dict[int, str]:
+        """The surest mistakes, surest first: an image's index, and what it was taken for."""
+        said = scores.logits.argmax(dim=1).tolist()
+        return {index: self.classes[said[index]] for index in metrics.surest_mistakes(scores, None, count)}
+
+    def curves(self, scores: Scores) -> dict[str, float]:
+        """What TensorBoard shows of each class: F1, where it is defined and the classes are not too many."""
+        if len(self.classes) > CURVES:
+            return {}
+        rows = metrics.per_class(scores, self.classes)
+        return {f"f1/{printable(row['class'])}": row["f1"] for row in rows if row["f1"] is not None}
+
+    def pictures(self, scores: Scores) -> Iterator[tuple[str, Figure]]:
+        """The pictures for TensorBoard, by tag."""
+        matrix = metrics.confusion(scores, len(self.classes)).tolist()
+        yield "confusion_matrix", confusion_figure(matrix, self.classes)
+        yield "reliability", reliability_figure({"as trained": metrics.reliability(scores, None)})
+
+    def precision_recall(self, scores: Scores) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of each class, unless they are too many: its name, the images of it (N,), their probabilities of it (N,)."""
+        if len(self.classes) <= CURVES:
+            shares, labels = metrics.probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
+            for index, name in enumerate(self.classes):
+                yield name, labels[:, index], shares[:, index]
+
+
+Task = SingleLabel
