@@ -148,7 +148,7 @@ class Predictor:
         return logits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
     """The input of the head for each image, (N, features) float32 on the CPU. Raises ImageError."""
     network, pipeline, rows = parts.network, parts.pipeline, [torch.empty(0, parts.features)]
