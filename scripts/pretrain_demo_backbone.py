@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tl_trainer.data.drawing import SHAPES, Dice, any_of, scenes
+from tl_trainer.data.drawing import Dice, Pattern, any_of, blob, box, ellipse, length, scenes, turned
 from tl_trainer.ground.files import write_bytes
 from tl_trainer.models.embedded import TinyResNet, TinyResNet_Weights
 
@@ -146,6 +146,91 @@ def info_nce(projected: Tensor) -> Tensor:
     similar = projected @ projected.T / TEMPERATURE
     similar.fill_diagonal_(-math.inf)
     return F.cross_entropy(similar, torch.arange(len(projected)).roll(len(projected) // 2))
+
+
+# Shapes, as tl_trainer.data.drawing has them
+
+
+def polygon(points: Tensor, dice: Dice) -> Tensor:
+    """Three to seven straight sides, convex."""
+    count = len(points)
+    corners = dice.whole(3, 7, count)
+    sides = torch.arange(7) % corners[:, None]
+    jitter = dice.between(-0.3, 0.3, count, 7).gather(1, sides)
+    angles = (sides + jitter) * (2 * math.pi / corners[:, None])
+    offsets = dice.between(0.45, 0.8, count, 7).gather(1, sides)
+    normals = torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
+    return (torch.einsum("nhwd,nds->nhws", points, normals) - offsets[:, None, None]).amax(-1)
+
+
+def parts(points: Tensor, dice: Dice) -> Tensor:
+    """Two boxes and two ellipses, joined."""
+    count = len(points)
+    joined = torch.full(points.shape[:-1], math.inf)
+    for part in (box, ellipse, box, ellipse):
+        centre = dice.between(-0.5, 0.5, count, 1, 1, 2)
+        x, y = turned(points - centre, dice.between(-math.pi, math.pi, count)).unbind(-1)
+        size = dice.between(0.1, 0.6, 2, count, 1, 1)
+        joined = torch.minimum(joined, part(x, y, size[0], size[1]))
+    return joined
+
+
+def stroke(points: Tensor, dice: Dice) -> Tensor:
+    """One line through five random points."""
+    count = len(points)
+    knots = dice.between(-0.9, 0.9, count, 1, 1, 5, 2)
+    width = dice.between(0.05, 0.16, count, 1, 1)
+    return torch.stack([segment(points, knots[..., k, :], knots[..., k + 1, :], width) for k in range(4)]).amin(0)
+
+
+def segment(points: Tensor, start: Tensor, end: Tensor, width: Tensor | float) -> Tensor:
+    """A line of that half width with round ends."""
+    along, offset = end - start, points - start
+    part = ((offset * along).sum(-1) / (along * along).sum(-1).clamp(min=1e-6)).clamp(0, 1)
+    return length(offset - part[..., None] * along) - width
+
+
+def branches(points: Tensor, dice: Dice) -> Tensor:
+    """A trunk that forks three times."""
+    count = len(points)
+    width = dice.between(0.05, 0.14, count, 1, 1)
+    spread, shrink = dice.between(0.3, 0.9, count, 1, 1), dice.between(0.6, 0.85, count, 1, 1)
+    tips = [(torch.tensor([0.0, 0.9]).expand(count, 1, 1, 2), torch.full((count, 1, 1), -math.pi / 2))]
+    reach = dice.between(0.5, 0.8, count, 1, 1)
+    drawn = torch.full(points.shape[:-1], math.inf)
+    for _ in range(3):
+        grown = []
+        for start, angle in tips:
+            end = start + reach[..., None] * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+            drawn = torch.minimum(drawn, segment(points, start, end, width))
+            turn = dice.between(-0.3, 0.3, count, 1, 1)
+            grown += [(end, angle + turn - spread), (end, angle + turn + spread)]
+        tips, reach, width = grown, reach * shrink, width * 0.75
+    return drawn
+
+
+def fractal(points: Tensor, dice: Dice) -> Tensor:
+    """The attractor of three random affine contractions (an iterated function system)."""
+    count, side, walkers = len(points), 48, 600
+    linear = dice.between(-1, 1, count, 3, 2, 2)
+    linear = linear * (dice.between(0.45, 0.8, count, 3) / torch.linalg.matrix_norm(linear, 2))[..., None, None]
+    shift = dice.between(-1, 1, count, 3, 1, 2)
+    place, seen = torch.zeros(count, walkers, 2), []
+    for step in range(16):
+        chosen = dice.whole(0, 2, count, walkers)[..., None]
+        moved = torch.einsum("nwd,nmde->nmwe", place, linear) + shift
+        place = moved.gather(1, chosen[:, None].expand(-1, 1, -1, 2))[:, 0]
+        if step >= 8:
+            seen.append(place)
+    found = torch.cat(seen, dim=1)
+    low, high = found.amin(1, keepdim=True), found.amax(1, keepdim=True)
+    cells = ((found - low) / (high - low).amax(-1, keepdim=True).clamp(min=1e-6) * (side - 1)).round().long()
+    marks = torch.zeros(count, side * side).scatter_(1, cells[..., 1] * side + cells[..., 0], 1.0)
+    marks = F.avg_pool2d(marks.view(count, 1, side, side), 3, stride=1, padding=1)
+    return (0.25 - F.grid_sample(marks, points, align_corners=False)[:, 0]) * 0.2
+
+
+SHAPES: tuple[Pattern, ...] = (blob, polygon, parts, stroke, branches, fractal)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,22 @@ def test_a_pair_is_one_object_drawn_twice(script: ModuleType, monkeypatch: pytes
     assert first_view != second_view
 
 
+@pytest.mark.parametrize("name", ["polygon", "parts", "stroke", "branches", "fractal"])
+def test_a_shape_fills_part_of_its_square_and_varies(script: ModuleType, name: str) -> None:
+    shape = getattr(script, name)
+    assert shape in script.SHAPES
+    axis = torch.linspace(-1.5, 1.5, 48)
+    points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(64, -1, -1, -1)
+    inside = (shape(points, Dice(3)) < 0).float()
+    share = inside.mean((1, 2)) * 3**2  # of a square of side 1
+    assert 0.05 < share.median() < 3
+    assert (inside[0] != inside[1:]).any()
+
+
+def test_every_shape_can_be_left_out(script: ModuleType) -> None:
+    assert script.pairs(1, Dice(0)).shape == (1, 2, 3, script.SCENE, script.SCENE)
+
+
 def test_views_keep_their_range_and_their_colours_without_the_dice(script: ModuleType) -> None:
     class Unloaded(Dice):
         def between(self, low: float, high: float, *shape: int) -> torch.Tensor:
