@@ -23,6 +23,7 @@ def example() -> Checkpoint:
         classes=["ant", "bee", "ÿ #1"],
         preprocessing=[{"Resize": {"size": 256}}, {"ToImage": None}],
         backbone={"name": "alexnet", "weights": "IMAGENET1K_V1", "tap": "penultimate", "sha256": "ab" * 32},
+        features=4,
         trained={"head.0.weight": torch.randn(3, 4), "head.0.bias": torch.randn(3).bfloat16()},
         frozen={"backbone.model.features.1.num_batches_tracked": torch.tensor(7)},
         epoch=12,
@@ -72,7 +73,7 @@ def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
 def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
     assert content["format"] == "tl-trainer checkpoint"
-    assert content["version"] == 2
+    assert content["version"] == 3
     assert content["libraries"] == library_versions()
     assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
     assert content["libraries"]["torch"] == torch.__version__
@@ -89,10 +90,11 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
         load(path)
 
 
-def test_a_newer_version_says_what_wrote_it(path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 4])
+def test_another_version_says_what_wrote_it(path: Path, version: int) -> None:
     content = content_of(example(), path)
-    save_sealed(path, {**content, "version": 3, "libraries": {"tl-trainer": "9.8.7"}})
-    with pytest.raises(CheckpointError, match=r"best\.pth: format version 3, .* reads 2; .*9\.8\.7"):
+    save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "9.8.7"}})
+    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 and 3; .*9\.8\.7"):
         load(path)
 
 
@@ -106,7 +108,21 @@ def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Checkpoint)])
+def test_a_file_of_version_2_does_not_say_how_wide_the_head_is(path: Path) -> None:
+    content = content_of(example(), path)
+    del content["features"]
+    save_sealed(path, {**content, "version": 2})
+    assert_equal(asdict(load(path)), asdict(example()) | {"trained": content["trained"], "resume": content["resume"]})
+    for trained in ({}, {"head.0.bias": torch.zeros(3)}, {1: 2}, None):
+        save_sealed(path, {**content, "version": 2, "trained": trained})
+        with pytest.raises(CheckpointError, match=r"damaged checkpoint: (features|trained) is missing"):
+            load(path)
+
+
+REQUIRED = [field.name for field in fields(Checkpoint) if field.name not in ("temperature", "resume")]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
 def test_a_missing_field_is_named(path: Path, name: str) -> None:
     content = content_of(example(), path)
     del content[name]
@@ -155,9 +171,9 @@ def test_torch_itself_reads_a_checkpoint(path: Path) -> None:
 
 @pytest.mark.parametrize("libraries", [None, [], {}, {"tl-trainer": ["x" * 9999]}])
 def test_a_newer_version_may_say_anything_about_what_wrote_it(path: Path, libraries: Any) -> None:
-    save_sealed(path, {**content_of(example(), path), "version": "3" * 9999, "libraries": libraries})
+    save_sealed(path, {**content_of(example(), path), "version": "4" * 9999, "libraries": libraries})
     with pytest.raises(
-        CheckpointError, match=r"best\.pth: format version '3+\.\.\.3+', this tl-trainer reads 2"
+        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 and 3"
     ) as caught:
         load(path)
     assert len(str(caught.value)) < 500 + len(str(path))

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tiny import files_of, paths_of
 from tl_trainer import features as module_under_test
 from tl_trainer.config.schema import FeaturesSection
-from tl_trainer.data.content import content_hashes
-from tl_trainer.data.dataset import Split
+from tl_trainer.data.dataset import Pictures, Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
-from tl_trainer.errors import DataError, InputError
+from tl_trainer.data.verify import verified
+from tl_trainer.errors import DataError, ImageError, InputError
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder
 from tl_trainer.ground.machine import free_memory
 from tl_trainer.models.backbones import Stage
@@ -77,7 +78,8 @@ class Cache:
         """Rows computed, features; a prefix is made only when there are rows to compute."""
         prefixes = Prefixes()
         extractor = Extractor(prefixes, {**IDENTITY, **identity}, self.folder, self.limit, CPU)
-        found = extractor.features(split, "train", pipeline(items), bad, views, seed)
+        known = verified(split, "train", bad, self.folder / "files.sqlite")
+        found = extractor.features(known, "train", pipeline(items), views, seed)
         assert prefixes.images == extractor.computed
         assert len(prefixes.made) == (1 if extractor.computed else 0)
         return extractor.computed, found
@@ -104,7 +106,11 @@ def draw_split(folder: Path, count: int = COUNT) -> Split:
 
 def split_of(folder: Path) -> Split:
     paths = sorted(folder.iterdir())
-    return Split([path.name for path in paths], [index % 3 for index in range(len(paths))], paths)
+    return files_of(paths, [index % 3 for index in range(len(paths))])
+
+
+def known(split: Split) -> Split:
+    return verified(split, "train", "error", None)
 
 
 @pytest.fixture
@@ -147,9 +153,9 @@ def test_cold_computes_all_and_warm_nothing(cache: Cache, split: Split) -> None:
 def test_the_prefix_is_told_how_many_rows_it_will_compute(cache: Cache, split: Split) -> None:
     prefixes = Prefixes()
     extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
-    extractor.features(split.subset(range(30)), "train", pipeline(), "error")
-    extractor.features(split, "val", pipeline(), "error")
-    extractor.features(split, "test", pipeline(RANDOM), "error", views=2)
+    extractor.features(known(split.subset(range(30))), "train", pipeline())
+    extractor.features(known(split), "val", pipeline())
+    extractor.features(known(split), "test", pipeline(RANDOM), views=2)
     assert prefixes.made == [30, 10, 80]
     assert extractor.computed == 120
 
@@ -184,8 +190,7 @@ def test_a_rewritten_image_costs_one(cache: Cache, split: Split, tmp_path: Path)
 
 def test_touched_moved_and_removed_images_cost_nothing(cache: Cache, split: Split, tmp_path: Path) -> None:
     cache.run(split)
-    assert split.paths is not None
-    for path in split.paths:
+    for path in paths_of(split):
         os.utime(path)
     computed, found = cache.run(split)
     assert computed == 0
@@ -233,7 +238,7 @@ def test_equal_images_are_computed_once(cache: Cache, split: Split, tmp_path: Pa
 
 def test_pictures_in_memory(cache: Cache, split: Split) -> None:
     pictures = [(split.open(index), 0) for index in range(20)]
-    first = Split([f"{index}" for index in range(20)], [index % 3 for index in range(20)], None, pictures, range(20))
+    first = Split(Pictures(pictures), [index % 3 for index in range(20)], range(20))
     computed, found = cache.run(first)
     assert computed == 20
     assert_right(found)
@@ -294,7 +299,7 @@ def test_the_random_state_of_the_run_is_left_alone(cache: Cache, split: Split, i
     prefixes = Prefixes()
     extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
     before = torch.get_rng_state()
-    extractor.features(split, "train", pipeline(items), "error", views=2 if items == RANDOM else 1)
+    extractor.features(known(split), "train", pipeline(items), views=2 if items == RANDOM else 1)
     assert extractor.computed
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -352,9 +357,9 @@ def test_too_many_features_for_the_limit_are_refused(tmp_path: Path, split: Spli
 
 def test_the_limit_holds_for_every_split(tmp_path: Path, split: Split) -> None:
     extractor = Extractor(Prefixes(), IDENTITY, tmp_path / "features", 20 * 72, CPU)
-    extractor.features(split.subset(range(5)), "train", pipeline(), "error")
+    extractor.features(known(split.subset(range(5))), "train", pipeline())
     with pytest.raises(InputError, match=r"features of 35 images take 2\.52e-06 GB, more than features\.limit_gb"):
-        extractor.features(split, "val", pipeline(), "error")
+        extractor.features(known(split), "val", pipeline())
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path: Path, split: Split) -> None:
@@ -387,8 +392,9 @@ def test_bad_images_are_errors(cache: Cache, split: Split, tmp_path: Path, items
     bad = damaged(tmp_path / "images")
     with pytest.raises(DataError, match=r"^4 of 40 train images cannot be used; .*\n.*03\.png.*\n.*08\.png"):
         cache.run(bad, items)
+    assert not list(cache.folder.rglob("*.rows"))  # they are told before anything is computed
     computed, _ = cache.run(bad.subset([index for index in range(COUNT) if index not in (3, 8, 12, 39)]), items)
-    assert computed == 0  # what could be read was kept
+    assert computed == COUNT - 4
 
 
 @pytest.mark.parametrize("items", ["default", RANDOM])
@@ -402,7 +408,7 @@ def test_bad_images_are_skipped(
         caplog.clear()
         caplog.set_level("INFO", logger="tl_trainer")
         extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU)
-        found = extractor.features(bad, "train", pipeline(items), "skip", views)
+        found = extractor.features(verified(bad, "train", "skip", None), "train", pipeline(items), views)
         assert extractor.computed == computed
         assert "skipped 4 of 40 train images" in caplog.text
         assert f"features of train: {computed} computed, {views * len(good) - computed} cached" in caplog.text
@@ -413,28 +419,20 @@ def test_bad_images_are_skipped(
             assert_right(found)
 
 
-def test_an_image_that_changes_after_it_was_hashed_gives_no_wrong_row(
-    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hash_then_rewrite(*arguments: Any) -> Any:
-        hashes = content_hashes(*arguments)
-        assert split.paths is not None
-        draw(split.paths[6], 300)
-        return hashes
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module_under_test, "content_hashes", hash_then_rewrite)
-        with pytest.raises(DataError, match=r"06\.png: has changed since it was read first; put it back"):
-            cache.run(split)
+def test_an_image_that_changes_after_it_was_verified_gives_no_wrong_row(cache: Cache, split: Split) -> None:
+    extractor, checked = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU), known(split)
+    draw(paths_of(split)[6], 300)
+    with pytest.raises(ImageError, match=r"06\.png: has changed since it was read first; put it back"):
+        extractor.features(checked, "train", pipeline())
     computed, found = cache.run(split)
-    assert computed == 1
+    assert computed == COUNT
     assert_right(found)
 
 
-def test_an_image_that_was_rewritten_with_its_time_kept_is_told_and_then_right(
+def test_an_image_that_was_rewritten_with_its_time_kept_is_computed_again(
     cache: Cache, split: Split, tmp_path: Path
 ) -> None:
-    """As some editors of metadata do; nobody can see it without reading the file."""
+    """As some editors of metadata do: the time of its last change tells."""
     cache.run(split)
     path = tmp_path / "images" / "06.png"
     before = path.stat()
@@ -442,13 +440,10 @@ def test_an_image_that_was_rewritten_with_its_time_kept_is_told_and_then_right(
     data[-1] ^= 1  # in the last checksum, which Pillow does not look at
     path.write_bytes(data)
     os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
-    assert cache.run(split)[0] == 0
-    with pytest.raises(DataError, match=r"06\.png: has changed since it was read first; put it back"):
-        cache.run(split, sha256="other")
-    assert cache.run(split, sha256="other")[0] == 1
     computed, found = cache.run(split)
     assert computed == 1
     assert_right(found)
+    assert cache.run(split)[0] == 0
 
 
 def test_nothing_but_bad_images(cache: Cache, tmp_path: Path) -> None:
@@ -510,7 +505,7 @@ PROGRAM = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from test_features import CPU, IDENTITY, Extractor, Prefixes, pipeline, rows_of, split_of
+    from test_features import CPU, IDENTITY, Extractor, Prefixes, known, pipeline, rows_of, split_of
 
     class Waiting(Prefixes):
         def compute(self, images):
@@ -520,7 +515,7 @@ PROGRAM = """
             return super().compute(images)
 
     extractor = Extractor(Waiting(), IDENTITY, Path(sys.argv[3]), 10**9, CPU)
-    found = extractor.features(split_of(Path(sys.argv[2])), "train", pipeline(), "error")
+    found = extractor.features(known(split_of(Path(sys.argv[2]))), "train", pipeline())
     print(extractor.computed, rows_of(found).flatten().tolist())
 """
 

@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from torch.nn import functional
 from tiny import IMAGES, STEPS, Clock, TinyBatches, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
-from tl_trainer.data.dataset import Split
+from tl_trainer.data.dataset import Files, Split
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
+from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
+from tl_trainer.loop import Step, Training, fit
 from tl_trainer.metrics import Scores
-from tl_trainer.network import Feed
+from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
+from tl_trainer.tasks import SingleLabel
 from tl_trainer.tracking import Tracker
-from tl_trainer.loop import Training, fit
 
 EPOCHS = 3
 EVENTS = EPOCHS * (STEPS + 1)  # the forward pass of each training batch, and each validation
@@ -67,8 +70,8 @@ class Run:
         last = load(path) if path.exists() else None
         state = tiny_state(7 if last else 3, self.epochs, *RECIPES[self.recipe])  # a resume must not need the seed
         stop = StopRequest()
-        saver = Saver(self.folder, tiny_template(), state, stop)
-        tracker = Tracker(self.folder, ["a", "b", "c"], tensorboard=False, done=last.epoch if last else 0)
+        saver, task = Saver(self.folder, tiny_template(), state), SingleLabel(["a", "b", "c"])
+        tracker = Tracker(self.folder, task, self.epochs, tensorboard=False, done=last.epoch if last else 0)
         if last:
             assert last.resume is not None
             state.restore(last.trained, last.resume)
@@ -91,9 +94,12 @@ class Run:
             device = torch.device("cpu")
             return evaluate(state.classifier, TinyBatches(2, shuffle=False).epoch(0, device), after_batch)
 
-        feed = Feed(TinyBatches(), forward, Split([f"{index}.jpg" for index in range(IMAGES)], [0] * IMAGES))
-        criterion = _Criterion(self.criterion)
-        fit(Training(state, feed, validate, criterion, torch.device("cpu"), self.epochs), tracker, saver)
+        names = [f"{index}.jpg" for index in range(IMAGES)]
+        split = Split(Files([Path(name) for name in names], names), [0] * IMAGES, range(IMAGES))
+        step = Step(forward, _Criterion(self.criterion), state.optimizer, state.scaler)
+        pause, device = partial(_pause, stop, saver), torch.device("cpu")
+        feed = Feed(split, TinyBatches(), forward, forward)
+        fit(Training(task, state, feed, step, validate, pause, device, self.epochs), tracker, saver)
         return state
 
 

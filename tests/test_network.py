@@ -1,327 +1,63 @@
-"""The network that is trained, evaluated and asked: when it works on cached features, and that these give the same
-logits and gradients as the images do."""
+"""A classifier on its device with the fast form of its frozen prefix."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tl_trainer import network as module_under_test
-from tl_trainer.config.schema import FeaturesSection
-from tl_trainer.data.dataset import Split
-from tl_trainer.data.folders import open_folders
-from tl_trainer.data.loaders import ImageBatches
-from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import SettingError
-from tl_trainer.features import FeatureBatches
-from tl_trainer.models.backbones import build_backbone, state_hash
+from tl_trainer.models.backbones import build_backbone
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.models.prefix import FrozenPrefix
-from tl_trainer.network import Batches, Feed, Network
+from tl_trainer.network import Network, resolve_device
 
-CPU = torch.device("cpu")
-PRESET = Preprocessing(resize=32, crop=32, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
-FIXED = Pipeline(spell_out([{"Resize": [32, 32]}], PRESET, train=False), "transforms.eval")
-RANDOM = Pipeline(
-    spell_out([{"RandomResizedCrop": 32}, {"ColorJitter": {"brightness": 0.5}}], PRESET, train=True), "transforms.train"
-)
 TAPS = {"head": ("maxpool", 24 * 8 * 8), "stage2": ("stage2", 48 * 4 * 4), "all": ("maxpool", 24 * 8 * 8)}
 
 
-def network(
-    trainable: str = "head",
-    precision: str = "fp32",
-    *,
-    seed: int = 0,
-    compiled: bool = False,
-    device: torch.device = CPU,
-    **features: Any,
-) -> Network:
-    """ShuffleNet up to its first pooling or its second stage, with random weights of that seed."""
+def network_of(trainable: str, precision: str = "fp32") -> Network:
     tap, size = TAPS[trainable]
-    backbone = build_backbone("shufflenet_v2_x0_5", None, tap, seed)
-    torch.manual_seed(seed)
-    classifier = Classifier(backbone, nn.Linear(size, 3), trainable)
-    identity = {"name": "shufflenet_v2_x0_5", "sha256": state_hash(classifier.frozen_state())}
-    return Network(classifier, device, precision, FeaturesSection(**features), identity, compiled=compiled)
-
-
-@pytest.fixture
-def split(colours: Path) -> Split:
-    """24 pictures of three colours."""
-    return open_folders(colours, None).split("train")
-
-
-def training_feed(net: Network, split: Split, pipeline: Pipeline = FIXED, views: int = 1, seed: int = 3) -> Feed:
-    return net.training_feed(split, pipeline, "error", batch_size=7, workers=0, seed=seed, views=views)
-
-
-def evaluation_feed(net: Network, split: Split, pipeline: Pipeline = FIXED) -> Feed:
-    return net.evaluation_feed(split, "val", pipeline, "error", batch_size=7, workers=0)
-
-
-def logits(feed: Feed, epoch: int = 0) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([feed.forward(batch.inputs) for batch in feed.batches.epoch(epoch, CPU)])
-
-
-def order(batches: Batches, epoch: int = 0) -> list[list[int]]:
-    return [[*batch.indices.tolist(), *batch.targets.tolist()] for batch in batches.epoch(epoch, CPU)]
-
-
-@pytest.mark.parametrize(
-    ("options", "pipeline", "views", "cached"),
-    [
-        ({}, FIXED, 1, True),
-        ({}, RANDOM, 1, False),
-        ({}, RANDOM, 2, True),
-        ({"trainable": "stage2"}, FIXED, 1, True),
-        ({"trainable": "stage2"}, RANDOM, 1, False),
-        ({"trainable": "all"}, FIXED, 1, False),
-        ({"cache": "off"}, FIXED, 1, False),
-        ({"cache": "off"}, RANDOM, 2, False),
-    ],
-)
-def test_when_training_is_on_cached_features(
-    split: Split, options: dict[str, Any], pipeline: Pipeline, views: int, cached: bool
-) -> None:
-    net = network(**options)
-    feed = training_feed(net, split, pipeline, views)
-    assert isinstance(feed.batches, FeatureBatches if cached else ImageBatches)
-    assert feed.forward == (net.features_to_logits if cached else net.images_to_logits)
-    assert Path("cache").exists() == cached
-    assert logits(feed).shape == (24, 3)
-    if not cached:
-        assert net.extractor is None or net.extractor.computed == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "pipeline", "cached"),
-    [
-        ({}, FIXED, True),
-        ({"trainable": "stage2"}, FIXED, True),
-        ({"trainable": "all"}, FIXED, False),
-        ({"cache": "off"}, FIXED, False),
-        ({}, RANDOM, False),
-    ],
-)
-def test_when_evaluation_is_on_cached_features(
-    split: Split, options: dict[str, Any], pipeline: Pipeline, cached: bool
-) -> None:
-    feed = evaluation_feed(network(**options), split, pipeline)
-    assert isinstance(feed.batches, FeatureBatches if cached else ImageBatches)
-    assert [index for batch in feed.batches.epoch(4, CPU) for index in batch.indices.tolist()] == list(range(24))
-
-
-@pytest.mark.parametrize("trainable", ["head", "stage2"])
-def test_cached_features_give_the_logits_of_the_images(split: Split, trainable: str) -> None:
-    cached, plain = network(trainable), network(trainable, cache="off")
-    feeds = training_feed(cached, split), training_feed(plain, split)
-    for epoch in (0, 1):
-        assert order(feeds[0].batches, epoch) == order(feeds[1].batches, epoch)
-        for net in (cached, plain):
-            net.classifier.eval()
-        actual, expected = (logits(feed, epoch) for feed in feeds)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-        assert expected.std(dim=0).min() > 1e-3
-    torch.testing.assert_close(logits(evaluation_feed(cached, split)), logits(evaluation_feed(plain, split)))
+    torch.manual_seed(0)
+    backbone = build_backbone("shufflenet_v2_x0_5", None, tap, 0)
+    return Network(Classifier(backbone, nn.Linear(size, 3), trainable), torch.device("cpu"), precision)
 
 
 @pytest.mark.parametrize("trainable", ["head", "stage2", "all"])
-def test_images_give_the_logits_of_the_classifier(split: Split, trainable: str) -> None:
-    net = network(trainable, cache="off")
+def test_images_give_the_logits_of_the_classifier(trainable: str) -> None:
+    net = network_of(trainable)
     net.classifier.eval()
     images = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(net.images_to_logits(images), net.classifier(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(net.logits(net.features(images)), net.classifier(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trainable", ["head", "stage2", "all"])
-@pytest.mark.parametrize("cache", ["auto", "off"])
-def test_gradients_reach_what_trains_and_nothing_else(split: Split, trainable: str, cache: str) -> None:
-    net = network(trainable, cache=cache)
-    before = {key: value.clone() for key, value in net.classifier.frozen_state().items()}
-    net.classifier.train()
-    feed = training_feed(net, split)
-    batch = next(iter(feed.batches.epoch(0, CPU)))
-    nn.functional.cross_entropy(feed.forward(batch.inputs), batch.targets).backward()
-    trained = net.classifier.trained_state()
-    with_gradient = {name for name, value in net.classifier.named_parameters() if value.grad is not None}
-    assert with_gradient == {name for name, _ in net.classifier.named_parameters() if name in trained}
-    assert len(with_gradient) > 2 or (trainable == "head" and with_gradient == {"head.weight", "head.bias"})
-    after = net.classifier.frozen_state()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
-def test_views_are_used_in_turn(split: Split) -> None:
-    feed = training_feed(network(), split, RANDOM, views=2)
-    inputs = [torch.cat([batch.inputs for batch in feed.batches.epoch(epoch, CPU)]).sort(0)[0] for epoch in range(4)]
-    assert torch.equal(inputs[0], inputs[2])
-    assert torch.equal(inputs[1], inputs[3])
-    assert not torch.equal(inputs[0], inputs[1])
-
-
-@pytest.mark.parametrize("cache", ["auto", "off"])
-@pytest.mark.parametrize("trainable", ["head", "stage2", "all"])
-def test_an_embedding_is_the_input_of_the_head_in_the_splits_order(split: Split, trainable: str, cache: str) -> None:
-    net = network(trainable, cache=cache)
+def test_an_embedding_is_what_the_head_takes(trainable: str) -> None:
+    net = network_of(trainable)
     net.classifier.eval()
-    features = net.embed(split, FIXED, batch_size=7)
-    with torch.inference_mode():
-        expected = FIXED.batch(torch.stack([FIXED.image(split.open(index)) for index in range(len(split))]))
-        for stage in [*net.classifier.frozen, *net.classifier.trained]:
-            expected = stage.module(expected)
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features, expected.flatten(1), rtol=0, atol=1e-5)
-    assert not torch.allclose(features[:-1], features[1:], rtol=0, atol=1e-3), "the order could not be seen"
-    assert (net.extractor is not None and net.extractor.computed == 24) == (cache == "auto" and trainable != "all")
-
-
-def test_an_embedding_in_lower_precision_is_given_in_full(split: Split) -> None:
-    lower, full = (network("stage2", kind).embed(split, FIXED, batch_size=7) for kind in ("bf16", "fp32"))
-    assert lower.dtype == torch.float32
-    assert 0 < (lower - full).norm() < 0.2 * full.norm()
-
-
-def test_an_embedding_leaves_no_hook_and_says_nothing(
-    split: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    net = network()
-    net.embed(split, FIXED, batch_size=7)
-    assert not net.classifier.head._forward_pre_hooks
-    assert not caplog.messages
-
-    def fail(*_: object) -> None:
-        assert net.classifier.head._forward_pre_hooks
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module_under_test, "evaluate", fail)
-    with pytest.raises(KeyboardInterrupt):
-        net.embed(split, FIXED, batch_size=7)
-    assert not net.classifier.head._forward_pre_hooks
-
-
-@contextmanager
-def no_prefix(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patched:
-        patched.setattr(module_under_test, "FrozenPrefix", lambda *_, **__: pytest.fail("a prefix was made"))
-        yield
-
-
-def test_the_prefix_is_made_once_and_only_when_something_is_computed(
-    split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cold = network()
-    training_feed(cold, split)
-    evaluation_feed(cold, split)
-    assert cold.prefix() is cold.prefix()
-    assert cold.prefix().calls == 2  # 16 images and 8
-    with no_prefix(monkeypatch):
-        warm = network()
-        feeds = training_feed(warm, split), evaluation_feed(warm, split)
-        assert [logits(feed, 5).shape for feed in feeds] == [(24, 3), (24, 3)]
-        assert warm.extractor is not None
-        assert warm.extractor.computed == 0
-
-
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"trainable": "stage2", "seed": 1}, {"precision": "bf16"}, {"dir": "elsewhere"}]
-)
-def test_other_weights_or_another_precision_or_folder_are_computed_anew(split: Split, change: dict[str, Any]) -> None:
-    training_feed(network(), split)
-    changed = network(**change)
-    training_feed(changed, split)
-    assert changed.extractor is not None
-    assert changed.extractor.computed == 24
-    again = network()
-    training_feed(again, split)
-    assert again.extractor is not None
-    assert again.extractor.computed == 0
-
-
-def test_training_from_a_later_stage_uses_the_same_features(split: Split) -> None:
-    """ShuffleNet's second stage begins where its first pooling ends."""
-    training_feed(network(), split)
-    later = network("stage2")
-    training_feed(later, split)
-    assert later.extractor is not None
-    assert later.extractor.computed == 0
-
-
-def test_the_cache_is_where_and_as_large_as_configured(split: Split, tmp_path: Path) -> None:
-    default = network().extractor
-    assert default is not None
-    assert (default.folder, default.limit) == (tmp_path / "cache" / "features", 20_000_000_000)
-    chosen = network(dir="here", limit_gb=0.5).extractor
-    assert chosen is not None
-    assert (chosen.folder, chosen.limit) == (Path("here"), 500_000_000)
-
-
-@pytest.mark.parametrize(
-    ("setting", "native", "frozen", "trained"),
-    [
-        ("auto", True, torch.bfloat16, None),
-        ("auto", False, torch.float32, None),
-        ("fp32", True, torch.float32, None),
-        ("bf16", False, torch.bfloat16, torch.bfloat16),
-    ],
-)
-def test_precision_of_the_frozen_and_the_trained_part(
-    split: Split,
-    monkeypatch: pytest.MonkeyPatch,
-    setting: str,
-    native: bool,
-    frozen: torch.dtype,
-    trained: torch.dtype | None,
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    net = network("stage2", setting)
-    assert net.autocast == trained
-    assert net.prefix()(torch.zeros(1, 3, 32, 32)).dtype == frozen
-    feed = training_feed(net, split)
-    assert isinstance(feed.batches, FeatureBatches)
-    assert feed.batches.features.take(0, [0]).dtype == frozen
-    seen: list[torch.dtype] = []
-    net.classifier.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    assert logits(feed).dtype == torch.float32
-    assert set(seen) == {trained or torch.float32}
+    features = net.features(torch.randn(5, 3, 32, 32))
+    assert torch.equal(net.classifier.head(net.embed(features)), net.logits(features))
+    assert net.embed(features).dtype == torch.float32
 
 
 def test_fp16_on_a_processor_is_refused() -> None:
     with pytest.raises(SettingError, match="fp16 needs CUDA") as caught:
-        network(precision="fp16")
+        network_of("head", "fp16")
     assert caught.value.key == "train.precision"
 
 
-@pytest.mark.parametrize(("compiled", "told"), [(True, 24), (False, 0)])
-def test_compiling_is_decided_by_the_number_of_images(
-    split: Split, monkeypatch: pytest.MonkeyPatch, compiled: bool, told: int
-) -> None:
-    found: list[int] = []
-
-    def make(*arguments: Any, images_to_compile_for: int) -> FrozenPrefix:
-        found.append(images_to_compile_for)
-        return FrozenPrefix(*arguments)
-
-    monkeypatch.setattr(module_under_test, "FrozenPrefix", make)
-    training_feed(network(compiled=compiled), split)
-    assert found == [told]
+@pytest.mark.parametrize(
+    ("trainable", "precision", "words"),
+    [
+        ("head", "fp32", "cpu, fp32 for what trains, fp32 for what is frozen"),
+        ("head", "bf16", "cpu, bf16 for what trains, bf16 for what is frozen"),
+        ("all", "fp32", "cpu, fp32 for what trains"),
+    ],
+)
+def test_it_says_how_it_computes(trainable: str, precision: str, words: str) -> None:
+    assert network_of(trainable, precision).describe() == words
 
 
-def test_bad_images_are_skipped_on_either_way(split: Split, colours: Path) -> None:
-    (colours / "train" / "green" / "03.jpg").write_bytes(b"no picture")
-    for cache in ("auto", "off"):
-        feed = network(cache=cache).training_feed(split, FIXED, "skip", batch_size=7, workers=0, seed=3, views=1)
-        assert len(feed.split) == 23
-        assert sorted(index for batch in feed.batches.epoch(0, CPU) for index in batch.indices.tolist()) == list(
-            range(23)
-        )
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(SettingError, match=r"cuda:77: this machine has \d+ CUDA devices; use --device cpu"):
+        resolve_device("cuda:77")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")

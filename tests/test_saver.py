@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
 from tiny import SCORES, Clock, TinyBatches, tiny_classifier, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
+from tl_trainer.assembly import restore
 from tl_trainer.checkpoint import load
 from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
@@ -35,13 +36,15 @@ from tl_trainer.models.backbones import build_backbone, state_hash
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 from tl_trainer.optim import Schedule
-from tl_trainer.restore import restore
-from tl_trainer.saver import Progress, Saver, State
+from tl_trainer.run import _pause
+from tl_trainer.saver import EpochDone, Progress, Saver, State
+from tl_trainer.tasks import SingleLabel
 
 ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
 PLATEAU = {"name": "plateau", "patience": 0}
 NAME, WEIGHTS = "shufflenet_v2_x0_5", ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
-FIGURES = Figures(loss=0.5, top1=0.75, top5=1.0, n=8)
+FIGURES = {"loss": 0.5, "top1": 0.75, "top5": 1.0, "n": 8}
+BETTER = SingleLabel(["a", "b", "c"]).better
 
 
 def make_state(seed: int = 0, optimizer: dict[str, Any] = ADAM, trainable: str = "all") -> State:
@@ -49,7 +52,7 @@ def make_state(seed: int = 0, optimizer: dict[str, Any] = ADAM, trainable: str =
 
 
 def make_saver(run_dir: Path, state: State) -> Saver:
-    return Saver(run_dir, tiny_template(), state, StopRequest())
+    return Saver(run_dir, tiny_template(), state)
 
 
 def steps(state: State, count: int) -> None:
@@ -58,7 +61,7 @@ def steps(state: State, count: int) -> None:
         state.optimizer.zero_grad()
         functional.cross_entropy(state.classifier(batch.inputs), batch.targets).backward()
         state.optimizer.step()
-        state.progress.batch += 1
+        state.progress.batch_ended(0.5, len(batch.targets), 1.0)
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,26 +75,42 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("figures", "better"),
     [
-        (Figures(0.5, 0.75, 1.0, 8), False),  # the same
-        (Figures(0.4, 0.75, 0.9, 8), True),  # as many right, a lower loss
-        (Figures(0.6, 0.75, 1.0, 8), False),
-        (Figures(0.9, 0.875, 0.9, 8), True),  # more right, whatever the loss
-        (Figures(0.1, 0.625, 1.0, 8), False),
+        ({"loss": 0.5, "top1": 0.75, "top5": 1.0, "n": 8}, False),  # the same
+        ({"loss": 0.4, "top1": 0.75, "top5": 0.9, "n": 8}, True),  # as many right, a lower loss
+        ({"loss": 0.6, "top1": 0.75, "top5": 1.0, "n": 8}, False),
+        ({"loss": 0.9, "top1": 0.875, "top5": 0.9, "n": 8}, True),  # more right, whatever the loss
+        ({"loss": 0.1, "top1": 0.625, "top5": 1.0, "n": 8}, False),
     ],
 )
 def test_the_best_epoch_has_the_highest_top1_then_the_lowest_loss(figures: Figures, better: bool) -> None:
     progress = Progress()
-    assert progress.epoch_ended(FIGURES)
-    assert progress.epoch_ended(figures) == better
+    assert progress.epoch_ended(FIGURES, BETTER).improved
+    assert progress.epoch_ended(figures, BETTER).improved == better
     assert progress.epoch == 2
     assert progress.best_epoch == (2 if better else 1)
-    assert progress.best == asdict(figures if better else FIGURES)
+    assert progress.best == (figures if better else FIGURES)
 
 
 def test_an_epoch_that_ended_leaves_nothing_of_its_batches() -> None:
-    progress = Progress(epoch=3, batch=4, loss=2.5, images=11, seconds=1.5)
-    progress.epoch_ended(FIGURES)
-    assert progress == Progress(epoch=4, best_epoch=4, best=asdict(FIGURES))
+    before = {"epoch": 3, "best_epoch": 1, "best": {**FIGURES, "top1": 0.5}}
+    progress = Progress(**before, batch=4, loss=2.5, images=11, seconds=1.5)
+    assert progress.epoch_ended(FIGURES, BETTER) == EpochDone(4, 2.5 / 11, 1.5, 11, True)
+    assert progress == Progress(epoch=4, best_epoch=4, best=FIGURES)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"epoch": -1}, {"epoch": 1.0}, {"epoch": True}, {"batch": -2}, {"images": "many"}, {"loss": math.nan},
+        {"seconds": math.inf}, {"best_epoch": 3}, {"best": None}, {"epoch": 0}, {"batch": 1}, {"images": 5},
+        {"another": 1}, {"best": {"loss": None}}, {"best": [1]},
+    ],
+)  # fmt: skip
+def test_forged_progress_is_refused(forged: dict[str, Any]) -> None:
+    plain = Progress(epoch=2, best_epoch=1, best=FIGURES).model_dump()
+    assert Progress.model_validate(plain).model_dump() == plain
+    with pytest.raises(ValueError, match="validation error"):
+        Progress.model_validate({**plain, **forged})
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, SGD])
@@ -99,7 +118,7 @@ def test_a_resume_restores_everything_bit_for_bit(tmp_path: Path, optimizer: dic
     before = make_state(0, optimizer)
     for loss in (0.5, 0.6, 0.4):
         before.schedule.epoch_ended(loss)
-    before.progress.epoch_ended(FIGURES)
+    before.progress.epoch_ended(FIGURES, BETTER)
     steps(before, 3)
     before.progress.loss, before.progress.seconds = 0.1 + 0.2, math.pi
     make_saver(tmp_path, before).save()
@@ -138,7 +157,7 @@ def test_best_pth_has_the_weights_of_the_best_epoch(tmp_path: Path) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
     steps(state, 2)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     best = copied(state.classifier.state_dict())
     steps(state, 2)
@@ -147,14 +166,14 @@ def test_best_pth_has_the_weights_of_the_best_epoch(tmp_path: Path) -> None:
     assert same(found.trained, best)
     assert same(last.trained, state.classifier.state_dict())
     assert not same(last.trained, best)
-    assert (found.epoch, found.metrics, found.resume) == (1, asdict(FIGURES), None)
-    assert (last.epoch, last.metrics) == (1, asdict(FIGURES))
+    assert (found.epoch, found.metrics, found.resume) == (1, FIGURES, None)
+    assert (last.epoch, last.metrics) == (1, FIGURES)
 
 
 def test_both_files_carry_what_the_run_has_in_common(tmp_path: Path) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     saver.finish()
     for name in ("best.pth", "last.pth"):
@@ -168,7 +187,7 @@ def test_both_files_carry_what_the_run_has_in_common(tmp_path: Path) -> None:
 def test_best_is_written_before_last_which_counts_on_it(tmp_path: Path, blocked: str, written: list[str]) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     (tmp_path / blocked).mkdir()
     with pytest.raises(RunError, match=f"cannot write .*{blocked}"):
@@ -180,14 +199,14 @@ def test_the_logs_are_flushed_before_last_which_counts_on_them(tmp_path: Path) -
     there: list[bool] = []
     state = make_state()
     flush = lambda: there.append((tmp_path / "last.pth").exists())  # noqa: E731
-    Saver(tmp_path, tiny_template(), state, StopRequest(), flush=flush).save()
+    Saver(tmp_path, tiny_template(), state, flush=flush).save()
     assert there == [False]
 
 
 def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
     state = make_state(trainable="2")
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     saver.save()
     assert load(tmp_path / "best.pth").frozen is None
@@ -202,7 +221,7 @@ def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
 def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     saver.finish()
     resumed = make_saver(tmp_path, state)
@@ -223,15 +242,15 @@ def test_a_run_without_an_epoch_has_no_best(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
-def test_a_tick_saves_only_where_the_last_time_is_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_saves_only_where_the_last_time_is_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(saver_module, "time", clock)
     saver = make_saver(tmp_path, make_state())
     clock.now = 4.0
-    saver.tick()
+    saver.save_if_due()
     assert not (tmp_path / "last.pth").exists()
     clock.now = 6.0
-    saver.tick()
+    saver.save_if_due()
     assert (tmp_path / "last.pth").exists()
 
 
@@ -247,7 +266,7 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path: Path, monkeypatc
     saver = make_saver(tmp_path, make_state())
     for _ in range(200):
         clock.now += 1.0
-        saver.tick()
+        saver.save_if_due()
     assert times == [6.0, 70.0, 134.0, 198.0]
 
 
@@ -255,12 +274,15 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path: Path, monkeypatc
 def test_a_signal_ends_the_run_after_everything_is_saved(tmp_path: Path, number: int, exit_code: int) -> None:
     state = make_state(trainable="2")
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     steps(state, 2)
-    saver.stop.signal = number
+    stop = StopRequest()
+    _pause(stop, saver)
+    assert not (tmp_path / "last.pth").exists()
+    stop.signal = number
     with pytest.raises(Interrupted, match=f"--resume {tmp_path}") as caught:
-        saver.tick()
+        _pause(stop, saver)
     assert caught.value.exit_code == exit_code
     assert load(tmp_path / "best.pth").frozen
     assert same(load(tmp_path / "last.pth").trained, state.classifier.trained_state())
@@ -271,7 +293,7 @@ def test_a_signal_ends_the_run_after_everything_is_saved(tmp_path: Path, number:
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, value: float, batch: int) -> None:
     state = make_state()
     saver = make_saver(tmp_path, state)
-    state.progress.epoch_ended(FIGURES)
+    state.progress.epoch_ended(FIGURES, BETTER)
     saver.improved(SCORES)
     saver.save()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -314,6 +336,7 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     state = State(classifier, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), Progress())
     template = replace(
         tiny_template(),
+        features=1024,
         config=Config(device="cpu", model=model).model_dump(),
         backbone={
             "name": NAME,
@@ -323,12 +346,12 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
         },
     )
     (tmp_path / "run").mkdir()
-    saver = Saver(tmp_path / "run", template, state, StopRequest())
+    saver = Saver(tmp_path / "run", template, state)
     for _ in range(2):
         functional.cross_entropy(classifier.train()(torch.rand(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
         if saver.best is None:
-            state.progress.epoch_ended(FIGURES)
+            state.progress.epoch_ended(FIGURES, BETTER)
             saver.improved(SCORES)
     return saver
 
@@ -344,8 +367,9 @@ def assert_is_the_best(saver: Saver) -> None:
     with torch.no_grad():
         torch.testing.assert_close(found(images), expected.eval()(images))
     assert not found.training
-    assert restored.classes == ["a", "b", "c"]
-    assert restored.checkpoint.metrics == asdict(FIGURES)
+    assert restored.saved is not None
+    assert restored.task.classes == ["a", "b", "c"]
+    assert restored.saved.metrics == FIGURES
 
 
 def test_a_finished_best_pth_needs_no_network_and_no_cache(pretrained: Saver, tmp_path: Path) -> None:

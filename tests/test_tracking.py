@@ -22,11 +22,14 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor, nn
 
 from tiny import Clock
+from tl_trainer import tasks
 from tl_trainer import tracking as module_under_test
 from tl_trainer.errors import RunError
 from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Figures, Scores, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
+from tl_trainer.saver import EpochDone
+from tl_trainer.tasks import SingleLabel
 from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, graph_of, picture_grid
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
@@ -41,16 +44,20 @@ EMBEDDING = Path("projector", "features")
 def tracking(
     run_dir: Path, classes: Sequence[str] = CLASSES, *, tensorboard: bool = True, done: int = 0
 ) -> Iterator[Tracker]:
-    tracker = Tracker(run_dir, classes, tensorboard=tensorboard, done=done)
+    tracker = Tracker(run_dir, SingleLabel(classes), 9, tensorboard=tensorboard, done=done)
     try:
         yield tracker
     finally:
         tracker.close()
 
 
+def val(loss: float, top1: float, top5: float) -> Figures:
+    return {"loss": loss, "top1": top1, "top5": top5, "n": 8}
+
+
 def log_epochs(tracker: Tracker, epochs: range, loss: float = 1.0) -> None:
     for epoch in epochs:
-        tracker.epoch(epoch, 9, loss / epoch, Figures(0.5 / epoch, 0.25, 0.75, 8), 0.01, 2.0, 60)
+        tracker.epoch(EpochDone(epoch, loss / epoch, 2.0, 60, True), val(0.5 / epoch, 0.25, 0.75), 0.01)
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -94,8 +101,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_metrics_csv_has_one_row_per_epoch(tmp_path: Path) -> None:
     with tracking(tmp_path, tensorboard=False) as tracker:
         assert (tmp_path / "metrics.csv").read_text() == "epoch,train_loss,val_loss,val_top1,val_top5,lr,seconds\n"
-        tracker.epoch(1, 2, 1.5, Figures(0.7, 0.25, 0.875, 8), 0.001, 3.14159, 60)
-        tracker.epoch(2, 2, 1.25, Figures(0.1 + 0.2, 1.0, 1.0, 8), 1e-5, 3.0, 60)
+        tracker.epoch(EpochDone(1, 1.5, 3.14159, 60, True), val(0.7, 0.25, 0.875), 0.001)
+        tracker.epoch(EpochDone(2, 1.25, 3.0, 60, True), val(0.1 + 0.2, 1.0, 1.0), 1e-5)
     assert (tmp_path / "metrics.csv").read_bytes().decode() == (
         "epoch,train_loss,val_loss,val_top1,val_top5,lr,seconds\n"
         "1,1.5,0.7,0.25,0.875,0.001,3.142\n"
@@ -264,7 +271,7 @@ def test_any_class_name_can_be_logged(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_above_so_many_classes_there_are_no_curves_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, there: bool
 ) -> None:
-    monkeypatch.setattr(module_under_test, "CURVES", limit)
+    monkeypatch.setattr(tasks, "CURVES", limit)
     with tracking(tmp_path) as tracker:
         tracker.improved(1, scores(1))
     tags = events(tmp_path).Tags()
@@ -418,7 +425,8 @@ def test_an_embedding_after_a_resume_replaces_the_one_before(
 def test_an_epoch_is_one_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with tracking(tmp_path, tensorboard=False) as tracker:
-        tracker.epoch(3, 40, 1.23456, Figures(0.7, 0.25, 0.875, 8), 0.001, 3.14159, 60)
+        tracker.epochs = 40
+        tracker.epoch(EpochDone(3, 1.23456, 3.14159, 60, True), val(0.7, 0.25, 0.875), 0.001)
     (message,) = caplog.messages
     for words in ("epoch  3/40", "loss 1.2346", "val 0.7000", "25.0%", "87.5%", "0.001", "3.1 s"):
         assert words in message
@@ -477,7 +485,7 @@ def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path: Path) -> None:
 
 def test_a_class_name_is_printable_as_a_tag(tmp_path: Path) -> None:
     scores = Scores(torch.eye(3), torch.arange(3))
-    tracker = Tracker(tmp_path, ["ant", "bee", "\x1b[2J"], tensorboard=True)
+    tracker = Tracker(tmp_path, SingleLabel(["ant", "bee", "\x1b[2J"]), 9, tensorboard=True)
     tracker.improved(1, scores)
     tracker.close()
     tags = [tag for found in events(tmp_path).Tags().values() if isinstance(found, list) for tag in found]

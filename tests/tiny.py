@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import OptimizerSection, ScheduleSection
+from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch, batch_order
 from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import Backbone, Stage
@@ -78,6 +80,18 @@ def tiny_state(
     return State(classifier, built, planned, torch.amp.GradScaler("cpu", enabled=False), Progress())
 
 
+def files_of(paths: Sequence[Path], targets: Sequence[int] | None = None) -> Split:
+    """A split of files, called by their last names."""
+    files = Files(list(paths), [path.name for path in paths])
+    return Split(files, [0] * len(paths) if targets is None else targets, range(len(paths)))
+
+
+def paths_of(split: Split) -> list[Path]:
+    """The files of a split, in its order."""
+    assert isinstance(split.images, Files)
+    return [split.images.paths[row] for row in split.rows]
+
+
 def tiny_template() -> Checkpoint:
     """What is the same in every checkpoint of a run."""
     return Checkpoint(
@@ -85,6 +99,7 @@ def tiny_template() -> Checkpoint:
         classes=["a", "b", "c"],
         preprocessing=[{"ToImage": None}],
         backbone={"name": "tiny", "weights": "none", "tap": "pooled", "sha256": ""},
+        features=4,
         trained={},
         frozen=None,
         epoch=0,

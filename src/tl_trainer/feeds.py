@@ -70,7 +70,7 @@ class Feeds:
 
     def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
         """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""
-        if self.extractor is not None:
+        if self.extractor is not None and pipeline.deterministic:
             features = self.extractor.features(split, what, pipeline)
             size = self.batch_size if self.network.classifier.trained else EVALUATED_AT_ONCE
             return self._of_features(FeatureBatches(features, batch_size=size))

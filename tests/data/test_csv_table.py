@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tiny import paths_of
 from tl_trainer.config.schema import CsvSection, DataSection
 from tl_trainer.data.csv_table import open_csv
 from tl_trainer.data.dataset import Dataset
@@ -38,7 +39,7 @@ def test_without_a_split_column(tmp_path: Path) -> None:
     assert dataset.classes == ["cat", "dog"]
     assert split.names == ["1.jpg", "2.jpg", "3.jpg"]
     assert list(split.targets) == [1, 0, 1]
-    assert split.paths == [tmp_path / name for name in split.names]
+    assert paths_of(split) == [tmp_path / name for name in split.names]
 
 
 @pytest.mark.parametrize("word", ["val", "valid", "validation", "VAL", " Valid "])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,31 +13,44 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import draw_split
-from tl_trainer.data.dataset import Dataset, Split, enforce_classes, with_validation
+from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, with_validation
 from tl_trainer.data.folders import open_folders
-from tl_trainer.errors import DataError
+from tl_trainer.errors import DataError, ImageError
+from tl_trainer.tasks import SingleLabel
+
+
+def _files(names: list[str], targets: list[int]) -> Split:
+    return Split(Files([Path(name) for name in names], names), targets, range(len(names)))
+
+
+def _divided(dataset: Dataset, fraction: float = 0.2, seed: int = 0, val_names: list[str] | None = None) -> Dataset:
+    def draw(targets: Sequence[int]) -> set[int]:
+        return SingleLabel(dataset.classes).hold_out(targets, fraction, seed)
+
+    return with_validation(dataset, draw, val_names)
 
 
 def _dataset(sizes: dict[str, int], split: str = "all") -> Dataset:
     """A dataset without images: `sizes` of them per class."""
     names = [f"{name}/{index}.jpg" for name, size in sizes.items() for index in range(size)]
     targets = [label for label, size in enumerate(sizes.values()) for _ in range(size)]
-    return Dataset(list(sizes), {split: Split(names, targets, [Path(name) for name in names])}, "the pictures")
+    return Dataset(list(sizes), {split: _files(names, targets)}, "the pictures")
 
 
 def _val(dataset: Dataset, fraction: float = 0.2, seed: int = 0) -> list[str]:
-    return list(with_validation(dataset, fraction, seed).split("val").names)
+    return list(_divided(dataset, fraction, seed).split("val").names)
 
 
 @pytest.mark.parametrize("split", ["all", "train"])
 def test_the_split_divides_the_images(split: str) -> None:
     dataset = _dataset({"a": 10, "b": 20}, split)
-    divided = with_validation(dataset, 0.2, 0)
+    divided = _divided(dataset)
     assert list(divided.splits) == ["train", "val"]
     train, val = divided.split("train"), divided.split("val")
     assert sorted([*train.names, *val.names]) == sorted(dataset.split(split).names)
     for part in (train, val):
-        assert part.paths == [Path(name) for name in part.names]
+        assert isinstance(part.images, Files)
+        assert [part.images.paths[row] for row in part.rows] == [Path(name) for name in part.names]
         assert [dataset.classes[label] for label in part.targets] == [name[0] for name in part.names]
 
 
@@ -48,7 +63,7 @@ def test_the_split_divides_the_images(split: str) -> None:
 def test_the_split_is_stratified(sizes: list[int], fraction: float, seed: int) -> None:
     """Each class gives its fraction, but at least one image and never its last."""
     dataset = _dataset({f"class{label}": size for label, size in enumerate(sizes)})
-    divided = with_validation(dataset, fraction, seed)
+    divided = _divided(dataset, fraction, seed)
     held_out, kept = Counter(divided.split("val").targets), Counter(divided.split("train").targets)
     for label, size in enumerate(sizes):
         assert held_out[label] + kept[label] == size
@@ -66,32 +81,32 @@ def test_the_split_depends_on_the_seed_only() -> None:
 @pytest.mark.parametrize("size", [0, 1])
 def test_a_class_too_small_to_divide_is_named(size: int) -> None:
     with pytest.raises(DataError, match=rf"class 'b' has {size} image\(s\); a val split needs at least 2"):
-        with_validation(_dataset({"a": 10, "b": size}), 0.2, 0)
+        _divided(_dataset({"a": 10, "b": size}), 0.2, 0)
 
 
 def test_a_split_of_its_own_is_left_alone() -> None:
-    split = Split(["1"], [0], [Path("1")])
+    split = _files(["1"], [0])
     own = Dataset(["a"], {"train": split, "val": split}, "")
     test_only = Dataset(["a"], {"test": split}, "")
-    assert with_validation(own, 0.5, 0, ["not/there.jpg"]) is own
-    assert with_validation(test_only, 0.5, 0, ["not/there.jpg"]) is test_only
+    assert _divided(own, 0.5, 0, ["not/there.jpg"]) is own
+    assert _divided(test_only, 0.5, 0, ["not/there.jpg"]) is test_only
 
 
 def test_the_test_split_is_kept() -> None:
     dataset = _dataset({"a": 5}, "train")
-    test = Split(["t"], [0], [Path("t")])
-    divided = with_validation(Dataset(["a"], {**dataset.splits, "test": test}, ""), 0.2, 0)
+    test = _files(["t"], [0])
+    divided = _divided(Dataset(["a"], {**dataset.splits, "test": test}, ""), 0.2, 0)
     assert list(divided.splits) == ["train", "val", "test"]
     assert divided.split("test") is test
 
 
 def test_a_split_drawn_before_survives_new_files(tmp_path: Path) -> None:
     draw_split(tmp_path, 6, size=4)
-    drawn = list(with_validation(open_folders(tmp_path, None), 0.3, 3).split("val").names)
+    drawn = list(_divided(open_folders(tmp_path, None), 0.3, 3).split("val").names)
     for name in ("blue/003.jpg", "red/00000.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     grown = open_folders(tmp_path, None)
-    again = with_validation(grown, 0.3, 3, drawn)
+    again = _divided(grown, 0.3, 3, drawn)
     assert list(again.split("val").names) == drawn
     assert {"blue/003.jpg", "red/00000.jpg"} < set(again.split("train").names)
     assert len(again.split("train")) == 6 * 3 + 2 - len(drawn)
@@ -99,27 +114,28 @@ def test_a_split_drawn_before_survives_new_files(tmp_path: Path) -> None:
 
 def test_a_split_drawn_before_complains_when_files_are_gone(tmp_path: Path) -> None:
     draw_split(tmp_path, 6, size=4)
-    drawn = list(with_validation(open_folders(tmp_path, None), 0.3, 3).split("val").names)
+    drawn = list(_divided(open_folders(tmp_path, None), 0.3, 3).split("val").names)
     for name in drawn[:2]:
         (tmp_path / name).unlink()
     with pytest.raises(DataError) as caught:
-        with_validation(open_folders(tmp_path, None), 0.3, 3, drawn)
+        _divided(open_folders(tmp_path, None), 0.3, 3, drawn)
     assert str(caught.value) == f"{tmp_path}: 2 images of the run's val split are gone, e.g. {drawn[0]}"
 
 
 def test_no_file_is_copied(tmp_path: Path) -> None:
     draw_split(tmp_path / "root", 5, size=4)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    dataset = with_validation(open_folders(tmp_path / "root", None), 0.2, 0)
+    dataset = _divided(open_folders(tmp_path / "root", None), 0.2, 0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    paths = [path for split in dataset.splits.values() for path in split.paths or ()]
+    splits = dataset.splits.values()
+    paths = [split.images.paths[row] for split in splits if isinstance(split.images, Files) for row in split.rows]
     assert len(paths) == 15
     assert set(paths) < set(before)
 
 
 def test_an_unknown_split_lists_those_there_are() -> None:
     with pytest.raises(DataError, match=r"^the pictures has no split 'test'; it has train, val$"):
-        with_validation(_dataset({"a": 4}), 0.5, 0).split("test")
+        _divided(_dataset({"a": 4}), 0.5, 0).split("test")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +157,44 @@ def test_enforce_classes(found: list[str], complaint: str) -> None:
 def test_a_split_of_pictures_in_memory() -> None:
     """The kind that CIFAR is: a subset of a subset still opens the right picture."""
     pictures = [(Image.new("L", (2, 2), 10 * index), index % 3) for index in range(6)]
-    split = Split([str(index) for index in range(6)], [label for _, label in pictures], None, pictures, range(6))
+    split = Split(Pictures(pictures), [label for _, label in pictures], range(6))
     part = split.subset([5, 3, 1]).subset([2, 0])
     assert (part.names, part.targets, len(part)) == (["1", "5"], [1, 2], 2)
     assert [part.open(index).getpixel((0, 0)) for index in range(2)] == [(10, 10, 10), (50, 50, 50)]
+
+
+def test_an_image_that_is_not_the_verified_one_is_not_opened(tmp_path: Path) -> None:
+    draw_split(tmp_path, 2, size=4)
+    split = open_folders(tmp_path, None).split("all")
+    contents = [split.images.load(row)[1] for row in split.rows]
+    known = replace(split, hashes=contents)
+    assert known.contents == [digest.hex()[:16] for digest in contents]
+    Image.new("RGB", (4, 4)).save(tmp_path / "green" / "00.jpg")
+    part = known.subset([1, 2])
+    assert part.open(0).size == split.open(1).size
+    with pytest.raises(ImageError, match=r"green/00\.jpg: has changed since it was read first; put it back, or"):
+        part.open(1)
+    assert split.open(2).size == (4, 4)  # nothing is known of it
+
+
+def test_the_kinds_of_images_are_alike(tmp_path: Path) -> None:
+    draw_split(tmp_path, 1, size=4)
+    files = open_folders(tmp_path, None).split("all").images
+    held = Pictures([(files.load(index)[0], 0) for index in range(3)])
+    for images in (files, held):
+        assert len(images) == 3
+        picture, digest = images.load(1)
+        assert (picture.mode, picture.size, len(digest)) == ("RGB", (4, 4), 32)
+        assert images.load(1)[1] == digest != images.load(2)[1]
+        assert images.load(1, draft=True)[1] == digest
+    stamp = files.stamp(0)
+    assert stamp is not None
+    assert (stamp.size, stamp.path) == ((tmp_path / files.name(0)).stat().st_size, bytes(tmp_path / files.name(0)))
+    (tmp_path / files.name(0)).unlink()
+    assert files.stamp(0) is held.stamp(0) is None
+
+
+def test_a_sample_is_spread_over_the_split() -> None:
+    split = _files([str(index) for index in range(10)], [0] * 10)
+    assert split.sample(4).names == ["0", "2", "5", "7"]
+    assert split.sample(99).names == split.names

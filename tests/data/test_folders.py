@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from conftest import draw_split
+from tiny import paths_of
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.data.folders import open_folders, walk
@@ -71,9 +72,8 @@ def test_same_samples_as_imagefolder(tmp_path: Path) -> None:
     reference = ImageFolder(str(root))
     dataset = open_folders(root, None)
     split = dataset.split("all")
-    assert split.paths is not None
     assert dataset.classes == reference.classes
-    found = sorted((str(path), label) for path, label in zip(split.paths, split.targets, strict=True))
+    found = sorted((str(path), label) for path, label in zip(paths_of(split), split.targets, strict=True))
     assert found == sorted(reference.samples)
     assert list(split.targets) == sorted(split.targets)
     assert split.names[-1] == "b9/deeper/still/a.PNG"

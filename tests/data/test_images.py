@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tl_trainer import errors
 from tl_trainer.data.images import FORMATS, decode, load, to_rgb
 from tl_trainer.errors import ImageError
+from tl_trainer.ground import machine
 
 Pixel = Any
 
@@ -268,15 +268,15 @@ def test_what_is_no_image_is_named(content: bytes, message: str) -> None:
     assert str(caught.value).startswith(f"photo.jpg: {message}")
 
 
-@pytest.mark.parametrize("check_only", [False, True])
+@pytest.mark.parametrize("draft", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_truncated_file_is_found(format: str, check_only: bool) -> None:
+def test_a_truncated_file_is_found(format: str, draft: bool) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, format)
-    decode(data, "photo", check_only=check_only)
+    decode(data, "photo", draft=draft)
     for kept in (0.3, 0.6, 0.9):
         with pytest.raises(ImageError, match=r"^photo: "):
-            decode(data[: int(len(data) * kept)], "photo", check_only=check_only)
+            decode(data[: int(len(data) * kept)], "photo", draft=draft)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_no_image_is_blamed_where_memory_is_short(monkeypatch: pytest.MonkeyPatc
     broken = encode(Image.new("RGB", (64, 64)), "JPEG")[:-40]
     with pytest.raises(ImageError, match=r"photo\.jpg: damaged image"):
         decode(broken, "photo.jpg")
-    monkeypatch.setattr(errors, "_SPARE", 1 << 62)
+    monkeypatch.setattr(machine, "_SPARE", 1 << 62)
     with pytest.raises(MemoryError, match=r"photo\.jpg"):
         decode(broken, "photo.jpg")
 
@@ -336,9 +336,9 @@ def test_pillows_bomb_warning_is_an_error_even_where_warnings_are_ignored() -> N
     )
 
 
-def test_check_only_makes_a_small_image_of_a_jpeg() -> None:
+def test_draft_makes_a_small_image_of_a_jpeg() -> None:
     data = encode(Image.new("RGB", (800, 400)), "JPEG")
-    assert decode(data, "x", check_only=True).size == (100, 50)
+    assert decode(data, "x", draft=True).size == (100, 50)
     assert decode(data, "x").size == (800, 400)
 
 
@@ -351,11 +351,11 @@ FLIPPED = {format: encode(SCENE, format) for format in ("JPEG", "PNG")}
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=8),
     st.booleans(),
 )
-def test_a_damaged_file_loads_or_is_named(format: str, flips: list[tuple[float, int]], check_only: bool) -> None:
+def test_a_damaged_file_loads_or_is_named(format: str, flips: list[tuple[float, int]], draft: bool) -> None:
     data = bytearray(FLIPPED[format])
     for place, bits in flips:
         data[int(place * len(data))] ^= bits
     try:
-        assert decode(bytes(data), "photo", check_only=check_only).mode == "RGB"
+        assert decode(bytes(data), "photo", draft=draft).mode == "RGB"
     except ImageError as error:
         assert str(error).startswith("photo: ")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import logging
 import os
 import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tl_trainer.data import images, loaders
-from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, ImageBatches, _Batches, _named_deaths, batch_order, readable, worker_count
+from tiny import files_of, paths_of
+from tl_trainer.data import loaders
+from tl_trainer.data.dataset import Pictures, Split
+from tl_trainer.data.loaders import Batch, ImageBatches, _Batches, _named_deaths, batch_order, worker_count
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
+from tl_trainer.data.verify import verified
 from tl_trainer.errors import DataError, ImageError, RunError
 
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ def _split(folder: Path, sizes: list[tuple[int, int]]) -> Split:
         pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
         paths.append(folder / f"{index}.png")
         Image.fromarray(pixels.numpy()).save(paths[-1])
-    return Split([path.name for path in paths], [index % 3 for index in range(len(paths))], paths)
+    return files_of(paths, [index % 3 for index in range(len(paths))])
 
 
 def _batches(split: Split, items: str | list[Any] = "default", **options: Any) -> ImageBatches:
@@ -157,11 +156,10 @@ def test_images_of_different_sizes(split: Split, workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_vanishes_is_named_in_one_line(split: Split, workers: int) -> None:
-    assert split.paths is not None
-    split.paths[7].unlink()
+    paths_of(split)[7].unlink()
     with pytest.raises(ImageError) as caught:
         list(_batches(split, AUGMENTED, workers=workers).epoch(0, CPU))
-    assert str(caught.value).startswith(f"{split.paths[7]}: cannot be read: ")
+    assert str(caught.value).startswith(f"{paths_of(split)[7]}: cannot be read: ")
     assert "\n" not in str(caught.value)
 
 
@@ -172,23 +170,14 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
     assert [worker_count(0), worker_count(3), worker_count(100)] == [0, 3, 100]
 
 
-@pytest.fixture
-def damaged(split: Split) -> Split:
-    """The same with an empty and a truncated file."""
-    assert split.paths is not None
-    split.paths[2].write_bytes(b"")
-    split.paths[5].write_bytes(split.paths[5].read_bytes()[:200])
-    return split
-
-
-def test_readable_images_are_passed_on(split: Split) -> None:
-    kept = readable(split, "train", "error")
-    assert replace(kept, digests=()) == split
-    assert kept.digests == [hashlib.sha256(path.read_bytes()).digest() for path in split.paths or ()]
-
-
 def _another_image(path: Path) -> None:
     Image.new("RGB", (16, 14), "red").save(path)
+
+
+def test_pictures_in_memory_are_verified_too() -> None:
+    split = Split(Pictures([(Image.new("RGB", (16, 14)), 0)]), [0], range(1))
+    [batch] = _batches(verified(split, "train", "error", None)).epoch(0, CPU)
+    assert batch.inputs.shape == (1, 3, 8, 8)
 
 
 def _a_folder(path: Path) -> None:
@@ -217,83 +206,17 @@ def _a_pipe(path: Path) -> None:
 def test_an_image_that_is_replaced_between_two_epochs_is_named(
     split: Split, replace_: Callable[[Path], object], complaint: str, workers: int
 ) -> None:
-    assert split.paths is not None
-    batches = _batches(readable(split, "train", "error"), workers=workers)
+    batches = _batches(verified(split, "train", "error", None), workers=workers)
     assert len(list(batches.epoch(0, CPU))) == 3
-    replace_(split.paths[4])
-    with pytest.raises(ImageError, match=re.escape(f"{split.paths[4]}: {complaint}")):
+    replace_(paths_of(split)[4])
+    with pytest.raises(ImageError, match=re.escape(f"{paths_of(split)[4]}: {complaint}")):
         list(batches.epoch(1, CPU))
 
 
 def test_an_image_that_was_written_again_as_it_was_is_the_same(split: Split) -> None:
-    assert split.paths is not None
-    batches = _batches(readable(split, "train", "error"))
-    split.paths[4].write_bytes(split.paths[4].read_bytes())
+    batches = _batches(verified(split, "train", "error", None))
+    paths_of(split)[4].write_bytes(paths_of(split)[4].read_bytes())
     assert len(list(batches.epoch(1, CPU))) == 3
-
-
-def test_an_image_that_changed_is_not_taken_for_the_one_that_was_read(split: Split) -> None:
-    assert split.paths is not None
-    kept = readable(split, "train", "error")
-    Image.new("RGB", (20, 20)).save(split.paths[3])
-    with pytest.raises(ImageError, match=r"3\.png: has changed"):
-        readable(kept, "train", "error").open(3)
-
-
-@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
-def test_no_image_is_bad_because_memory_ran_out(
-    split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: str
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(images.Image, "open", fail)
-    with pytest.raises(MemoryError):
-        readable(split, "train", on_bad_image)
-
-
-def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) -> None:
-    assert damaged.paths is not None
-    with pytest.raises(DataError) as caught:
-        readable(damaged, "train", "error")
-    first, *rest = str(caught.value).splitlines()
-    assert first == (
-        "2 of 11 train images cannot be used; replace or remove them, or set data.on_bad_image: skip "
-        "(tl-eval: --on-bad-image skip)"
-    )
-    assert [line.split(": ")[0] for line in rest] == [str(damaged.paths[index]) for index in (2, 5)]
-
-
-def test_no_more_than_two_unreadable_images_are_listed(split: Split) -> None:
-    for path in split.paths or ():
-        path.write_bytes(b"")
-    with pytest.raises(DataError) as caught:
-        readable(split, "val", "error")
-    assert len(str(caught.value).splitlines()) == 3
-
-
-def test_unreadable_images_are_skipped_and_counted(damaged: Split, caplog: pytest.LogCaptureFixture) -> None:
-    kept = readable(damaged, "val", "skip")
-    assert list(kept.names) == [f"{index}.png" for index in range(11) if index not in (2, 5)]
-    assert list(kept.targets) == [index % 3 for index in range(11) if index not in (2, 5)]
-    assert len(list(_batches(kept).epoch(0, CPU))) == 3
-    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.getMessage().startswith("skipped 2 of 11 val images that cannot be read, e.g.\n")
-    assert "2.png: empty file" in record.getMessage()
-
-
-def test_nothing_left_to_read(split: Split) -> None:
-    for path in split.paths or ():
-        path.write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match=r"^none of the 11 train images can be read$"):
-        readable(split, "train", "skip")
-
-
-def test_pictures_in_memory_need_no_check() -> None:
-    split = Split(["0"], [0], None, [(Image.new("RGB", (16, 14)), 0)], range(1))
-    assert readable(split, "train", "error") is split
-    [batch] = _batches(split).epoch(0, CPU)
-    assert batch.inputs.shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -33,18 +33,19 @@ class Stamp(NamedTuple):
 
 
 class Images(Protocol):
-    """Where images are. No other room asks which kind it has: another one, such as shards, is these four methods."""
+    """Where images are. No other room asks which kind it has: another one, such as shards, is these methods."""
 
     def __len__(self) -> int:
         """How many there are."""
 
     def name(self, index: int) -> str:
-        """What errors, predictions and split.csv call the image."""
+        """What predictions and split.csv call the image."""
 
-    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
-        """The image as upright RGB, and the SHA-256 of its content. ImageError, naming it, where it cannot be read.
+    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        """The image as upright RGB, and the SHA-256 of its content.
 
-        draft: every byte is read, but the picture may be smaller, which is enough to find a damaged file.
+        expected: the hash that it must have, if given. draft: every byte is read, but the picture may be smaller, which
+        is enough to find a damaged file. Raises ImageError, naming the image, where it cannot be read or is another.
         """
 
     def stamp(self, index: int) -> Stamp | None:
@@ -65,11 +66,13 @@ class Files:
         """As given."""
         return self.names[index]
 
-    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
         """Read the file once, hash its bytes, decode them."""
         path = self.paths[index]
         data = images.read(path)
-        return images.decode(data, path, draft=draft), hashlib.sha256(data).digest()
+        digest = hashlib.sha256(data).digest()
+        _require(expected in (b"", digest), str(path))
+        return images.decode(data, path, draft=draft), digest
 
     def stamp(self, index: int) -> Stamp | None:
         """None for a file that is not there. A name may be no text, so the path is bytes."""
@@ -93,10 +96,12 @@ class Pictures:
         """The index as text."""
         return str(index)
 
-    def load(self, index: int, *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
         """The picture and the hash of its size and pixels."""
         picture = images.to_rgb(self.dataset[index][0])
-        return picture, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+        digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+        _require(expected in (b"", digest), f"picture {index}")
+        return picture, digest
 
     def stamp(self, index: int) -> Stamp | None:
         """None: it is in memory, and hashing it is cheap."""
@@ -129,11 +134,7 @@ class Split:
 
     def open(self, index: int) -> Image.Image:
         """The image as upright RGB. ImageError, naming it, where it cannot be read or is not the verified one."""
-        picture, digest = self.images.load(self.rows[index])
-        if self.hashes and digest != self.hashes[index]:
-            name = printable(self.name(index))
-            raise ImageError(f"{name}: has changed since it was read first; put it back, or start again")
-        return picture
+        return self.images.load(self.rows[index], self.hashes[index] if self.hashes else b"")[0]
 
     def subset(self, indices: Sequence[int]) -> Split:
         """The images at `indices`, in that order."""
@@ -190,6 +191,12 @@ def with_validation(
     splits["train"] = source.subset([i for i in range(len(source)) if i not in held_out])
     splits["val"] = source.subset(sorted(held_out))
     return Dataset(dataset.classes, {name: splits[name] for name in SPLIT_NAMES if name in splits}, dataset.where)
+
+
+def _require(same: bool, place: str) -> None:
+    """Raise ImageError for an image that is not the one that was verified: a run must not learn from it."""
+    if not same:
+        raise ImageError(f"{printable(place)}: has changed since it was read first; put it back, or start again")
 
 
 def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object, fixed_by: str) -> None:

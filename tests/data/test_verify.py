@@ -1,9 +1,10 @@
-"""Content hashes: what is in a file decides, and a file that did not change is not read again."""
+"""Every image is read once: bad ones are named, and one that did not change is not read again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import sqlite3
 import subprocess
@@ -12,16 +13,16 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tl_trainer.data import content, images
-from tl_trainer.data.content import SETTLED_SECONDS, content_hashes, contents, forget
-from tl_trainer.data.dataset import Split
-from tl_trainer.errors import ImageError
+from tiny import files_of, paths_of
+from tl_trainer.data import images, verify
+from tl_trainer.data.dataset import Pictures, Split
+from tl_trainer.data.verify import SETTLED_SECONDS, verified
+from tl_trainer.errors import DataError
 
 COUNT = 6
 
@@ -56,35 +57,31 @@ def split(tmp_path: Path) -> Split:
     folder.mkdir()
     paths = [folder / f"{index}.jpg" for index in range(COUNT)]
     for index, path in enumerate(paths):
-        write(path, b"picture %d" % index)
-    return Split([path.name for path in paths], [0] * COUNT, paths)
+        write(path, index)
+    return files_of(paths)
 
 
-def write(path: Path, data: bytes, age: float = 60) -> None:
-    path.write_bytes(data)
+def write(path: Path, shade: int, size: int = 8, age: float = 60) -> None:
+    """A grey picture; its file is as large as that of every other one of its size."""
+    path.write_bytes(b"P5 %d %d 255 " % (size, size) + bytes([shade]) * size * size)
     written = time.time() - age
     os.utime(path, (written, written))
 
 
-def hashes(split: Split, memory: Path = Path("memory.sqlite")) -> list[bytes | ImageError]:
-    with ThreadPoolExecutor(2) as pool:
-        return content_hashes(split, memory, pool)
-
-
-def names(split: Split) -> list[str]:
-    return list(split.names)
+def hashes(split: Split, memory: Path = Path("memory.sqlite")) -> list[bytes]:
+    return list(verified(split, "train", "error", memory).hashes)
 
 
 def expected(split: Split) -> list[bytes]:
-    assert split.paths is not None
-    return [hashlib.sha256(path.read_bytes()).digest() for path in split.paths]
+    return [hashlib.sha256(path.read_bytes()).digest() for path in paths_of(split)]
 
 
 def test_hashes_are_those_of_the_files_in_order(split: Split, reads: Reads) -> None:
     assert hashes(split) == expected(split)
-    assert reads.taken() == names(split)
+    assert reads.taken() == split.names
     assert hashes(split.subset([4, 0, 4])) == [expected(split)[index] for index in (4, 0, 4)]
-    assert hashes(split.subset([])) == []
+    with pytest.raises(DataError, match=r"^none of the 0 train images can be read$"):
+        hashes(split.subset([]))
 
 
 def test_unchanged_files_are_not_read_again(split: Split, reads: Reads) -> None:
@@ -94,11 +91,11 @@ def test_unchanged_files_are_not_read_again(split: Split, reads: Reads) -> None:
     assert hashes(split.subset([5, 1])) == [first[5], first[1]]
     assert reads == []
     assert hashes(split, Path("another.sqlite")) == first
-    assert reads.taken() == names(split)
+    assert reads.taken() == split.names
 
 
 def test_more_files_than_a_query_takes(split: Split, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "_CHUNK", 4)
+    monkeypatch.setattr(verify, "_CHUNK", 4)
     first = hashes(split)
     reads.clear()
     assert hashes(split) == first
@@ -108,17 +105,15 @@ def test_more_files_than_a_query_takes(split: Split, reads: Reads, monkeypatch: 
 def test_a_relative_path_is_the_same_file(split: Split, reads: Reads, tmp_path: Path) -> None:
     first = hashes(split)
     reads.clear()
-    assert split.paths is not None
-    relative = Split(split.names, split.targets, [path.relative_to(tmp_path) for path in split.paths])
+    relative = files_of([path.relative_to(tmp_path) for path in paths_of(split)])
     assert hashes(relative) == first
     assert reads == []
 
 
 def test_a_touched_file_is_read_once_more_and_found_equal(split: Split, reads: Reads) -> None:
     first = hashes(split)
-    assert split.paths is not None
     earlier = time.time() - 30
-    os.utime(split.paths[2], (earlier, earlier))
+    os.utime(paths_of(split)[2], (earlier, earlier))
     reads.clear()
     assert hashes(split) == first
     assert reads.taken() == ["2.jpg"]
@@ -126,11 +121,10 @@ def test_a_touched_file_is_read_once_more_and_found_equal(split: Split, reads: R
     assert reads == []
 
 
-@pytest.mark.parametrize("data", [b"PICTURE 2", b"longer than before"])
-def test_a_rewritten_file_gets_another_hash(split: Split, reads: Reads, data: bytes) -> None:
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_rewritten_file_gets_another_hash(split: Split, reads: Reads, size: int) -> None:
     first = hashes(split)
-    assert split.paths is not None
-    write(split.paths[2], data, age=30)
+    write(paths_of(split)[2], 77, size, age=30)
     reads.clear()
     second = hashes(split)
     assert reads.taken() == ["2.jpg"]
@@ -138,12 +132,14 @@ def test_a_rewritten_file_gets_another_hash(split: Split, reads: Reads, data: by
     assert [index for index in range(COUNT) if first[index] != second[index]] == [2]
 
 
-def test_another_size_is_enough_to_read_a_file_again(split: Split, reads: Reads) -> None:
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_file_is_read_again_though_its_time_of_modification_was_put_back(
+    split: Split, reads: Reads, size: int
+) -> None:
     hashes(split)
-    assert split.paths is not None
-    stamp = split.paths[2].stat().st_mtime_ns
-    split.paths[2].write_bytes(b"longer than before")
-    os.utime(split.paths[2], ns=(stamp, stamp))
+    stamp = paths_of(split)[2].stat().st_mtime_ns
+    write(paths_of(split)[2], 77, size)
+    os.utime(paths_of(split)[2], ns=(stamp, stamp))
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads.taken() == ["2.jpg"]
@@ -151,50 +147,18 @@ def test_another_size_is_enough_to_read_a_file_again(split: Split, reads: Reads)
 
 @pytest.mark.parametrize("age", [-3600.0, 0.0, SETTLED_SECONDS / 2])
 def test_a_file_that_may_still_be_written_is_not_remembered(split: Split, reads: Reads, age: float) -> None:
-    assert split.paths is not None
-    write(split.paths[1], b"just now", age=age)
+    write(paths_of(split)[1], 55, age=age)
     hashes(split)
-    stamp = split.paths[1].stat().st_mtime_ns
-    split.paths[1].write_bytes(b"NOW JUST")  # within the clock's resolution: the same size and time
-    os.utime(split.paths[1], ns=(stamp, stamp))
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads.taken() == ["1.jpg"]
 
 
-def test_files_that_cannot_be_read_are_said_in_their_place(split: Split, reads: Reads) -> None:
-    assert split.paths is not None
-    good = expected(split)
-    split.paths[1].write_bytes(b"")
-    split.paths[3].unlink()
-    split.paths[4].unlink()
-    split.paths[4].mkdir()
-    found = hashes(split)
-    assert [found[index] for index in (0, 2, 5)] == [good[index] for index in (0, 2, 5)]
-    for index, reason in [(1, "empty file"), (3, "cannot be read"), (4, "not an ordinary file")]:
-        assert isinstance(found[index], ImageError)
-        assert reason in str(found[index])
-        assert f"{index}.jpg" in str(found[index])
-    write(split.paths[1], b"picture 1")
-    reads.clear()
-    assert hashes(split)[1] == good[1]
-    assert reads.taken() == ["1.jpg", "3.jpg", "4.jpg"]
-
-
-def test_forgotten_files_are_read_again(split: Split, reads: Reads) -> None:
-    hashes(split)
-    forget(split, [4, 1], Path("memory.sqlite"))
-    reads.clear()
-    assert hashes(split) == expected(split)
-    assert reads.taken() == ["1.jpg", "4.jpg"]
-    forget(in_memory(["red"]), [0], Path("memory.sqlite"))
-
-
 def test_a_file_that_is_gone_is_not_taken_from_memory(split: Split) -> None:
     hashes(split)
-    assert split.paths is not None
-    split.paths[3].unlink()
-    assert isinstance(hashes(split)[3], ImageError)
+    paths_of(split)[3].unlink()
+    with pytest.raises(DataError, match=r"1 of 6 train images cannot be used;[^\n]*\n.*3\.jpg: cannot be read"):
+        hashes(split)
 
 
 def spoil_header(database: Path) -> None:
@@ -211,7 +175,7 @@ def cut(database: Path) -> None:
 
 
 def other_table(database: Path) -> None:
-    database.write_bytes(database.read_bytes().replace(b"hash)", b"lash)"))
+    database.write_bytes(database.read_bytes().replace(b"size, modified", b"size, modifie\x00"))
 
 
 @pytest.mark.parametrize("damage", [spoil_header, spoil_pages, cut, other_table])
@@ -222,7 +186,7 @@ def test_a_damaged_database_is_reported_and_made_anew(
     damage(Path("memory.sqlite"))
     reads.clear()
     assert hashes(split) == expected(split)
-    assert reads.taken() == names(split)
+    assert reads.taken() == split.names
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "memory.sqlite is damaged" in caplog.text
     caplog.clear()
@@ -237,16 +201,16 @@ def test_a_database_that_cannot_be_opened_costs_the_memory_only(
     Path("memory.sqlite").mkdir()
     for _ in range(2):
         assert hashes(split) == expected(split)
-        assert reads.taken() == names(split)
+        assert reads.taken() == split.names
     assert "memory.sqlite" in caplog.text
 
 
 def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
     hashes(split)
     with contextlib.closing(sqlite3.connect("memory.sqlite")) as connection, connection:
-        connection.execute("UPDATE files SET hash = 'text' WHERE CAST(path AS TEXT) LIKE '%0.jpg'")
-        connection.execute("UPDATE files SET hash = NULL WHERE CAST(path AS TEXT) LIKE '%1.jpg'")
-        connection.execute("UPDATE files SET hash = x'01' WHERE CAST(path AS TEXT) LIKE '%2.jpg'")
+        connection.execute("UPDATE verified SET hash = 'text' WHERE CAST(path AS TEXT) LIKE '%0.jpg'")
+        connection.execute("UPDATE verified SET hash = NULL WHERE CAST(path AS TEXT) LIKE '%1.jpg'")
+        connection.execute("UPDATE verified SET hash = x'01' WHERE CAST(path AS TEXT) LIKE '%2.jpg'")
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads.taken() == ["0.jpg", "1.jpg", "2.jpg"]
@@ -256,7 +220,7 @@ def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) 
 
 def in_memory(colours: list[str], size: tuple[int, int] = (4, 3)) -> Split:
     pictures = [(Image.new("RGB", size, colour), 0) for colour in colours]
-    return Split(colours, [0] * len(colours), None, pictures, range(len(colours)))
+    return Split(Pictures(pictures), [0] * len(colours), range(len(colours)))
 
 
 def test_pictures_in_memory_are_hashed_by_their_pixels(tmp_path: Path) -> None:
@@ -279,27 +243,24 @@ def test_threads_at_once(split: Split) -> None:
 
 PROGRAM = """
     import sys
-    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
-    from tl_trainer.data.content import content_hashes
-    from tl_trainer.data.dataset import Split
+    from tl_trainer.data.dataset import Files, Split
+    from tl_trainer.data.verify import verified
 
     memory, *paths = map(Path, sys.argv[1:])
-    split = Split([path.name for path in paths], [0] * len(paths), paths)
+    split = Split(Files(paths, [path.name for path in paths]), [0] * len(paths), range(len(paths)))
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(20):
         memory.unlink(missing_ok=True)
-        with ThreadPoolExecutor(2) as pool:
-            found = content_hashes(split, memory, pool)
+        found = verified(split, "train", "error", memory).hashes
     print(*(digest.hex() for digest in found))
 """
 
 
 def test_processes_at_once(split: Split, tmp_path: Path) -> None:
     """Both start with no database, again and again, and take each other's away."""
-    assert split.paths is not None
-    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "memory.sqlite", *split.paths]
+    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "memory.sqlite", *paths_of(split)]
     processes = [
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -319,26 +280,112 @@ def test_processes_at_once(split: Split, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text on this system")
 def test_a_name_that_is_no_text(split: Split, reads: Reads) -> None:
-    assert split.paths is not None
-    odd = Path(os.fsdecode(os.fsencode(split.paths[0]) + b"\xff.jpg"))
-    write(odd, b"odd")
-    split = Split(["odd"], [0], [odd])
+    odd = Path(os.fsdecode(os.fsencode(paths_of(split)[0]) + b"\xff.jpg"))
+    write(odd, 99)
+    split = files_of([odd])
     assert hashes(split) == expected(split)
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads == []
-    forget(split, [0], Path("memory.sqlite"))
+
+
+@pytest.fixture
+def damaged(split: Split) -> Split:
+    """The same with an empty and a truncated file."""
+    paths_of(split)[2].write_bytes(b"")
+    paths_of(split)[5].write_bytes(paths_of(split)[5].read_bytes()[:40])
+    return split
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_no_image_is_bad_because_memory_ran_out(
+    split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(MemoryError):
+        verified(split, "train", on_bad_image, None)
+
+
+def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) -> None:
+    with pytest.raises(DataError) as caught:
+        verified(damaged, "train", "error", None)
+    first, *rest = str(caught.value).splitlines()
+    assert first == (
+        "2 of 6 train images cannot be used; replace or remove them, or set data.on_bad_image: skip "
+        "(tl-eval: --on-bad-image skip)"
+    )
+    assert [line.split(": ")[0] for line in rest] == [str(paths_of(damaged)[index]) for index in (2, 5)]
+
+
+def test_no_more_than_two_unreadable_images_are_listed(split: Split) -> None:
+    for path in paths_of(split):
+        path.write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        verified(split, "val", "error", None)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_unreadable_images_are_skipped_and_counted(
+    split: Split, damaged: Split, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = verified(damaged, "val", "skip", None)
+    assert list(kept.names) == [f"{index}.jpg" for index in range(6) if index not in (2, 5)]
+    assert list(kept.targets) == [0] * 4
+    assert list(kept.hashes) == [expected(split)[index] for index in (0, 1, 3, 4)]
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage().startswith("skipped 2 of 6 val images that cannot be read, e.g.\n")
+    assert "2.jpg: empty file" in record.getMessage()
+
+
+def test_nothing_left_to_read(split: Split) -> None:
+    for path in paths_of(split):
+        path.write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"^none of the 6 train images can be read$"):
+        verified(split, "train", "skip", None)
+
+
+def test_what_is_bad_is_never_remembered(damaged: Split, reads: Reads) -> None:
+    for _ in range(2):
+        verified(damaged, "train", "skip", Path("memory.sqlite"))
+        reads.clear()
+    with pytest.raises(DataError, match="2 of 6 train images cannot be used"):
+        hashes(damaged)
+    assert reads.taken() == ["2.jpg", "5.jpg"]
+    write(paths_of(damaged)[2], 2)
+    write(paths_of(damaged)[5], 5)
+    assert hashes(damaged) == expected(damaged)
+
+
+def test_a_database_that_may_only_be_read_is_used_and_kept(
+    split: Split, reads: Reads, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes(split)
-    assert len(reads) == 1
-
-
-def test_a_split_that_was_read_keeps_its_contents(split: Split, reads: Reads) -> None:
-    assert split.paths is not None
-    known = replace(split, digests=expected(split))
-    write(split.paths[2], b"another picture")
-    found = hashes(known)
-    assert [isinstance(item, ImageError) for item in found] == [index == 2 for index in range(COUNT)]
-    assert str(found[2]) == f"{split.paths[2]}: has changed since it was read first; put it back, or start again"
+    before = Path("memory.sqlite").read_bytes()
+    write(paths_of(split)[3], 33, age=30)
     reads.clear()
-    assert contents(known, None) == [digest.hex()[:16] for digest in known.digests]
-    assert not reads
+    connect = sqlite3.connect
+    read_only = lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options)  # noqa: E731
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    assert hashes(split) == expected(split)
+    assert reads.taken() == ["3.jpg"]
+    assert "memory.sqlite cannot be used (attempt to write a readonly database); going on without it" in caplog.text
+    assert Path("memory.sqlite").read_bytes() == before
+
+
+def test_without_a_memory_nothing_is_written(split: Split, reads: Reads) -> None:
+    for _ in range(2):
+        assert verified(split, "train", "error", None).hashes == expected(split)
+        assert reads.taken() == split.names
+    assert not list(Path().glob("*.sqlite"))
+
+
+def test_the_memory_is_one_for_all_splits_and_its_folder_is_made(split: Split, reads: Reads) -> None:
+    memory = Path("a/b/memory.sqlite")
+    hashes(split.subset([0, 1, 2]), memory)
+    hashes(split.subset([3, 4, 5]), memory)
+    reads.clear()
+    assert hashes(split, memory) == expected(split)
+    assert reads == []
