@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
-from tl_trainer import checkpoint, predict, run
+from tl_trainer import assembly, checkpoint, outcome, predict
 from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
@@ -183,7 +183,7 @@ def test_a_signal_after_the_last_epoch_says_what_is_saved_and_what_is_not(
     tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(run, "figures", lambda scores: signal.raise_signal(number))
+        patched.setattr(outcome, "write_text", lambda *_: signal.raise_signal(number))
         draw_split(colours / "test", 2)
         stopped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL)
     assert stopped.returncode == 128 + number
@@ -345,14 +345,14 @@ def test_an_image_that_changes_between_two_views_is_not_skipped_in_one_of_them(
     tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, f"features.cache={cache}"))
-    original = run.evaluate
+    original = assembly.evaluate
 
     def then_change(*arguments: Any) -> Any:
         scores = original(*arguments)
         (colours / "val" / "red" / "00.jpg").write_bytes(b"not an image any more")
         return scores
 
-    monkeypatch.setattr(run, "evaluate", then_change)
+    monkeypatch.setattr(assembly, "evaluate", then_change)
     words = ("--checkpoint", "runs/run-1", "--tta", "flip", "--on-bad-image", "skip")
     result = tl("eval", *words)
     assert result.returncode == 2
@@ -384,7 +384,7 @@ def test_no_folder_is_measured_with_the_demo_in_its_place(tl: Run, colours: Path
     save_sealed(best, content)
     result = tl("eval", "--checkpoint", best, "--data-dir", colours)
     assert result.returncode == 2
-    assert result.stderr.startswith("tl-eval: data.root: --data-dir has no effect on the demo")
+    assert result.stderr.startswith("tl-eval: the command line: data.root: --data-dir has no effect on the demo")
 
 
 def test_checkpoint_classes_are_enforced_in_eval(tl: Run, colours: Path) -> None:

@@ -28,7 +28,6 @@ from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import DataError, ImageError, InputError
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder
-from tl_trainer.ground.machine import free_memory
 from tl_trainer.models.backbones import Stage
 from tl_trainer.models.prefix import FrozenPrefix
 
@@ -341,10 +340,6 @@ def test_features_fit_in_memory_up_to_half_of_what_is_free(
         monkeypatch.setattr(module_under_test, "free_memory", lambda free=free: free)
         _, found = cache.run(split, RANDOM, views=2)
         assert (found.tables is not None) == kept
-
-
-def test_free_memory() -> None:
-    assert 10_000_000 < free_memory() < 10**14
 
 
 def test_too_many_features_for_the_limit_are_refused(tmp_path: Path, split: Split) -> None:

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from tiny import CLASSES, tiny_classifier, tiny_template
+from tl_trainer.assembly import Parts
 from tl_trainer.config.load import load
-from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data import images
 from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta_pipelines
 from tl_trainer.errors import InputError
+from tl_trainer.feeds import Feeds
 from tl_trainer.network import Network
 from tl_trainer.predict import Predictor, Row, expand_inputs
-from tl_trainer.restore import Restored
+from tl_trainer.tasks import SingleLabel
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
 CROPPED = spell_out("default", PRESET, train=False)
@@ -46,15 +47,16 @@ def paths(tmp_path: Path) -> list[str]:
     return [str(path) for path in found]
 
 
-def restored(temperature: float | None = None) -> Restored:
+def restored(temperature: float | None = None) -> Parts:
     """The tiny classifier with weights that spread the probabilities."""
     torch.manual_seed(0)
     classifier = tiny_classifier().eval()
     with torch.no_grad():
         classifier.head[-1].weight.mul_(20)
-    network = Network(classifier, torch.device("cpu"), "fp32", FeaturesSection(cache="off"), {})
+    network, saved = Network(classifier, torch.device("cpu"), "fp32"), replace(tiny_template(), temperature=temperature)
     (pipeline,) = tta_pipelines(CROPPED, None)
-    return Restored(replace(tiny_template(), temperature=temperature), load(None), network, pipeline)
+    feeds = Feeds(network, None, batch_size=4, workers=0, seed=0)
+    return Parts(load(None), SingleLabel(saved.classes), network, pipeline, saved.backbone, 4, feeds, saved)
 
 
 def predictor(
@@ -156,3 +158,29 @@ def test_what_names_no_image_is_refused(argument: str, message: str) -> None:
     Path("empty").mkdir()
     with pytest.raises(InputError, match=message):
         list(expand_inputs([argument], io.StringIO("\n")))
+
+
+def test_pictures_in_memory_are_images_too(paths: list[str]) -> None:
+    with Image.open(paths[1]) as picture:
+        from_file, from_picture = predictor().rows([paths[1], picture], 4)
+    assert from_picture == Row("image 2", from_file.predictions)
+
+
+def test_nothing_is_opened_a_second_time_for_its_evidence(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    load_ = images.load
+
+    def once(path: Path) -> Image.Image:
+        opened.append(str(path))
+        picture = load_(path)
+        path.unlink()  # it would be gone by then
+        return picture
+
+    monkeypatch.setattr(images, "load", once)
+    (tmp_path / "evidence").mkdir()
+    rows = list(Predictor(restored(), 1, tta_pipelines(CROPPED, "flip"), tmp_path / "evidence").rows(paths[1:3], 4))
+    assert [row.error for row in rows] == [None, None]
+    assert sorted(opened) == paths[1:3]
+    assert len(list((tmp_path / "evidence").iterdir())) == 2

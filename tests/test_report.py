@@ -14,10 +14,9 @@ from PIL import Image
 from browser import CHROMIUM, browser, rendered
 from conftest import COLOURS, Run, draw_split, last_json
 from test_end_to_end import SMALL
-from tl_trainer import checkpoint
-from tl_trainer import run as run_module
+from tl_trainer import checkpoint, outcome
+from tl_trainer.assembly import restore
 from tl_trainer.errors import RunError
-from tl_trainer.restore import restore
 
 FILES = {
     "confusion_matrix.csv",
@@ -328,7 +327,7 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(
         raise RunError("cannot write report.html: the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "write_report", fail)
+        patched.setattr(outcome, "write_report", fail)
         done = tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, "output.report=true")
     assert done.returncode == 0
     assert json.loads(done.stdout)["report"] is None
@@ -355,7 +354,8 @@ def test_tl_eval_finds_what_training_logged_whatever_the_temperature(tl: Run, tm
     draw_splits(tmp_path / "data", 10, COLOURS)
     (tmp_path / "data" / "test").rename(tmp_path / "test")
     result = trained(tl, tmp_path / "data")
-    restored = restore(Path("runs/run-1/best.pth"), "cpu")
-    assert restored.checkpoint.temperature not in (None, 1.0)
+    restored = restore(Path("runs/run-1/best.pth"), [("device", "cpu")])
+    assert restored.saved is not None
+    assert restored.saved.temperature not in (None, 1.0)
     again = evaluated(tl)
     assert {key: again[key] for key in result["val"]} == result["val"]

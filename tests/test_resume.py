@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import Run, last_json
 from test_end_to_end import SMALL
-from tl_trainer import checkpoint, saver, train
+from tl_trainer import checkpoint, run, saver
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.sealed import save_sealed
 
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_is_not_complete_until_it_has_ended(
     tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
-    monkeypatch.setattr(train.Training, "validate", property(lambda self: 1 / 0), raising=False)
+    monkeypatch.setattr(run, "fit", lambda *_: 1 / 0)
     assert tl("train", "--resume", RUN, "--epochs", 2).returncode == 1
     assert not (RUN / "result.json").exists()
 
@@ -86,7 +86,7 @@ def test_fewer_epochs_end_a_run_where_it_stands(tl: Run, colours: Path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(saver.Saver, "tick", killed)
+        patched.setattr(saver.Saver, "save_if_due", killed)
         assert tl("train", "--data-dir", colours, "--epochs", 9, *SMALL).returncode == 130
     assert checkpoint.load(RUN / "best.pth").frozen is None
     ended = tl("train", "--resume", RUN, "--epochs", 2, "--json")

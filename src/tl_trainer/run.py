@@ -40,15 +40,21 @@ IMAGES_SHOWN = 16
 SMALL_STEP = 50_000_000  # multiply-adds
 
 MakeTracker = Callable[..., Tracker]
+MakeSaver = Callable[..., Saver]
 
 
 def train(
-    loaded: Loaded, resumption: Resumption | None, stop: StopRequest, make_tracker: MakeTracker = Tracker
+    loaded: Loaded,
+    resumption: Resumption | None,
+    stop: StopRequest,
+    make_tracker: MakeTracker = Tracker,
+    make_saver: MakeSaver = Saver,
 ) -> dict[str, Any]:
     """Train as configured, or go on with a run; what result.json holds.
 
-    stop: asked after every batch. make_tracker: what the run logs to. Raises a TrainerError for whatever is wrong with
-    the configuration, the data or the run; Interrupted, with everything saved, where `stop` asks for it.
+    stop: asked after every batch. make_tracker, make_saver: what the run logs to, and what saves it. Raises a
+    TrainerError for whatever is wrong with the configuration, the data or the run; Interrupted, with everything saved,
+    where `stop` asks for it.
     """
     started, last = time.perf_counter(), resumption.last if resumption else None
     output = expand(loaded.config.output.dir)
@@ -71,7 +77,7 @@ def train(
         with stop, _threads_for(setup.parts, feeds["train"]):
             _describe(setup, run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
-            saver = Saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
+            saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
             fit(new_training(setup, feeds, state, partial(_pause, stop, saver)), tracker, saver)
         if stop.signal is not None:  # it came while the last epoch was saved

@@ -36,7 +36,7 @@ FLAGS = {
     ],
     "eval": [
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--on-bad-image", "--report", "--split",
-        "--tta", "--workers", "-b", "-j",
+        "--tta", "--workers", "-b", "-j", "overrides",
     ],
     "predict": [
         "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",
@@ -154,7 +154,7 @@ EMPTY = [
         ("train", ["--config"]),
         ("eval", []),
         ("eval", ["--checkpoint", "best.pth", "--split", "dev"]),
-        ("eval", ["--checkpoint", "best.pth", "stray"]),
+        ("eval", ["--checkpoint", "best.pth", "--stray"]),
         ("predict", []),
         ("predict", ["a.jpg", "--format", "xml"]),
         ("predict", ["a.jpg", "--topk", "x"]),

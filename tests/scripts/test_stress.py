@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-stress: Any = importlib.import_module("stress")
-hosts: Any = importlib.import_module("stress_hosts")
-tools: Any = importlib.import_module("stress_tools")
+stress: Any = importlib.import_module("stress.__main__")
+hosts: Any = importlib.import_module("stress.hosts")
+tools: Any = importlib.import_module("stress.tools")
 
 COUNTS = {
     "kill-training": 3,

@@ -13,7 +13,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_only_noted(number: signal.Signals) -> None:
-    with StopRequest() as stop:
+    with StopRequest((signal.SIGINT, signal.SIGTERM)) as stop:
         assert stop.signal is None
         signal.raise_signal(number)
         assert stop.signal == number
@@ -22,7 +22,7 @@ def test_the_first_signal_is_only_noted(number: signal.Signals) -> None:
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
 def test_the_second_signal_stops_at_once(first: signal.Signals, second: signal.Signals) -> None:
-    with StopRequest() as stop:
+    with StopRequest((signal.SIGINT, signal.SIGTERM)) as stop:
         signal.raise_signal(first)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
@@ -32,7 +32,7 @@ def test_the_second_signal_stops_at_once(first: signal.Signals, second: signal.S
 @pytest.mark.parametrize("failing", [False, True])
 def test_the_handlers_of_before_come_back(failing: bool) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    stop = StopRequest()
+    stop = StopRequest((signal.SIGINT, signal.SIGTERM))
     assert [signal.getsignal(number) for number in SIGNALS] == before
     try:
         with stop:
@@ -57,7 +57,7 @@ def test_a_signal_that_nobody_waits_for_ends_what_is_going_on() -> None:
 
 
 def test_after_the_block_a_signal_interrupts_again() -> None:
-    with StopRequest():
+    with StopRequest((signal.SIGINT, signal.SIGTERM)):
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

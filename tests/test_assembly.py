@@ -1,0 +1,168 @@
+"""The assembler: every backbone comes back from its checkpoint as it was, and a checkpoint decides no folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models import get_model_weights
+
+from conftest import Run, last_json
+from test_end_to_end import SMALL
+from tiny import tiny_template
+from tl_trainer import checkpoint
+from tl_trainer.assembly import NOT_TAKEN, SETTABLE, _saved_classifier, restore, set_up
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.load import load
+from tl_trainer.config.schema import Config, flat
+from tl_trainer.errors import CheckpointError, ConfigError, DataError
+from tl_trainer.ground.sealed import save_sealed
+from tl_trainer.models.backbones import BACKBONES, build_backbone, empty_backbone, feature_size, state_hash
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.heads import build_head
+
+SIDES = {"inception_v3": 128, "maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224}  # that take no 64 pixels
+LARGE = 30e6  # parameters, from which on only names and shapes are compared
+
+
+def parameters(name: str) -> float:
+    return float(get_model_weights(name).__members__["DEFAULT"].meta["num_params"])
+
+
+def saved_from(name: str, tap: str, classifier: Classifier, features: int) -> Checkpoint:
+    """What a run with this classifier would save."""
+    words = [("model.backbone", name), ("model.weights", "none"), ("model.tap", tap)]
+    config = Config(model=load(None, words).config.model)
+    return replace(
+        tiny_template(),
+        config=config.model_dump(),
+        features=features,
+        backbone={"name": name, "weights": "none", "tap": tap, "sha256": ""},
+        trained=dict(classifier.trained_state()),
+        frozen=dict(classifier.frozen_state()),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_a_backbone_comes_back_from_its_checkpoint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    side, large = SIDES.get(name, 64), parameters(name) > LARGE
+    tap = "pooled" if name.startswith("squeezenet") else "penultimate"
+    if large:  # the RegNets cannot be built without memory; at least nothing has to be drawn for them
+        for function in ("normal_", "kaiming_uniform_", "kaiming_normal_", "uniform_"):
+            monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
+    backbone = empty_backbone(name, False, tap) if large else build_backbone(name, None, tap, 3)
+    features = feature_size(backbone, name, False, tap, side, side)
+    with torch.device("meta" if large else "cpu"):
+        head = build_head(features, [], 3, 0.0)
+    before = Classifier(backbone, head, "head").eval()
+    saved = saved_from(name, tap, before, features)
+    after = _saved_classifier(saved, Config.model_validate(saved.config)).eval()
+    assert [stage.name for stage in after.frozen] == [stage.name for stage in before.frozen] != []
+    one, two = before.state_dict(), after.state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in one.items()} == {
+        key: (value.shape, value.dtype) for key, value in two.items()
+    }
+    if not large:
+        images = torch.rand(2, 3, side, side)
+        with torch.inference_mode():
+            assert torch.equal(after(images), before(images))
+        assert state_hash(after.frozen_state()) == state_hash(before.frozen_state())
+
+
+def test_a_checkpoint_of_version_2_gives_the_same_logits(tl: Run, colours: Path) -> None:
+    """It did not say how wide the head's input is."""
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    content = torch.load(best, weights_only=True)
+    del content["features"]
+    save_sealed(best.with_name("old.pth"), {**content, "version": 2})
+    new, old = restore(best), restore(best.with_name("old.pth"))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(*(parts.network.logits(parts.network.features(images)) for parts in (new, old)))
+    figures = [last_json(tl("eval", "--checkpoint", path, "--json")) for path in (best, best.with_name("old.pth"))]
+    assert figures[0] == figures[1]
+    rows = [tl("predict", colours / "val", "--checkpoint", path).stdout for path in (best, best.with_name("old.pth"))]
+    assert rows[0] == rows[1] != ""
+
+
+def test_a_checkpoint_decides_no_folder_and_no_limit(tl: Run, colours: Path, tmp_path: Path) -> None:
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    content = torch.load(best, weights_only=True)
+    bait = tmp_path / "bait" / ("ab" * 16)
+    bait.mkdir(parents=True)
+    (bait / "thesis.txt").write_text("years of work")
+    content["config"]["features"].update(dir=str(bait.parent), limit_gb=1e-9)
+    content["config"]["output"]["dir"] = str(bait.parent)
+    content["config"]["data"]["download"] = True
+    save_sealed(best, content)
+    before = sorted(path.relative_to(tmp_path) for path in bait.parent.rglob("*"))
+    assert last_json(tl("eval", "--checkpoint", best, "--json"))["n"] == 12
+    assert sorted(path.relative_to(tmp_path) for path in bait.parent.rglob("*")) == before
+    parts = restore(best)
+    assert dict(NOT_TAKEN) == {"features.dir": None, "features.limit_gb": 20.0, "data.download": False}
+    found = dict(flat(parts.config.model_dump()))
+    assert {key: found[key] for key, _ in NOT_TAKEN} == dict(NOT_TAKEN)
+    chosen = restore(best, [("features.dir", "here"), ("features.limit_gb", 0.5), ("data.download", True)])
+    assert (chosen.config.features.dir, chosen.config.features.limit_gb) == ("here", 0.5)
+    assert chosen.config.data.download
+
+
+def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    wrong: list[tuple[str, Any]] = [("model.tap", "pooled"), ("seed", 3), ("train.epochs", 9), ("output.dir", "x")]
+    for key, value in wrong:
+        with pytest.raises(ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; what can be set"):
+            restore(best, [(key, value)])
+    with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
+        restore(best, [("train.batchsize", 3)])
+    for key, value in flat(Config().model_dump()):
+        if key.startswith(SETTABLE):
+            restore(best, [(key, value)])
+
+
+def test_words_on_a_checkpoint_through_the_commands(tl: Run, colours: Path) -> None:
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    assert last_json(tl("eval", "features.cache=off", "--checkpoint", best, "--json", "train.batch_size=3"))["n"] == 12
+    refused = tl("eval", "--checkpoint", best, "features.cash=off")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "features.cash: unknown key 'cash'; did you mean 'cache'? (valid: cache, dir, limit_gb" in refused.stderr
+    fixed = tl("predict", colours / "val", "--checkpoint", best, "model.backbone=vgg16")
+    assert fixed.returncode == 2
+    assert "model.backbone: fixed by the checkpoint; what can be set on top of one: device, data.source" in fixed.stderr
+    red = (colours / "val" / "red" / "00.jpg").read_bytes()
+    Path("device=cpu").write_bytes(red)
+    rows = tl("predict", "device=cpu", "train.precision=fp32", "--checkpoint", best)
+    assert rows.stdout.startswith("device=cpu  ")
+    assert len(rows.stdout.splitlines()) == 1
+    assert "no images: give files" in tl("predict", "train.precision=fp32", "--checkpoint", best).stderr
+
+
+def test_every_wrong_setting_is_named_with_where_it_was_set() -> None:
+    words = [("model.weights", "NOPE_V1"), ("model.tap", "nope"), ("transforms.train", ["RandomRotate"])]
+    with pytest.raises(ConfigError) as raised:
+        set_up(load("demo", [("model.backbone", "alexnet"), *words]))
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["the command line", "transforms.train[0]"],
+        ["the command line", "model.weights"],
+        ["the command line", "model.tap"],
+    ]
+
+
+def test_one_class_is_not_enough(colours: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("green", "red"):
+            for path in (colours / split / name).iterdir():
+                path.unlink()
+            (colours / split / name).rmdir()
+    with pytest.raises(DataError, match=r"has one class, 'blue', and a classifier needs two"):
+        set_up(load(None, [("data.root", str(colours)), ("model.backbone", "alexnet"), ("model.weights", "none")]))
+
+
+def test_a_run_without_an_epoch_has_no_classifier_yet(tmp_path: Path) -> None:
+    checkpoint.save(tiny_template(), tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match=rf"no epoch of this run has ended yet; go on with --resume {tmp_path}"):
+        restore(tmp_path)
