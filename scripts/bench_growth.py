@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How memory and time of extracting features grow with the number of images.
+"""How memory and time of checking images and extracting their features grow with their number.
 
     scripts/bench_growth.py DIR [--backbone alexnet] [--images 2000 4000 8000]
 
@@ -27,11 +27,12 @@ from PIL import Image
 
 from bench_report import report
 from tl_trainer import features
-from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data import transforms
+from tl_trainer.data.dataset import Split
 from tl_trainer.data.folders import open_folders
-from tl_trainer.data.loaders import cores
-from tl_trainer.features import IMAGES_AT_ONCE
+from tl_trainer.data.verify import verified
+from tl_trainer.features import IMAGES_AT_ONCE, Extractor
+from tl_trainer.ground.machine import cores
 from tl_trainer.models.backbones import build_backbone, preprocessing
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import Network
@@ -80,19 +81,22 @@ def _alter(photograph: Path, folder: Path, index: int) -> None:
 
 
 def extract(folder: Path, backbone: str, number: int) -> dict[str, float]:
-    """Seconds and MB of extracting the features of the first `number` images into an empty cache."""
+    """Seconds and MB of checking the first `number` images and extracting their features into an empty cache."""
     split = open_folders(folder, None).splits["all"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = Classifier(build_backbone(backbone, None, "penultimate", 0), torch.nn.Identity(), "head").eval()
     pipeline = transforms.Pipeline(transforms.spell_out("default", preprocessing(backbone, None), train=False), "")
     features.free_memory = lambda: 0
     with tempfile.TemporaryDirectory() as cache:
-        identity = {"name": backbone, "sha256": ""}
-        extractor = Network(classifier, device, "auto", FeaturesSection(dir=cache), identity).extractor
-        assert extractor is not None
-        extractor.features(split.subset(range(2 * IMAGES_AT_ONCE[device.type])), "first", pipeline, "error")
+        prefix = Network(classifier, device, "auto").prefix
+        extractor = Extractor(prefix, {"name": backbone}, Path(cache), sys.maxsize, device)
+
+        def extracted(images: Split, name: str) -> None:
+            extractor.features(verified(images, name, "error", Path(cache) / "files.sqlite"), name, pipeline)
+
+        extracted(split.subset(range(2 * IMAGES_AT_ONCE[device.type])), "first")
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        extractor.features(split.subset(range(number)), "all", pipeline, "error")
+        extracted(split.subset(range(number)), "all")
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "growth": (peak - before) / 1024}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images a second of decoding alone, computing alone, and both together as tl-train extracts features.
+"""Images a second of checking, of decoding alone, computing alone, and both together as tl-train extracts features.
 
     scripts/bench_pipeline.py DIR [--backbone resnet152] [--images 400]
 
@@ -10,21 +10,20 @@ On a processor, decoding and computing share the cores, so the best that both to
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench_report import report
-from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data import transforms
 from tl_trainer.data.folders import open_folders
-from tl_trainer.data.loaders import cores
-from tl_trainer.features import IMAGES_AT_ONCE
+from tl_trainer.data.verify import verified
+from tl_trainer.features import IMAGES_AT_ONCE, Extractor
+from tl_trainer.ground.machine import cores
 from tl_trainer.models.backbones import build_backbone, preprocessing
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import Network
@@ -42,18 +41,18 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = transforms.Pipeline(transforms.spell_out("default", preprocessing(args.backbone, None), train=False), "")
     classifier = Classifier(build_backbone(args.backbone, None, "penultimate", 0), torch.nn.Identity(), "head").eval()
+    checked = verified(split, "all", "error", None)
     batch = torch.stack([pipeline.image(split.open(index)) for index in range(IMAGES_AT_ONCE[device.type])])
 
-    def network(folder: str) -> Network:
-        identity = {"name": args.backbone, "sha256": ""}
-        return Network(classifier, device, "auto", FeaturesSection(dir=folder), identity)
+    def check() -> None:
+        verified(split, "all", "error", None)
 
     def decode() -> None:
         with ThreadPoolExecutor(cores()) as pool:
             for _ in pool.map(lambda index: pipeline.image(split.open(index)), range(len(split))):
                 pass
 
-    prefix = network("").prefix()
+    prefix = Network(classifier, device, "auto").prefix()
 
     def compute() -> None:
         for _ in range(-(-len(split) // len(batch))):
@@ -63,12 +62,10 @@ def main() -> None:
 
     def extract() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            fresh = network(folder)
-            fresh._prefix = prefix
-            assert fresh.extractor is not None
-            fresh.extractor.features(split, "all", pipeline, "skip")
+            extractor = Extractor(lambda _: prefix, {"name": args.backbone}, Path(folder), sys.maxsize, device)
+            extractor.features(checked, "all", pipeline)
 
-    contenders: dict[str, Callable[[], Any]] = {"decode": decode, "compute": compute, "together": extract}
+    contenders = {"check": check, "decode": decode, "compute": compute, "together": extract}
     rates = dict.fromkeys(contenders, 0.0)
     compute()
     for _ in range(args.rounds):
@@ -78,7 +75,8 @@ def main() -> None:
             rates[name] = max(rates[name], len(split) / (time.perf_counter() - started))
     best = 1 / (1 / rates["decode"] + 1 / rates["compute"])
     result = {"backbone": args.backbone, "images": len(split), **rates, "of_best": rates["together"] / best}
-    report(["backbone", "images", "decode/s", "compute/s", "together/s", "of best"], [list(result.values())], result)
+    columns = ["backbone", "images", *(f"{name}/s" for name in contenders), "of best"]
+    report(columns, [list(result.values())], result)
 
 
 if __name__ == "__main__":

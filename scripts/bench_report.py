@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tl_trainer.checkpoint import library_versions
-from tl_trainer.data.loaders import cores
+from tl_trainer.ground.machine import cores
 from tl_trainer.models.prefix import prefix_precision
 
 

@@ -1,4 +1,4 @@
-"""Rows of scripts/stress about images, folders, configurations and names that are hostile or odd."""
+"""Rows about images, folders, configurations and names that are hostile or odd."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stress_checkpoints import in_children
-from stress_tools import RECIPES, Child, Outcome, command, draw, with_pictures, without_privileges
+from stress.checkpoints import in_children
+from stress.tools import RECIPES, Child, Outcome, command, draw, with_pictures, without_privileges
+from tl_trainer import assembly
 from tl_trainer.config.load import load
-from tl_trainer.data import images, loaders
+from tl_trainer.data import images, verify
+from tl_trainer.data.dataset import Split
 from tl_trainer.errors import ImageError, InputError
 
 IMAGE_SECONDS, YAML_SECONDS = 5.0, 1.0
@@ -71,7 +73,7 @@ def mutated_images(count: int, folder: Path, rng: random.Random) -> Outcome:
         mine, started = random.Random(f"{seed} {number}"), time.monotonic()
         data = _mutated(mine, originals[number % len(originals)])
         try:
-            images.decode(data, "broken.jpg", check_only=mine.random() < 0.2)
+            images.decode(data, "broken.jpg", draft=mine.random() < 0.2)
         except ImageError as error:
             return None if "broken.jpg" in str(error) else f"not named: {error}"
         except BaseException as error:
@@ -178,10 +180,9 @@ ODD: dict[str, Callable[[Path], str]] = {
 def _complaints(child: Child, mentioned: str, codes: tuple[int, ...]) -> str | None:
     """What is wrong with how a command ended; `mentioned` must be in what it said unless it succeeded."""
     code, said = child.wait(60), child.said()
-    errors = said[said.find("tl-") :].splitlines() if "tl-" in said else []
     if code not in codes or "unexpected" in said or "Traceback" in said:
         return f"exit {code}: {said[-300:]!r}"
-    if code and (mentioned not in said or len(errors) > 3):
+    if code and (mentioned not in said or len(child.complaint()) > 3):
         return f"does not name {mentioned!r} in three lines: {said[-300:]!r}"
     if any(ord(character) < 32 and character not in "\n\r" for character in said):
         return f"raw control characters: {said[-300:]!r}"
@@ -240,19 +241,13 @@ def _vanishing(place: Path, recipe: str) -> Child:
     data = draw(place / "data")
     victim = data / "train" / "green" / "00.png"
 
+    def verified(*arguments: Any) -> Split:
+        split = verify.verified(*arguments)
+        victim.unlink(missing_ok=True)
+        return split
+
     def prepare() -> None:
-        from tl_trainer import features, network
-
-        def then_remove(function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any) -> Any:
-                result = function(*arguments)
-                victim.unlink(missing_ok=True)
-                return result
-
-            return wrapped
-
-        network.readable = then_remove(loaders.readable)
-        features.content_hashes = then_remove(features.content_hashes)
+        assembly.verified = verified
 
     words = ("--data-dir", data, "--output", place / "runs", *RECIPES[recipe])
     return command("train", *words, logs=place, prepare=prepare)

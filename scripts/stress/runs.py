@@ -1,8 +1,9 @@
-"""Rows of scripts/stress about runs that are killed, stopped, starved or doubled."""
+"""Rows about runs that are killed, stopped, starved or doubled."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stress_tools import (
+from stress.tools import (
+    BATCHES,
     PATIENCE,
     RECIPES,
     TINY,
     Child,
+    EagerSaver,
     NotRun,
     Outcome,
     broken,
@@ -25,6 +28,7 @@ from stress_tools import (
     command,
     difference,
     draw,
+    hooked,
     next_second,
     random_moment,
     record,
@@ -34,7 +38,7 @@ from stress_tools import (
     temporary_files,
     trained,
 )
-from tl_trainer import checkpoint, feature_store, saver
+from tl_trainer import checkpoint, feature_store
 from tl_trainer.errors import CheckpointError
 
 ENDING_SECONDS = 10.0  # that a stopped run may take, and a worker without its main process
@@ -111,12 +115,11 @@ def workers(count: int, folder: Path, rng: random.Random) -> Outcome:
         code = reference.start(name, output, lambda: None, f"data.workers={number}").wait()
         same = code == 0 and trained(output / "run-1") == expected
         outcome.count(None if same else f"{number} workers: exit {code}, or other weights")
-    steps, validation = 5, 3
-    points = [(batch, processes) for batch in range(1, steps + validation + 1) for processes in (0, 2)]
-    first = steps + validation  # of the second epoch
+    batches = sum(BATCHES[name])  # of an epoch
+    points = [(batch, processes) for batch in range(1, batches + 1) for processes in (0, 2)]
     for batch, processes in points if count >= len(points) else rng.sample(points, count):
         output, setting = folder / f"from-{batch}-{processes}", f"data.workers={processes}"
-        stopped = reference.start(name, output, stop_after(first + batch), setting).wait()
+        stopped = reference.start(name, output, stop_after(batches + batch), setting).wait()
         next_second()
         resumed = reference.start(name, output, lambda: None, setting, "--resume", output / "run-1").wait()
         where = f"batch {batch}, {processes} workers"
@@ -202,33 +205,43 @@ def two_at_once(count: int, folder: Path, rng: random.Random) -> Outcome:
 PHASES = ("extraction", "training", "evaluation", "saving")
 
 
-def _slowed(phase: str, mark: Path) -> Callable[[], None]:
+def _slowed(phase: str, mark: Path, recipe: str) -> Callable[[], None]:
     """Make a phase long enough to be met by a signal, and have it leave a mark when it begins."""
 
-    def around(function: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
-        def slow(*args: Any) -> Any:
-            if applies(*args):
-                mark.touch()
-                time.sleep(0.05)
-            result = function(*args)
-            if applies(*args):
-                time.sleep(0.05)
+    def pause(*_: object) -> None:
+        mark.touch()
+        time.sleep(0.05)
+
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            pause()
+            result = function(*arguments)
+            time.sleep(0.05)
             return result
 
         return slow
 
-    def prepare() -> None:
-        if phase == "extraction":
-            feature_store.FeatureStore.append = around(feature_store.FeatureStore.append)  # type: ignore[method-assign]
-        elif phase == "saving":
-            save_always()
-            saver.save = around(saver.save)
-        else:
-            training = phase == "training"
-            tick = around(saver.Saver.tick, lambda self: self.state.classifier.training == training)
-            saver.Saver.tick = tick  # type: ignore[method-assign]
+    class SlowSaver(EagerSaver):
+        save = around(EagerSaver.save)
 
-    return prepare
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.flush = around(self.flush)  # which comes between best.pth and last.pth
+
+    training, validation = BATCHES[recipe]
+    batches = itertools.cycle(["training"] * training + ["evaluation"] * validation)
+
+    def after_batch(_: object) -> None:
+        if next(batches) == phase:
+            pause()
+            time.sleep(0.05)
+
+    def slow_extraction() -> None:
+        feature_store.FeatureStore.append = around(feature_store.FeatureStore.append)  # type: ignore[method-assign]
+
+    if phase == "extraction":
+        return slow_extraction
+    return hooked(make_saver=SlowSaver) if phase == "saving" else hooked(after_batch)
 
 
 def signals(count: int, folder: Path, rng: random.Random) -> Outcome:
@@ -270,7 +283,7 @@ def _signalled(
 ) -> tuple[Child, int, float]:
     """A run that got a signal so long after a phase began, its lines before, and when; 0.0 if it was over."""
     mark = output / "mark"
-    child = reference.start(name, output, _slowed(phase, mark))
+    child = reference.start(name, output, _slowed(phase, mark, name))
     while not mark.exists() and not child.poll():
         time.sleep(0.001)
     time.sleep(delay)
@@ -295,7 +308,7 @@ def _with_two_workers(count: int, folder: Path) -> Iterator[tuple[Child, list[in
     for number in range(count):
         output, mark = folder / f"run-{number}", folder / f"mark-{number}"
         words = ("--data-dir", data, "--output", output, *RECIPES["workers 2"], "train.epochs=1000")
-        child = command("train", *words, logs=output, prepare=_slowed("training", mark))
+        child = command("train", *words, logs=output, prepare=_slowed("training", mark, "workers 2"))
         until = time.monotonic() + PATIENCE
         while (not mark.exists() or len(children(child.pid)) < 2) and time.monotonic() < until and not child.poll():
             time.sleep(0.005)
@@ -341,7 +354,7 @@ def disk_full(count: int, folder: Path, rng: random.Random) -> Outcome:
     outcome, fitted = Outcome(), 0
     data, words = draw(folder / "data"), (*TINY, "transforms.train=eval", "data.workers=0")
     for number in range(count):
-        kilobytes = 40 + round(number * 380 / max(1, count - 1)) + rng.randrange(20)
+        kilobytes = 40 + round(number * 480 / max(1, count - 1)) + rng.randrange(20)
         with _small_disk(folder / "disk", kilobytes) as disk:
             arguments = ("--data-dir", data, "--output", disk / "runs", f"features.dir={disk / 'features'}", *words)
             child = command("train", *arguments, logs=folder / f"logs-{number}", prepare=save_always)

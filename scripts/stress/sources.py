@@ -1,4 +1,4 @@
-"""Rows of scripts/stress about what a run is fed with: images that change while it trains, downloads that go wrong."""
+"""Rows about what a run is fed with: images that change while it trains, downloads that go wrong."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ import torch
 import torchvision
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from stress_tools import RECIPES, Child, Outcome, command, draw, trained
-from tl_trainer import features, files, saver
+from stress.tools import RECIPES, Child, Outcome, command, draw, hooked, trained
+from tl_trainer import assembly
+from tl_trainer.data import verify
+from tl_trainer.data.dataset import Split
+from tl_trainer.ground import downloads as downloading
 
 STALL_SECONDS = 30.0  # within which a download that stands still ends
 LINES = 3
@@ -84,7 +87,7 @@ def replaced_files(count: int, folder: Path, rng: random.Random) -> Outcome:
                 problem = f"exit {code}, or other weights: {said[-300:]}"
             elif split == "val" and victim.name not in said:  # the projector shows it
                 problem = f"does not name it: {said[-300:]}"
-        elif code != 2 or not _named(said, victim):
+        elif code != 2 or not _named(child.complaint(), victim):
             problem = f"exit {code}: {said[-300:]}"
         outcome.count(f"{change} in {split}, {moment}: {problem}" if problem or child.group_alive() else None)
         child.end_group()
@@ -92,32 +95,28 @@ def replaced_files(count: int, folder: Path, rng: random.Random) -> Outcome:
     return outcome
 
 
-def _named(said: str, victim: Path) -> bool:
-    lines = said[said.find("\ntl-train: ") :].strip().splitlines()
+def _named(lines: list[str], victim: Path) -> bool:
     return len(lines) <= LINES and any(victim.name in line and victim.parent.name in line for line in lines)
 
 
-def _at_moment(moment: str, victim: Path, change: Callable[[Path], object], tick: int) -> Callable[[], None]:
-    """Have a run's image replaced at a batch of its first epoch, or between its hash and its features."""
+def _at_moment(moment: str, victim: Path, change: Callable[[Path], object], batch: int) -> Callable[[], None]:
+    """Have a run's image replaced at a batch of its first epoch, or between its check and its features."""
+    left = itertools.count(batch - 1, -1)
+
+    def after_batch(_: object) -> None:
+        if next(left) == 0:
+            change(victim)
+
+    def verified(split: Split, what: str, *arguments: Any) -> Split:
+        found = verify.verified(split, what, *arguments)
+        if what == victim.parents[1].name:
+            change(victim)
+        return found
 
     def prepare() -> None:
-        extracting, left = moment == "extraction", [1 if moment == "extraction" else tick]
-        original: Any = features.content_hashes if extracting else saver.Saver.tick
+        assembly.verified = verified
 
-        def then_change(*arguments: Any) -> Any:
-            result = original(*arguments)
-            left[0] -= not extracting or arguments[0].names[0].startswith(victim.parents[1].name)
-            if left[0] == 0:
-                left[0] = sys.maxsize
-                change(victim)
-            return result
-
-        if extracting:
-            features.content_hashes = then_change
-        else:
-            saver.Saver.tick = then_change  # type: ignore[method-assign]
-
-    return prepare
+    return prepare if moment == "extraction" else hooked(after_batch)
 
 
 class Server:
@@ -210,8 +209,7 @@ class Downloads:
         """What is wrong with how a download failed."""
         code, said = child.wait(60), child.said()
         self.server.asked()
-        lines = said[said.find("\ntl-train: ") :].strip().splitlines()
-        if code != 2 or reason not in said or self.server.name not in said or len(lines) > LINES:
+        if code != 2 or reason not in said or self.server.name not in said or len(child.complaint()) > LINES:
             return f"exit {code}: {said[-300:]}"
         left = list(self.cached(place).parent.iterdir())
         return f"left {left}" if left else None
@@ -223,7 +221,7 @@ def _broken_off(downloads: Downloads, place: Path, answer: str, reason: str) -> 
 
 def _stalled(downloads: Downloads, place: Path, seconds: float | None) -> str | None:
     def shorter() -> None:
-        files.STALL_SECONDS = files.STALL_SECONDS if seconds is None else seconds  # type: ignore[assignment]
+        downloading.STALL_SECONDS = downloading.STALL_SECONDS if seconds is None else seconds  # type: ignore[assignment]
 
     started = time.monotonic()
     problem = downloads.refused(downloads.start(place, 0, "stalled", shorter), place, "timed out")

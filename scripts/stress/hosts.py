@@ -1,4 +1,4 @@
-"""Rows of scripts/stress about the machine: in which order it writes, little shared memory, no memory."""
+"""Rows about the machine: in which order it writes, little shared memory, no memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stress_tools import RECIPES, Child, NotRun, Outcome, broken, command, draw
+from stress.tools import RECIPES, Child, NotRun, Outcome, broken, command, draw
 from tl_trainer.models.prefix import FrozenPrefix
 from tl_trainer.network import Network
 
@@ -28,11 +28,10 @@ ENDING_SECONDS = 60.0
 TRACED = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2"
 PROGRAM = """
 import sys
-sys.path.insert(0, {scripts!r})
-import stress_tools
-stress_tools.save_always()
-stress_tools.without_pictures()
-sys.exit(stress_tools.MAINS["train"](sys.argv[1:]))
+from stress import tools
+tools.save_always()
+tools.without_pictures()
+sys.exit(tools.MAINS["train"](sys.argv[1:]))
 """
 
 
@@ -42,12 +41,11 @@ def fsync_order(count: int, folder: Path, rng: random.Random) -> Outcome:
         raise NotRun("strace is not installed")
     outcome, saves_of_an_epoch = Outcome(), 6
     data, epochs = draw(folder / "data"), max(2, -(-count // saves_of_an_epoch))
-    program = PROGRAM.format(scripts=str(Path(__file__).parent))
-    words = [sys.executable, "-c", program, "--data-dir", str(data), "--output", str(folder / "runs"),
+    words = [sys.executable, "-c", PROGRAM, "--data-dir", str(data), "--output", str(folder / "runs"),
              *RECIPES["cached"], f"train.epochs={epochs}"]  # fmt: skip
     traced = ["strace", "-ff", "--seccomp-bpf", "-y", "-s", "0", "-e", f"trace={TRACED}", "-o", str(folder / "trace"),
               *words]  # fmt: skip
-    environment = {**os.environ, "TL_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "TL_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(traced, capture_output=True, text=True, env=environment, timeout=1800)
     if "ptrace" in done.stderr:
         raise NotRun(f"strace may not trace here: {done.stderr.splitlines()[0]}")
@@ -128,8 +126,7 @@ def ended_with_reason(child: Child, reason: str, *remedies: str) -> str | None:
         return f"a hang: {said[-300:]}"
     if code not in (0, 1) or alive:
         return f"exit {code}{', and a process is left' if alive else ''}: {said[-300:]}"
-    lines = said[said.find("\ntl-") :].splitlines() if "tl-" in said else []
-    if "Traceback" in said or "unexpected" in said or len(lines) > LINES + 1:
+    if "Traceback" in said or "unexpected" in said or len(child.complaint()) > LINES:
         return f"no sentence: {said[-500:]}"
     if code == 1 and (reason not in said or not any(remedy in said for remedy in remedies)):
         return f"another reason: {said[-300:]}"
@@ -201,13 +198,13 @@ def _full_gpu(phase: str) -> Callable[[], None]:
         if phase == "extraction":
             FrozenPrefix.__call__ = fail  # type: ignore[method-assign]
             return
-        original = Network.features_to_logits
+        original = Network.logits
 
         def forward(self: Network, features: torch.Tensor) -> torch.Tensor:
             if self.classifier.training == (phase == "training"):
                 fail()
             return original(self, features)
 
-        Network.features_to_logits = forward  # type: ignore[method-assign]
+        Network.logits = forward  # type: ignore[method-assign]
 
     return prepare

@@ -1,4 +1,4 @@
-"""Rows of scripts/stress about checkpoints that are hostile or broken."""
+"""Rows about checkpoints that are hostile or broken."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from typing import Any
 import numpy
 import torch
 
-from stress_tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, random_moment, save_always
-from tl_trainer import checkpoint, files
+from stress.tools import MAINS, PATIENCE, RECIPES, Child, Outcome, command, draw, random_moment, save_always
+from tl_trainer import checkpoint
+from tl_trainer.assembly import restore
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.errors import CheckpointError, ConfigError, TrainerError
 from tl_trainer.ground.files import keep_previous, previous
-from tl_trainer.restore import restore
+from tl_trainer.ground.sealed import _SEAL, _SEAL_BYTES
 from tl_trainer.resume import resume
 
 MEMORY = 1 << 30  # beyond twice the file's size, that reading it may take
@@ -131,7 +132,7 @@ def _written(content: Any, form: int, path: Path) -> None:
 
 def sealed(data: bytes) -> bytes:
     """The bytes with a valid checksum, as a forger would write it."""
-    return data + files._SEAL + hashlib.sha256(data).digest()
+    return data + _SEAL + hashlib.sha256(data).digest()
 
 
 def malicious(count: int, folder: Path, rng: random.Random) -> Outcome:
@@ -196,9 +197,20 @@ def _honest_run(folder: Path) -> Path:
 
 
 def _example(epoch: int, size: int) -> Checkpoint:
-    weights = {"head.weight": torch.full((size,), float(epoch))}
-    resume = {"progress": {"epoch": epoch}, "images": ""}
-    return Checkpoint({"seed": 0}, ["a"], [], {}, weights, None, epoch, None, None, [], None, resume)
+    return Checkpoint(
+        config={"seed": 0},
+        classes=["a"],
+        preprocessing=[],
+        backbone={"name": "tiny", "weights": "none", "tap": "pooled", "sha256": ""},
+        features=size,
+        trained={"head.weight": torch.full((size,), float(epoch))},
+        frozen=None,
+        epoch=epoch,
+        metrics=None,
+        val_names=None,
+        val_images=[],
+        resume={"progress": {"epoch": epoch}, "images": ""},
+    )
 
 
 def kill_save(count: int, folder: Path, rng: random.Random) -> Outcome:
@@ -246,7 +258,7 @@ def mutated_checkpoints(count: int, folder: Path, rng: random.Random) -> Outcome
         try:
             found = checkpoint.load(path)
             if found.resume is None:
-                restore(path, "cpu")
+                restore(path, [("device", "cpu")])
             else:
                 with resume(str(path), None, []):
                     pass
@@ -304,7 +316,7 @@ def in_children(count: int, case: Callable[[int], str | None], folder: Path, lim
 
 
 def _mutated(rng: random.Random, original: bytes) -> bytes:
-    body = bytearray(original[: -files._SEAL_BYTES])
+    body = bytearray(original[:-_SEAL_BYTES])
     kind = rng.choice(("flip", "flip", "truncate", "block", "content", "content", "numbers", "legacy"))
     if kind in ("flip", "legacy"):
         if kind == "legacy":
@@ -327,7 +339,7 @@ def _mutated(rng: random.Random, original: bytes) -> bytes:
         buffer = io.BytesIO()
         torch.save(_other_content(rng, torch.load(io.BytesIO(original), weights_only=True)), buffer)
         body = bytearray(buffer.getvalue())
-    return sealed(bytes(body)) if rng.random() < 0.5 else bytes(body) + original[-files._SEAL_BYTES :]
+    return sealed(bytes(body)) if rng.random() < 0.5 else bytes(body) + original[-_SEAL_BYTES:]
 
 
 def _huge_numbers(rng: random.Random, body: bytes) -> bytearray:

@@ -1,4 +1,4 @@
-"""What the rows of scripts/stress share: runs as forked children, drawn datasets, and what makes two runs identical."""
+"""What the rows share: commands as forked children and their hooks, drawn datasets, what makes two runs identical."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ctypes
 import gc
 import hashlib
 import importlib
+import itertools
 import logging
 import multiprocessing.util
 import os
@@ -26,22 +27,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tl_trainer import checkpoint, saver, tracking
+from tl_trainer import checkpoint, run
 from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
 from tl_trainer.errors import CheckpointError
+from tl_trainer.ground.signals import StopRequest
+from tl_trainer.saver import Saver
+from tl_trainer.tasks import SingleLabel
+from tl_trainer.tracking import Tracker
 
 # What the commands import when they need it: here, so that a child does not have to.
 for _name in (
-    "tl_trainer.run", "tl_trainer.resume", "tl_trainer.predict", "tl_trainer.feature_store", "torchmetrics.functional",
-    "torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator", "scipy.optimize",
-    "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
+    "tl_trainer.api", "torchmetrics.functional", "torch.utils.tensorboard", "scipy.optimize",
+    "tensorboard.backend.event_processing.event_accumulator", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
 ):  # fmt: skip
     importlib.import_module(_name)
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it remarks on every run that was resumed
 
-DRAW = tracking.Tracker._draw
 MAINS = {"train": tl_train.main, "eval": tl_eval.main, "predict": tl_predict.main}
 PATIENCE = 120.0  # seconds after which a child counts as hanging
 WHOLE_SECOND = 1.02
@@ -61,6 +65,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "workers 2": (*TINY, *RANDOM, "data.workers=2"),
     "cached": (*TINY, "transforms.train=eval", "train.schedule={name: cosine, warmup_epochs: 1}", "data.workers=0"),
 }
+# Of training and of validation in an epoch on what `draw` draws; from cached features all is validated at once.
+BATCHES = {"workers 0": (5, 3), "workers 2": (5, 3), "cached": (5, 1)}
 
 
 class NotRun(Exception):
@@ -149,6 +155,11 @@ class Child:
         """What it wrote on stderr."""
         return self.err.read_text(encoding="utf-8", errors="replace")
 
+    def complaint(self) -> list[str]:
+        """The lines with which a command says why it ended, if it does: from `tl-train: ` on."""
+        _, name, rest = f"\n{self.said()}".partition("\ntl-")
+        return (name + rest).strip().splitlines()
+
 
 def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
     code = 70
@@ -190,7 +201,7 @@ def _child(body: Callable[[], int], out: Path, err: Path, over: Path) -> None:
 def command(
     name: str, *arguments: object, logs: Path, prepare: Callable[[], None] = lambda: None, cache: Path | None = None
 ) -> Child:
-    """Start tl-NAME in a child; `prepare` runs in it first, and may slow a phase down, but change no result."""
+    """Start tl-NAME in a child; `prepare` runs in it first, and may hook into it, but change no result."""
 
     def body() -> int:
         os.environ["TL_CACHE"] = str(cache or logs / "cache")
@@ -202,43 +213,80 @@ def command(
     return Child(body, logs)
 
 
-def without_pictures() -> None:
-    """Have a run draw nothing for TensorBoard, which takes longer than the rest of a run as small as these."""
-    tracking.Tracker._draw = lambda *_: None  # type: ignore[method-assign]
+class AfterBatch:
+    """A command's request to stop, and a hook that is called with it whenever a run asks: after every batch."""
+
+    def __init__(self, request: StopRequest, hook: Callable[[StopRequest], object]) -> None:
+        self.request, self.hook = request, hook
+
+    def __enter__(self) -> AfterBatch:
+        self.request.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.request.__exit__(*error)
+
+    @property
+    def signal(self) -> int | None:
+        """What the request says after the hook."""
+        self.hook(self.request)
+        return self.request.signal
 
 
-def with_pictures() -> None:
-    """Have a run draw them after all."""
-    tracking.Tracker._draw = DRAW  # type: ignore[method-assign]
+class EagerSaver(Saver):
+    """Saves after every batch."""
+
+    def save_if_due(self) -> None:
+        """It always is."""
+        self.save()
 
 
-def save_always() -> None:
-    """Have a run save after every batch."""
-    original = saver.Saver.save
+class Undrawn(SingleLabel):
+    """A task without pictures: to draw them takes longer than the rest of a run as small as these."""
 
-    def save(self: saver.Saver) -> None:
-        original(self)
-        self._pause = 0.0
+    def pictures(self, scores: object) -> Iterator[Any]:
+        """None."""
+        return iter(())
 
-    saver.SECONDS_BETWEEN_SAVES = 0.0
-    saver.Saver.save = save  # type: ignore[method-assign]
+    precision_recall = pictures
 
 
-def stop_after(ticks: int) -> Callable[[], None]:
-    """Have a run stop, as after Ctrl-C, at the given batch, counting those of validation too."""
+def undrawn(run_dir: Path, task: SingleLabel, epochs: int, **options: Any) -> Tracker:
+    """A tracker that draws nothing for TensorBoard."""
+    return Tracker(run_dir, Undrawn(task.classes), epochs, **options)
+
+
+def hooked(
+    after_batch: Callable[[StopRequest], object] | None = None, **makers: Callable[..., Any]
+) -> Callable[[], None]:
+    """Have a run trained with hooks of `run.train`: one on its request to stop, `make_tracker`, `make_saver`."""
 
     def prepare() -> None:
-        original, left = saver.Saver.tick, [ticks]
+        original: Any = run.train
 
-        def tick(self: saver.Saver) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                self.stop.signal = signal.SIGINT
-            original(self)
+        def train(loaded: object, resumption: object, stop: StopRequest, **others: Any) -> Any:
+            asked = AfterBatch(stop, after_batch) if after_batch else stop
+            return original(loaded, resumption, asked, **{**makers, **others})
 
-        saver.Saver.tick = tick  # type: ignore[method-assign]
+        run.train = train  # as tl_trainer.api calls it
 
     return prepare
+
+
+without_pictures = hooked(make_tracker=undrawn)
+with_pictures = hooked(make_tracker=Tracker)
+save_always = hooked(make_saver=EagerSaver)
+
+
+def stop_after(batches: int) -> Callable[[], None]:
+    """Have a run stop, as after Ctrl-C, at the given batch, counting those of validation too."""
+    left = itertools.count(batches - 1, -1)
+
+    def count(request: StopRequest) -> None:
+        if next(left) == 0:
+            request.signal = signal.SIGINT
+
+    return hooked(count)
 
 
 def next_second() -> None:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Break tl-trainer on purpose and count what is lost. Prints a table and, last, one JSON line.
 
-    scripts/stress [ROW ...] [--share 0.1] [--seed 0]
+    scripts/stress/run [ROW ...] [--share 0.1] [--seed 0]
 
 Each row is a function (count, folder, random numbers) -> Outcome with its full count in ROWS; the tests run the same
 functions with small counts. Ends with 1 where anything was lost.
@@ -22,42 +21,40 @@ from typing import Any
 
 import torch
 
-import stress_checkpoints
-import stress_hosts
-import stress_inputs
-import stress_runs
-import stress_sources
-from stress_tools import NotRun, Outcome
+from stress import checkpoints, hosts, inputs, runs, sources
+from stress.tools import NotRun, Outcome
 
 Row = Callable[[int, Path, random.Random], Outcome]
 
 ROWS: dict[str, tuple[Row, int]] = {
-    "kill-training": (stress_runs.kill_training, 50),
-    "kill-save": (stress_checkpoints.kill_save, 200),
-    "fsync-order": (stress_hosts.fsync_order, 200),
-    "workers": (stress_runs.workers, 30),
-    "disk-full": (stress_runs.disk_full, 20),
-    "damaged-last": (stress_runs.damaged_last, 100),
-    "two-at-once": (stress_runs.two_at_once, 50),
-    "signals": (stress_runs.signals, 200),
-    "orphans": (stress_runs.orphans, 10),
-    "killed-worker": (stress_runs.killed_worker, 10),
-    "small-shm": (stress_hosts.small_shm, 40),
-    "out-of-memory": (stress_hosts.out_of_memory, 60),
-    "malicious": (stress_checkpoints.malicious, 154),
-    "mutated-checkpoints": (stress_checkpoints.mutated_checkpoints, 10_000),
-    "mutated-images": (stress_inputs.mutated_images, 20_000),
-    "odd-files": (stress_inputs.odd_files, 10),
-    "replaced-files": (stress_sources.replaced_files, 56),
-    "dataset-untouched": (stress_inputs.dataset_untouched, 1),
-    "yaml": (stress_inputs.hostile_yaml, 18),
-    "downloads": (stress_sources.downloads, 9),
-    "escapes": (stress_inputs.escapes, 10),
+    "kill-training": (runs.kill_training, 50),
+    "kill-save": (checkpoints.kill_save, 200),
+    "fsync-order": (hosts.fsync_order, 200),
+    "workers": (runs.workers, 30),
+    "disk-full": (runs.disk_full, 20),
+    "damaged-last": (runs.damaged_last, 100),
+    "two-at-once": (runs.two_at_once, 50),
+    "signals": (runs.signals, 200),
+    "orphans": (runs.orphans, 10),
+    "killed-worker": (runs.killed_worker, 10),
+    "small-shm": (hosts.small_shm, 40),
+    "out-of-memory": (hosts.out_of_memory, 60),
+    "malicious": (checkpoints.malicious, 154),
+    "mutated-checkpoints": (checkpoints.mutated_checkpoints, 10_000),
+    "mutated-images": (inputs.mutated_images, 20_000),
+    "odd-files": (inputs.odd_files, 10),
+    "replaced-files": (sources.replaced_files, 56),
+    "dataset-untouched": (inputs.dataset_untouched, 1),
+    "yaml": (inputs.hostile_yaml, 18),
+    "downloads": (sources.downloads, 9),
+    "escapes": (inputs.escapes, 10),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "scripts/stress/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
     parser.add_argument("--share", type=float, default=1.0, help="the part of the full counts that is tried")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
