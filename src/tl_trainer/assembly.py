@@ -179,7 +179,8 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
         pipeline = Pipeline(saved.preprocessing, "preprocessing")
         classifier = _saved_classifier(saved, loaded.config)
     except (SettingError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {error}") from error
+        reason = (str(error).splitlines() or [""])[0]  # torch adds a trace of its own
+        raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {reason}") from error
     except RuntimeError as error:  # load_state_dict's word for tensors of another shape or name
         if is_out_of_memory(error):
             raise
