@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,12 +51,22 @@ def draw_split(folder: Path, count: int, size: int = 40, classes: dict[str, tupl
 def _one_thread() -> None:
     """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c() -> None:
     """Ctrl-C interrupts, as at a terminal: a shell starts what it puts into the background with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a run in this process draw nothing for TensorBoard, which takes more than the rest of a run this small.
+
+    What it draws is for test_tracking.py and test_tensorboard.py.
+    """
+    monkeypatch.setattr("tl_trainer.tracking.Tracker._draw", lambda *_: None)
 
 
 @pytest.fixture
