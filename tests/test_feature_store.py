@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -401,7 +402,9 @@ def test_a_store_that_vanishes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
 def make_stores(root: Path, ages: dict[str, int], size: int = 100) -> None:
     for name, seconds in ages.items():
         (root / name).mkdir(parents=True)
-        (root / name / "some.rows").write_bytes(bytes(size))
+        description = json.dumps(feature_store._described((2,), torch.float32))
+        (root / name / "store.json").write_text(description)
+        (root / name / f"{'ab' * 16}.rows").write_bytes(bytes(size - len(description)))
         os.utime(root / name, (1e9 - seconds, 1e9 - seconds))
 
 
@@ -431,6 +434,32 @@ def test_room_is_made_and_the_cache_cleared_without_touching_other_folders(tmp_p
     assert clear(tmp_path) == 100
     assert {path.name for path in tmp_path.iterdir()} == others
     assert clear(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.parametrize("described", [None, "{}", '{"shape": [2], "dtype": "float32", "checksum": 1}', "[" * 99])
+def test_a_folder_that_only_has_a_stores_name_is_never_touched(tmp_path: Path, described: str | None) -> None:
+    folder = tmp_path / ("ab" * 16)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    if described is not None:
+        (folder / "store.json").write_text(described)
+    make_room(tmp_path, 10**9, 0, keep=tmp_path / "other")
+    assert clear(tmp_path) == 0
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_somebody_put_into_a_store_stays(tmp_path: Path) -> None:
+    make_stores(tmp_path, {STORES[0]: 0})
+    (tmp_path / STORES[0] / "thesis.txt").write_text("years of work")
+    (tmp_path / "outside.rows").write_text("elsewhere")
+    (tmp_path / STORES[0] / f"{'cd' * 16}.rows").symlink_to(tmp_path / "outside.rows")
+    assert clear(tmp_path) == 100
+    assert sorted(path.name for path in (tmp_path / STORES[0]).iterdir()) == [f"{'cd' * 16}.rows", "thesis.txt"]
+    (tmp_path / STORES[1]).symlink_to(tmp_path / STORES[0])
+    assert clear(tmp_path) == 0
+    FeatureStore(tmp_path / STORES[0])  # with no description of its own it begins anew
+    assert (tmp_path / STORES[0] / "thesis.txt").exists()
+    assert (tmp_path / "outside.rows").read_text() == "elsewhere"
 
 
 def test_folder_size(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import uuid
 import zlib
@@ -38,6 +37,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 # A segment that was not written for so long has no writer any more, who would finish what looks cut off.
 ABANDONED_SECONDS = 60.0
+
+# What a store's files are called; nothing else in its folder is ever removed.
+_OWN = re.compile(r"[0-9a-f]{32}\.(rows|keys)|store\.json|\.store\.json-\d+\.tmp")
 
 ROWS_AT_ONCE = 1024  # that are copied, so that no second copy of them all is ever in memory
 
@@ -149,18 +151,13 @@ class FeatureStore:
         path = self.folder / "store.json"
         if not path.exists():
             return False
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-            shape, dtype = tuple(description["shape"]), _DTYPES[description["dtype"]]
-            if description != _described(shape, dtype):
-                raise ValueError("wrong checksum")
-        except (ValueError, KeyError, TypeError):
+        if (found := _described_in(path)) is None:
             log.warning("%s is damaged; its features are computed again", path)
-            for file in self.folder.iterdir():
-                file.unlink(missing_ok=True)
+            _remove(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.shape = ()
             return False
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype = found
         return True
 
     def _read_segment(self, path: Path) -> None:
@@ -263,11 +260,7 @@ def folder_size(folder: Path) -> int:
 
 def clear(root: Path) -> int:
     """Remove all stores under `root`, and nothing else that may lie there; the bytes they had."""
-    size = 0
-    for store in _stores(root):
-        size += folder_size(store)
-        shutil.rmtree(store)
-    return size
+    return sum(_remove(store) for store in _stores(root))
 
 
 def make_room(root: Path, needed: int, limit: int, keep: Path) -> None:
@@ -278,8 +271,7 @@ def make_room(root: Path, needed: int, limit: int, keep: Path) -> None:
             return
         if store != keep:
             log.info("removing cached features that were not used lately: %s", store)
-            total -= folder_size(store)
-            shutil.rmtree(store, ignore_errors=True)
+            total -= _remove(store)
 
 
 def _last_used(store: Path) -> float:
@@ -289,5 +281,31 @@ def _last_used(store: Path) -> float:
 
 
 def _stores(root: Path) -> list[Path]:
-    """The folders that can only be stores: the cache may have been put into a folder with other things."""
-    return [path for path in root.glob("*") if path.is_dir() and re.fullmatch(r"[0-9a-f]{32}", path.name)]
+    """The folders that are stores: called as one, and with a description that has its checksum. The cache may have been
+    put into a folder with other things, or its folder may have been named by somebody else."""
+    named = (path for path in root.glob("*") if re.fullmatch(r"[0-9a-f]{32}", path.name) and not path.is_symlink())
+    return [path for path in named if path.is_dir() and _described_in(path / "store.json") is not None]
+
+
+def _described_in(path: Path) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and precision as `append` wrote them; None for anything else."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        shape, dtype = tuple(description["shape"]), _DTYPES[description["dtype"]]
+        return (shape, dtype) if description == _described(shape, dtype) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove(store: Path) -> int:
+    """Remove the files that a store consists of, and its folder where nothing else is in it; the bytes they had."""
+    size = 0
+    for path in store.iterdir():
+        if _OWN.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError):  # another run removes it too
+                found = path.stat().st_size
+                path.unlink()
+                size += found
+    with contextlib.suppress(OSError):
+        store.rmdir()
+    return size
