@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_report import report
-from tl_trainer.models.backbones import build_backbone, preprocessing
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.prefix import FrozenPrefix, prefix_precision
 
 BACKBONES = ("alexnet", "vgg16", "resnet152", "efficientnet_v2_s")
@@ -44,8 +44,8 @@ def main() -> None:
 
 def measure(name: str, batch: int, plain_batch: int, rounds: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = build_backbone(name, None, "penultimate", 0).eval().to(device)
-    size = SIZES.get(name, preprocessing(name, None).crop)
+    backbone = build_backbone(name, resolve_weights(name, "none"), "penultimate", 0).eval().to(device)
+    size = SIZES.get(name, resolve_weights(name, "none").preset.crop)
     images = torch.randn(max(batch, plain_batch), 3, size, size, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(images[:1])

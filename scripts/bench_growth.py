@@ -33,7 +33,7 @@ from tl_trainer.data.folders import open_folders
 from tl_trainer.data.verify import verified
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor
 from tl_trainer.ground.machine import cores
-from tl_trainer.models.backbones import build_backbone, preprocessing
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import Network
 
@@ -84,8 +84,9 @@ def extract(folder: Path, backbone: str, number: int) -> dict[str, float]:
     """Seconds and MB of checking the first `number` images and extracting their features into an empty cache."""
     split = open_folders(folder, None).splits["all"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = Classifier(build_backbone(backbone, None, "penultimate", 0), torch.nn.Identity(), "head").eval()
-    pipeline = transforms.Pipeline(transforms.spell_out("default", preprocessing(backbone, None), train=False), "")
+    weights = resolve_weights(backbone, "none")
+    classifier = Classifier(build_backbone(backbone, weights, "penultimate", 0), torch.nn.Identity(), "head").eval()
+    pipeline = transforms.Pipeline(transforms.spell_out("default", weights.preset, train=False), "")
     features.free_memory = lambda: 0
     with tempfile.TemporaryDirectory() as cache:
         prefix = Network(classifier, device, "auto").prefix

@@ -24,7 +24,7 @@ from tl_trainer.data.folders import open_folders
 from tl_trainer.data.verify import verified
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor
 from tl_trainer.ground.machine import cores
-from tl_trainer.models.backbones import build_backbone, preprocessing
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import Network
 
@@ -39,8 +39,11 @@ def main() -> None:
     split = next(iter(open_folders(args.folder, None).splits.values()))
     split = split.subset([index * len(split) // args.images for index in range(min(args.images, len(split)))])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = transforms.Pipeline(transforms.spell_out("default", preprocessing(args.backbone, None), train=False), "")
-    classifier = Classifier(build_backbone(args.backbone, None, "penultimate", 0), torch.nn.Identity(), "head").eval()
+    weights = resolve_weights(args.backbone, "none")
+    pipeline = transforms.Pipeline(transforms.spell_out("default", weights.preset, train=False), "")
+    classifier = Classifier(
+        build_backbone(args.backbone, weights, "penultimate", 0), torch.nn.Identity(), "head"
+    ).eval()
     checked = verified(split, "all", "error", None)
     batch = torch.stack([pipeline.image(split.open(index)) for index in range(IMAGES_AT_ONCE[device.type])])
 

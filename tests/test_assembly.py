@@ -20,15 +20,18 @@ from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config, flat
 from tl_trainer.errors import CheckpointError, ConfigError, DataError
 from tl_trainer.ground.sealed import save_sealed
-from tl_trainer.models.backbones import BACKBONES, build_backbone, empty_backbone, feature_size, state_hash
+from tl_trainer.models.backbones import BACKBONES, build_backbone, empty_backbone, feature_size, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
+from tl_trainer.models.weights import state_hash
 
 SIDES = {"inception_v3": 128, "maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224}  # that take no 64 pixels
 LARGE = 30e6  # parameters, from which on only names and shapes are compared
 
 
 def parameters(name: str) -> float:
+    if name == "efficientnet_lite0":
+        return 4.7e6
     return float(get_model_weights(name).__members__["DEFAULT"].meta["num_params"])
 
 
@@ -53,8 +56,10 @@ def test_a_backbone_comes_back_from_its_checkpoint(name: str, monkeypatch: pytes
     if large:  # the RegNets cannot be built without memory; at least nothing has to be drawn for them
         for function in ("normal_", "kaiming_uniform_", "kaiming_normal_", "uniform_"):
             monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
-    backbone = empty_backbone(name, False, tap) if large else build_backbone(name, None, tap, 3)
-    features = feature_size(backbone, name, False, tap, side, side)
+    backbone = (
+        empty_backbone(name, False, tap) if large else build_backbone(name, resolve_weights(name, "none"), tap, 3)
+    )
+    features = feature_size(backbone, name, resolve_weights(name, "none"), tap, torch.empty(3, side, side))
     with torch.device("meta" if large else "cpu"):
         head = build_head(features, [], 3, 0.0)
     before = Classifier(backbone, head, "head").eval()
@@ -86,6 +91,16 @@ def test_a_checkpoint_of_version_2_gives_the_same_logits(tl: Run, colours: Path)
     assert figures[0] == figures[1]
     rows = [tl("predict", colours / "val", "--checkpoint", path).stdout for path in (best, best.with_name("old.pth"))]
     assert rows[0] == rows[1] != ""
+
+
+def test_an_absurd_head_is_refused_in_one_line(tl: Run, colours: Path) -> None:
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    content = torch.load(best, weights_only=True)
+    for features in (2**70, 1):
+        save_sealed(best, {**content, "features": features})
+        refused = tl("predict", colours / "val", "--checkpoint", best)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
+        assert f"{best}: " in refused.stderr
 
 
 def test_a_checkpoint_decides_no_folder_and_no_limit(tl: Run, colours: Path, tmp_path: Path) -> None:

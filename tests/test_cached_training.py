@@ -31,6 +31,7 @@ SMALL = (
     "train.batch_size=7",
     "train.optimizer.lr=0.01",
     "output.tensorboard=false",
+    "output.report=false",
 )
 RANDOM = "transforms.train=[{RandomResizedCrop: 32}, {ColorJitter: {brightness: 0.3}}]"
 CASES: dict[str, tuple[str, ...]] = {

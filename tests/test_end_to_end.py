@@ -24,6 +24,8 @@ from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 # Pretrained weights cannot be had here; the first layers of a random network tell three colours apart all the same.
 SMALL = (
     "model.backbone=shufflenet_v2_x0_5",
@@ -65,7 +67,7 @@ def test_train_evaluate_predict(tl: Run, colours: Path) -> None:
     result = last_json(console("train", "--data-dir", colours, "--epochs", 4, "--json", *SMALL))
     run_dir = Path(result["run_dir"])
     assert run_dir == Path("runs/run-1")
-    assert _files(run_dir) == FILES
+    assert _files(run_dir) - {".last.previous.pth"} == FILES  # that is there where a run takes more than 5 seconds
     assert json.loads((run_dir / "result.json").read_text()) == result
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
     assert result["checkpoint"] == str(run_dir / "best.pth")
@@ -307,7 +309,7 @@ def test_the_frozen_prefix_is_made_before_threads_decode(
         (["train", "--dry-run", "model.backbone=nope", "model.tap=nope"], "model.backbone: unknown backbone 'nope'"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.weights: unknown weights"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.tap: unknown tap 'nope'"),
-        (["train", "oops"], "'oops' is not an override; write key=value"),
+        (["train", "oops"], "'oops' is neither a folder nor a CSV file that is there, nor key=value"),
         (["eval", "--checkpoint", "colours/val/red/00.jpg"], "damaged or not a PyTorch file"),
         (["eval", "--checkpoint", "nofile.pth"], "nofile.pth: cannot be read: No such file or directory"),
         (["predict", "colours/val"], "no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT"),

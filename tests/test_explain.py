@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import InputError
 from tl_trainer.explain import GAP, GradCam, overlay
-from tl_trainer.models.backbones import Backbone, Stage, build_backbone
+from tl_trainer.models.backbones import build_backbone, resolve_weights
+from tl_trainer.models.chain import Backbone, Stage
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 
@@ -49,7 +50,7 @@ def test_the_heat_is_in_the_quadrant_of_the_evidence() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
     )
-    backbone = Backbone(model, [Stage(name, module) for name, module in model.named_children()])
+    backbone = Backbone(model, [Stage(name, module, (name,)) for name, module in model.named_children()])
     classifier = Classifier(backbone, build_head(16, [], 2, 0.0), "all")
     inputs, labels, _ = batch(pipeline, generator, 64)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=0.01)
@@ -69,7 +70,7 @@ def test_the_heat_is_in_the_quadrant_of_the_evidence() -> None:
 def test_every_chain_with_a_spatial_stage_can_be_explained(backbone: str, trainable: str) -> None:
     if backbone in ("vgg16", "resnet152") and trainable == "all":
         pytest.skip("the same path as alexnet's, at the cost of seconds")
-    chain = build_backbone(backbone, None, "penultimate", 0)
+    chain = build_backbone(backbone, resolve_weights(backbone, "none"), "penultimate", 0)
     assert chain.features is not None
     torch.manual_seed(0)
     classifier = Classifier(chain, build_head(chain.features, [8], 3, 0.5), trainable)
@@ -84,7 +85,7 @@ def test_every_chain_with_a_spatial_stage_can_be_explained(backbone: str, traina
 
 
 def test_a_backbone_without_a_spatial_stage_is_told() -> None:
-    chain = build_backbone("vit_b_16", None, "penultimate", 0)
+    chain = build_backbone("vit_b_16", resolve_weights("vit_b_16", "none"), "penultimate", 0)
     classifier = Classifier(chain, build_head(768, [], 2, 0.0), "head")
     with pytest.raises(InputError, match="a stage with a height and a width"):
         GradCam(classifier).heat(torch.randn(1, 3, 224, 224), torch.tensor([0]))

@@ -28,7 +28,7 @@ from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import DataError, ImageError, InputError
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder
-from tl_trainer.models.backbones import Stage
+from tl_trainer.models.chain import Stage
 from tl_trainer.models.prefix import FrozenPrefix
 
 CPU = torch.device("cpu")

@@ -23,9 +23,10 @@ from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Batches, Feed, Feeds
-from tl_trainer.models.backbones import build_backbone, state_hash
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import FrozenPrefix
+from tl_trainer.models.weights import state_hash
 from tl_trainer.network import Network
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def feeds_of(
 ) -> Feeds:
     """Of ShuffleNet up to its first pooling or its second stage, with random weights of that seed."""
     tap, size = TAPS[trainable]
-    backbone = build_backbone("shufflenet_v2_x0_5", None, tap, seed)
+    backbone = build_backbone("shufflenet_v2_x0_5", resolve_weights("shufflenet_v2_x0_5", "none"), tap, seed)
     torch.manual_seed(seed)
     classifier = Classifier(backbone, nn.Linear(size, 3), trainable)
     identity: Any = {"name": "shufflenet_v2_x0_5", "sha256": state_hash(classifier.frozen_state())}

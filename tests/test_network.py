@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tl_trainer.errors import SettingError
-from tl_trainer.models.backbones import build_backbone
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import Network, resolve_device
 
@@ -17,7 +17,7 @@ TAPS = {"head": ("maxpool", 24 * 8 * 8), "stage2": ("stage2", 48 * 4 * 4), "all"
 def network_of(trainable: str, precision: str = "fp32") -> Network:
     tap, size = TAPS[trainable]
     torch.manual_seed(0)
-    backbone = build_backbone("shufflenet_v2_x0_5", None, tap, 0)
+    backbone = build_backbone("shufflenet_v2_x0_5", resolve_weights("shufflenet_v2_x0_5", "none"), tap, 0)
     return Network(Classifier(backbone, nn.Linear(size, 3), trainable), torch.device("cpu"), precision)
 
 

@@ -18,6 +18,8 @@ from tl_trainer import checkpoint, outcome
 from tl_trainer.assembly import restore
 from tl_trainer.errors import RunError
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FILES = {
     "confusion_matrix.csv",
     "confusion_matrix.png",

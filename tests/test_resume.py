@@ -20,6 +20,8 @@ from tl_trainer import checkpoint, run, saver
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.sealed import save_sealed
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 RUN = Path("runs/run-1")
 
 

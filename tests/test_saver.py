@@ -32,9 +32,10 @@ from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
 from tl_trainer.ground.files import previous
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.metrics import Figures
-from tl_trainer.models.backbones import build_backbone, state_hash
+from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
+from tl_trainer.models.weights import state_hash
 from tl_trainer.optim import Schedule
 from tl_trainer.run import _pause
 from tl_trainer.saver import EpochDone, Progress, Saver, State
@@ -329,7 +330,9 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     cache_weights(tmp_path, 1, monkeypatch)
     model = ModelSection(backbone=NAME, weights="IMAGENET1K_V1", trainable=request.param)
     classifier = Classifier(
-        build_backbone(NAME, WEIGHTS, "penultimate", 0), build_head(1024, [], 3, 0.0), request.param
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "penultimate", 0),
+        build_head(1024, [], 3, 0.0),
+        request.param,
     )
     optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
     schedule = Schedule(optimizer, Config().train.schedule, 5, 4)

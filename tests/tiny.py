@@ -14,7 +14,7 @@ from tl_trainer.config.schema import OptimizerSection, ScheduleSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch, batch_order
 from tl_trainer.metrics import Scores
-from tl_trainer.models.backbones import Backbone, Stage
+from tl_trainer.models.chain import Backbone, Stage
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 from tl_trainer.optim import Schedule, build_optimizer
@@ -64,7 +64,7 @@ class TinyBatches:
 def tiny_classifier(trainable: str = "all") -> Classifier:
     """Convolution, BatchNorm, ReLU, pooling, and a head with a hidden layer and dropout; weights from torch's RNG."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-    backbone = Backbone(model, [Stage(name, module) for name, module in model.named_children()])
+    backbone = Backbone(model, [Stage(name, module, (name,)) for name, module in model.named_children()])
     return Classifier(backbone, build_head(4, [8], CLASSES, 0.3), trainable)
 
 

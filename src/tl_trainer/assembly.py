@@ -17,12 +17,11 @@ import PIL
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.models import WeightsEnum
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, FeaturesSection, ModelSection, flat
+from tl_trainer.config.schema import Config, FeaturesSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.loaders import worker_count
@@ -36,18 +35,10 @@ from tl_trainer.feeds import Feed, Feeds
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Scores
-from tl_trainer.models.backbones import (
-    BACKBONES,
-    Weights,
-    build_backbone,
-    empty_backbone,
-    feature_size,
-    preprocessing,
-    resolve_weights,
-    state_hash,
-)
+from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
+from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
 from tl_trainer.optim import Schedule, build_optimizer
 from tl_trainer.saver import Progress, State
@@ -132,7 +123,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
     with _located(loaded):
         _check_settings(loaded)
         device = resolve_device(config.device)
-        weights = resolve_weights(config.model.backbone, config.model.weights)
+        weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
         train_pipeline, pipeline = _pipelines(config, weights)
         _check_views(config, train_pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None)
@@ -151,9 +142,10 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
         identity = BackboneIdentity(
             name=config.model.backbone,
-            weights=weights.name if isinstance(weights, WeightsEnum) else config.model.weights,
+            weights=weights.name + (f"@{revision}" if (revision := classifier.backbone.revision) else ""),
             tap=config.model.tap,
             sha256=state_hash(classifier.frozen_state()),
+            size=weights.preset.crop,
         )
         compiled = config.performance.compile == "auto"
         network = Network(classifier, device, config.train.precision, compiled=compiled)
@@ -185,7 +177,7 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1]}"
+            f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1].strip()}"
         ) from error
     with _located(loaded):
         _check_root(loaded)
@@ -237,7 +229,7 @@ def _check_settings(loaded: Loaded) -> None:
         lambda: transforms.check(config.transforms.train, "transforms.train"),
         lambda: transforms.check(config.transforms.eval, "transforms.eval"),
         lambda: resolve_weights(config.model.backbone, config.model.weights),
-        lambda: _check_stages(config.model),
+        lambda: _check_stages(config),
         lambda: resolve_device(config.device),
         lambda: _check_root(loaded),
     ]
@@ -256,10 +248,13 @@ def _check_root(loaded: Loaded) -> None:
         check_root(loaded.config.data)
 
 
-def _check_stages(model: ModelSection) -> None:
-    if model.backbone not in BACKBONES:  # which the check before has said
+def _check_stages(config: Config) -> None:
+    model = config.model
+    try:
+        size = resolve_weights(model.backbone, "none", config.transforms.size).preset.crop
+    except SettingError:  # which the check before has said
         return
-    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap)
+    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
     if model.trainable not in ("head", "all"):
         backbone.index(model.trainable)
 
@@ -275,8 +270,8 @@ def _check_views(config: Config, pipeline: Pipeline) -> None:
         )
 
 
-def _pipelines(config: Config, weights: Any) -> tuple[Pipeline, Pipeline]:
-    preset = preprocessing(config.model.backbone, weights)
+def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:
+    preset = weights.preset
     eval_steps = transforms.spell_out(config.transforms.eval, preset, train=False)
     same = config.transforms.train == "eval"
     train_steps = eval_steps if same else transforms.spell_out(config.transforms.train, preset, train=True)
@@ -292,7 +287,7 @@ def _new_classifier(config: Config, weights: Weights, classes: int, image: Tenso
     """With the configured weights and a new head, and how many features that takes from such an image (3, H, W)."""
     model = config.model
     backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
-    size = feature_size(backbone, model.backbone, weights is not None, model.tap, *image.shape[-2:])
+    size = feature_size(backbone, model.backbone, weights, model.tap, image)
     torch.manual_seed(config.seed)
     head = build_head(size, model.head.hidden, classes, model.head.dropout)
     return Classifier(backbone, head, model.trainable), size
@@ -304,9 +299,11 @@ def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
     with torch.device("meta"):
         head = build_head(saved.features, model.head.hidden, len(saved.classes), model.head.dropout)
     if saved.frozen is not None:
-        backbone = empty_backbone(model.backbone, weights != "none", model.tap)
+        backbone = empty_backbone(model.backbone, weights != "none", model.tap, saved.backbone.get("size"))
     else:
-        backbone = build_backbone(model.backbone, resolve_weights(model.backbone, weights), model.tap, config.seed)
+        backbone = build_backbone(
+            model.backbone, resolve_weights(model.backbone, weights, config.transforms.size), model.tap, config.seed
+        )
     classifier = Classifier(backbone, head, model.trainable)
     if saved.frozen is None and state_hash(classifier.frozen_state()) != saved.backbone["sha256"]:
         raise CheckpointError(

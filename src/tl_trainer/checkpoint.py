@@ -12,7 +12,7 @@ import torchvision
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 import tl_trainer
 from tl_trainer.errors import CheckpointError
@@ -24,12 +24,13 @@ VERSION = 3
 
 
 class BackboneIdentity(TypedDict):
-    """Name, weights and tap as configured, and the SHA-256 of the frozen state."""
+    """Name, weights and tap as configured, the SHA-256 of the frozen state, and the images' side it was built for."""
 
     name: str
     weights: str
     tap: str
     sha256: str
+    size: NotRequired[int]
 
 
 @dataclass(config=ConfigDict(strict=True, arbitrary_types_allowed=True))

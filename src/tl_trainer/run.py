@@ -202,9 +202,10 @@ def _tracker(setup: Setup, run_dir: Path, last: Checkpoint | None, make_tracker:
     tensorboard, done = config.output.tensorboard, last.epoch if last else 0
     tracker = make_tracker(run_dir, parts.task, config.train.epochs, tensorboard=tensorboard, done=done)
     if tensorboard and last is None:
-        stages = parts.network.classifier.trained
-        graph = graph_of(parts.network.classifier.frozen, trained=False)
-        graph += graph_of([*stages, ("head", parts.network.classifier.head)], trained=True)
+        classifier = parts.network.classifier
+        graph = graph_of(((stage.name, stage.module) for stage in classifier.frozen), trained=False)
+        graph += graph_of(((stage.name, stage.module) for stage in classifier.trained), trained=True)
+        graph += graph_of([("head", classifier.head)], trained=True)
         tracker.start(to_yaml(config), graph)
         sample = setup.dataset.split("train").sample(IMAGES_SHOWN)
         shown = ImageBatches(sample, setup.train_pipeline, batch_size=len(sample), workers=0, seed=config.seed)

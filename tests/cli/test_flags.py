@@ -31,8 +31,8 @@ COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
         "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json",
-        "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j",
-        "overrides",
+        "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j",
+        "words",
     ],
     "eval": [
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--on-bad-image", "--report", "--split",
@@ -175,7 +175,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
     ("command", "words", "message"),
     [
         ("train", ["--config", "nope"], "tl-train: --config nope: no such file, and unknown bundled configuration"),
-        ("train", ["photos"], "tl-train: 'photos' is not an override; write key=value, e.g. train.epochs=5\n"),
+        ("train", ["photos"], "tl-train: 'photos' is neither a folder nor a CSV file that is there, nor key=value\n"),
         ("train", ["--epochs", "0"], "tl-train: the command line: train.epochs: should be greater than or equal to 1"),
         ("train", ["--lr", "nan"], "tl-train: the command line: train.optimizer.lr: should be "),
         (

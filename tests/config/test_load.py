@@ -59,8 +59,8 @@ def test_a_folder_does_not_hide_a_bundled_configuration() -> None:
     ("name", "message"),
     [
         ("flowers.yaml", "no such file, and unknown .*; did you mean 'flowers102.yaml'"),
-        ("nothing-like-it", r"\(valid: cifar10-vgg16.yaml, cifar100.yaml, csv.yaml, demo.yaml, flowers102.yaml, image"),
-        (".", "is not a file"),
+        ("nothing-like-it", r"\(valid: cifar10-vgg16.yaml, cifar100.yaml, convnext.yaml, csv.yaml, default.yaml, demo"),
+        ("/dev/null", "is not a file"),
         ("~no-such-user-here/c.yaml", "no such file"),
         ("x" * 5000, "cannot be read|no such file"),
     ],
@@ -443,3 +443,18 @@ def test_a_checkpoints_configuration_is_checked_the_same_way() -> None:
     with pytest.raises(ConfigError) as caught:
         from_checkpoint({"seed": -1}, path)
     assert str(caught.value) == f"{path}: seed: should be greater than or equal to 0, not -1"
+
+
+def test_a_folder_or_a_csv_file_means_the_default_configuration_on_it(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "dogs.csv").write_text("id,label\n")
+    folder, table = load(f"{tmp_path}/photos/"), load(str(tmp_path / "dogs.csv"), [("data.csv.label_column", "breed")])
+    assert (folder.name, folder.config.data.source, folder.config.data.root) == (
+        "photos", "imagefolder", str(tmp_path / "photos"),
+    )  # fmt: skip
+    assert (table.name, table.config.data.source, table.config.data.root) == ("dogs", "csv", str(tmp_path))
+    assert (table.config.data.csv.labels, table.config.data.csv.label_column) == ("dogs.csv", "breed")
+    assert folder.config.model == load("default.yaml").config.model == Config().model
+    assert folder.config.train == load("default.yaml").config.train
+    with pytest.raises(ConfigError, match=r"the command line: train\.epochs"):
+        load(f"{tmp_path}/photos/", [("train.epochs", 0)])

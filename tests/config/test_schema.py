@@ -40,7 +40,7 @@ KEYS = """
     data.source data.root data.download data.val_fraction data.on_bad_image data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
     data.csv.suffix
-    transforms.train transforms.eval
+    transforms.size transforms.train transforms.eval
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
     features.cache features.views features.dir features.limit_gb performance.compile
     train.epochs train.batch_size train.precision

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from tl_trainer.data.transforms import TRANSFORMS, Pipeline, Preprocessing, check, spell_out, tta_pipelines
 from tl_trainer.errors import InputError, SettingError
-from tl_trainer.models.backbones import preprocessing
+from tl_trainer.models.backbones import resolve_weights
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PRESET = Preprocessing(resize=48, crop=40, mean=MEAN, std=STD, interpolation="bilinear")
@@ -58,7 +58,7 @@ def _reference(transform: v2.Transform, picture: Image.Image, seed: int = 0) -> 
 @pytest.mark.parametrize(("backbone", "weights"), WEIGHTS.items())
 def test_default_eval_equals_the_preset_of_the_weights(backbone: str, weights: str, size: tuple[int, int]) -> None:
     picture, member = _picture(*size), get_weight(weights)
-    preset = preprocessing(backbone, member)
+    preset = resolve_weights(backbone, member.name).preset
     rounding = 2 * torch.finfo(torch.float32).eps / min(preset.std)  # of a pixel in [0, 1], seen after Normalize
     torch.testing.assert_close(_apply("default", picture, preset), member.transforms()(picture), rtol=0, atol=rounding)
 

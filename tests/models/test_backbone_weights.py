@@ -24,7 +24,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import (
-    AlexNet_Weights,
     ResNet152_Weights,
     ShuffleNet_V2_X0_5_Weights,
     VGG16_Weights,
@@ -32,8 +31,8 @@ from torchvision.models import (
 )
 
 from tl_trainer.errors import CheckpointError, InputError, SettingError
-from tl_trainer.models import backbones
-from tl_trainer.models.backbones import BACKBONES, build_backbone, preprocessing, resolve_weights
+from tl_trainer.models import torchvision_models
+from tl_trainer.models.backbones import BACKBONES, build_backbone, resolve_weights
 
 NAME = "shufflenet_v2_x0_5"
 WEIGHTS = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
@@ -108,10 +107,12 @@ def test_a_detection_model_is_no_backbone() -> None:
 
 def test_weights_by_name_by_path_and_none(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"")
-    assert resolve_weights("resnet152", "DEFAULT") is ResNet152_Weights.IMAGENET1K_V2
-    assert resolve_weights("resnet152", "IMAGENET1K_V1") is ResNet152_Weights.IMAGENET1K_V1
-    assert resolve_weights("resnet152", "none") is None
-    assert resolve_weights("resnet152", "mine") == Path("mine")
+    assert resolve_weights("resnet152", "DEFAULT").name == "IMAGENET1K_V2"
+    assert resolve_weights("resnet152", "IMAGENET1K_V1").name == "IMAGENET1K_V1"
+    assert resolve_weights("resnet152", "none").fetch is None
+    mine = resolve_weights("resnet152", "mine")
+    assert mine.fetch is not None
+    assert (mine.name, mine.fetch()) == ("mine", Path("mine"))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_unknown_weights_name_the_key_and_the_choices(weights: str, expected: st
 
 
 def test_preprocessing_is_the_weights_own() -> None:
-    v1, v2 = (preprocessing("resnet152", weights) for weights in ResNet152_Weights)
+    v1, v2 = (resolve_weights("resnet152", weights.name).preset for weights in ResNet152_Weights)
     assert (v1.resize, v1.crop) == (256, 224)
     assert (v2.resize, v2.crop) == (232, 224)
     assert v2.mean == (0.485, 0.456, 0.406)
@@ -138,23 +139,29 @@ def test_preprocessing_is_the_weights_own() -> None:
     assert v2.interpolation == "bilinear"
 
 
-@pytest.mark.parametrize("weights", [None, Path("mine.pth")])
-def test_preprocessing_of_unnamed_weights_is_the_defaults(weights: Path | None) -> None:
-    assert preprocessing("alexnet", weights) == preprocessing("alexnet", AlexNet_Weights.DEFAULT)
-    assert preprocessing("efficientnet_v2_s", weights).crop == 384
+@pytest.mark.parametrize("weights", ["none", "mine.pth"])
+def test_preprocessing_of_unnamed_weights_is_the_defaults(weights: str) -> None:
+    Path("mine.pth").write_bytes(b"")
+    assert resolve_weights("alexnet", weights).preset == resolve_weights("alexnet", "DEFAULT").preset
+    assert resolve_weights("efficientnet_v2_s", weights).preset.crop == 384
+
+
+def test_weights_for_another_size_scale_the_resize_with_it() -> None:
+    half = resolve_weights("resnet152", "IMAGENET1K_V2", 112).preset
+    assert (half.resize, half.crop) == (116, 112)
 
 
 def test_weights_by_name_are_downloaded_once(publish: Publish, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     state = noise()
     served = publish(WEIGHTS, state)
-    assert_holds(build_backbone(NAME, WEIGHTS, "logits", 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0).model, state)
     assert files_in(cache) == [served.name]
     assert (cache / served.name).read_bytes() == served.read_bytes()
     assert WEIGHTS.url in caplog.text
     caplog.clear()
     served.unlink()  # a second request would end in a 404
-    assert_holds(build_backbone(NAME, WEIGHTS, "penultimate", 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "penultimate", 0).model, state)
     assert caplog.text == ""
 
 
@@ -164,14 +171,14 @@ def test_a_file_that_torch_has_cached_needs_no_server(cache: Path, monkeypatch: 
     cache.mkdir(parents=True)
     (cache / f"model-{digest}.pth").write_bytes(content)
     monkeypatch.setattr(WEIGHTS.value, "url", f"http://{closed_port()}/model-{digest}.pth")
-    assert_holds(build_backbone(NAME, WEIGHTS, "logits", 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0).model, state)
 
 
 def test_a_wrong_hash_is_refused_and_no_file_is_left(publish: Publish, cache: Path) -> None:
     served = publish(WEIGHTS, noise())
     served.write_bytes(served.read_bytes() + b"more")
     with pytest.raises(InputError, match="download is damaged") as caught:
-        build_backbone(NAME, WEIGHTS, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
     assert WEIGHTS.url in str(caught.value)
     assert str(caught.value).count("\n") < 3
     assert files_in(cache) == []
@@ -188,7 +195,7 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(
     cache.mkdir(parents=True)
     (cache / served.name).write_bytes(damage(served.read_bytes()))
     caplog.set_level("WARNING", logger="tl_trainer")
-    assert_holds(build_backbone(NAME, WEIGHTS, "logits", 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0).model, state)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(cache / served.name) in caplog.text
     assert (cache / served.name).read_bytes() == served.read_bytes()
@@ -207,8 +214,8 @@ def test_of_two_processes_that_want_a_file_the_second_finds_it(
         served.rename(folder / served.name)
         yield
 
-    monkeypatch.setattr(backbones, "sole_use", after_another)
-    assert_holds(build_backbone(NAME, WEIGHTS, "logits", 0).model, state)
+    monkeypatch.setattr(torchvision_models, "sole_use", after_another)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0).model, state)
     assert fetched == files_in(cache) == [served.name]
 
 
@@ -245,7 +252,7 @@ def test_a_connection_that_is_cut_leaves_no_file(
     monkeypatch.setattr(_Cut, "content", content)
     monkeypatch.setattr(WEIGHTS.value, "url", f"http://{cutting_server}/model-{digest}.pth")
     with pytest.raises(InputError) as caught:
-        build_backbone(NAME, WEIGHTS, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
     assert WEIGHTS.url in str(caught.value)
     assert str(caught.value).count("\n") < 3
     assert files_in(cache) == []
@@ -264,20 +271,20 @@ def test_offline_three_lines_name_the_url_the_place_and_the_alternatives(
 ) -> None:
     monkeypatch.setattr(WEIGHTS.value, "url", f"http://{closed_port()}/model-0123456789.pth")
     with pytest.raises(InputError) as caught:
-        build_backbone(NAME, WEIGHTS, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
     first, second, third = str(caught.value).splitlines()
     assert first.startswith(f"{WEIGHTS.url} cannot be downloaded: ")
     assert "refused" in first
     assert str(cache / "model-0123456789.pth") in second
     assert "state_dict" in third
-    assert "model.backbone=tiny_resnet model.weights=DEFAULT" in third
+    assert "model.backbone=efficientnet_lite0 comes with tl-trainer and needs no network." in third
     assert files_in(cache) == []
 
 
 def test_a_file_that_the_server_does_not_have(publish: Publish, cache: Path) -> None:
     publish(WEIGHTS, noise()).unlink()
     with pytest.raises(InputError, match=r"cannot be downloaded: .*[Nn]ot found"):
-        build_backbone(NAME, WEIGHTS, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
     assert files_in(cache) == []
 
 
@@ -286,14 +293,14 @@ def test_a_cache_that_cannot_be_written(publish: Publish, tmp_path: Path, monkey
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="cannot be downloaded"):
-        build_backbone(NAME, WEIGHTS, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
 
 
 def test_vgg16_features_are_weights_for_the_pooled_tap(publish: Publish) -> None:
     weights = VGG16_Weights.IMAGENET1K_FEATURES
     features = {key: value for key, value in noise("vgg16").items() if key.startswith("features.")}
     publish(weights, {**features, "classifier.0.bias": torch.full((4096,), torch.nan)})
-    model = build_backbone("vgg16", weights, "pooled", 0).model
+    model = build_backbone("vgg16", resolve_weights("vgg16", weights.name), "pooled", 0).model
     assert model.state_dict().keys() == features.keys()
     assert_holds(model, features)
 
@@ -307,13 +314,13 @@ def saved(state: Any, name: str = "weights.pth") -> Path:
 def test_weights_from_a_file(prefix: str) -> None:
     state = noise()
     path = saved({prefix + key: value for key, value in state.items()})
-    assert_holds(build_backbone(NAME, path, "logits", 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0).model, state)
 
 
 def test_a_file_from_before_torch_0_4_does_not_count_batches() -> None:
     state = noise()
     path = saved({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")})
-    model = build_backbone(NAME, path, "logits", 0).model
+    model = build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0).model
     assert_holds(model, {key: torch.tensor(0) if key.endswith("_tracked") else value for key, value in state.items()})
 
 
@@ -323,18 +330,18 @@ def test_densenets_old_names() -> None:
     old = torch.load(path, weights_only=True)
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     assert "features.denseblock4.denselayer16.conv.2.weight" in old
-    assert_holds(build_backbone("densenet121", path, "logits", 0).model, state)
+    assert_holds(build_backbone("densenet121", resolve_weights("densenet121", str(path)), "logits", 0).model, state)
 
 
 @pytest.mark.parametrize("tap", ["penultimate", "pooled"])
 def test_another_number_of_classes_does_not_matter_below_the_last_linear(tap: str) -> None:
     state = noise(num_classes=7)
-    assert_holds(build_backbone(NAME, saved(state), tap, 0).model, state)
+    assert_holds(build_backbone(NAME, resolve_weights(NAME, str(saved(state))), tap, 0).model, state)
 
 
 def test_the_inceptions_weights_expect_the_input_of_another_framework() -> None:
     model = torchvision.models.googlenet(weights=None, aux_logits=False, init_weights=False, transform_input=True)
-    backbone = build_backbone("googlenet", saved(model.state_dict()), "logits", 0)
+    backbone = build_backbone("googlenet", resolve_weights("googlenet", str(saved(model.state_dict()))), "logits", 0)
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(backbone(images), model.eval()(images))
@@ -356,7 +363,7 @@ def test_a_file_that_does_not_fit_is_named(change: Callable[[State], None], expe
     change(state)
     path = saved(state)
     with pytest.raises(CheckpointError, match=expected) as caught:
-        build_backbone(NAME, path, "logits", 0)
+        build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -364,13 +371,13 @@ def test_a_file_that_does_not_fit_is_named(change: Callable[[State], None], expe
 def test_another_models_weights() -> None:
     path = saved(noise("squeezenet1_1"))
     with pytest.raises(CheckpointError, match=f"not weights of {NAME}: .* the first conv1.0.weight"):
-        build_backbone(NAME, path, "penultimate", 0)
+        build_backbone(NAME, resolve_weights(NAME, str(path)), "penultimate", 0)
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {}, "epoch": 3}])
 def test_a_file_that_is_no_state_dict(content: Any) -> None:
     with pytest.raises(CheckpointError, match=r"weights\.pth: not a state_dict"):
-        build_backbone(NAME, saved(content), "penultimate", 0)
+        build_backbone(NAME, resolve_weights(NAME, str(saved(content))), "penultimate", 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", b"PK\x03\x04" + b"\0" * 64])
@@ -378,7 +385,7 @@ def test_a_damaged_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"weights\.pth: damaged or not a PyTorch file"):
-        build_backbone(NAME, path, "penultimate", 0)
+        build_backbone(NAME, resolve_weights(NAME, str(path)), "penultimate", 0)
 
 
 class Malicious:
@@ -413,7 +420,7 @@ def test_a_pickle_that_runs_code_is_refused_and_never_executed(
     mark, path = tmp_path / "executed", tmp_path / "weights.pth"
     write({**noise(), "fc.bias": Malicious(mark)}, path)
     with pytest.raises(CheckpointError, match=rf"weights\.pth: .*{expected}"):
-        build_backbone(NAME, path, "penultimate", 0)
+        build_backbone(NAME, resolve_weights(NAME, str(path)), "penultimate", 0)
     assert not mark.exists()
     read(path)
     assert mark.exists(), "the file does nothing, so the test shows nothing"

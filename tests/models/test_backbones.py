@@ -14,15 +14,10 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights
 
 from tl_trainer.errors import SettingError
-from tl_trainer.models.backbones import (
-    Backbone,
-    build_backbone,
-    empty_backbone,
-    feature_size,
-)
+from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, resolve_weights
+from tl_trainer.models.chain import Backbone
 
 SEED = 7
 SIZES = {  # name: (penultimate, pooled)
@@ -60,7 +55,7 @@ class Pair(NamedTuple):
 
 
 def make_pair(name: str, side: int) -> Pair:
-    backbone = build_backbone(name, None, "logits", SEED)
+    backbone = build_backbone(name, resolve_weights(name, "none"), "logits", SEED)
     # Built without memory, where that works, to be filled with the backbone's own tensors.
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         reference = torchvision.models.get_model(name, weights=None, **QUIRKS.get(name, {}))
@@ -138,7 +133,10 @@ def test_sizes_at_the_taps(pair: Pair, tap: str, index: int) -> None:
     with torch.inference_mode():
         assert backbone(pair.images).shape == (2, expected)
     for height, width in [(64, 64), (224, 224), (300, 256)]:
-        assert feature_size(backbone, pair.name, False, tap, height, width) == expected
+        assert (
+            feature_size(backbone, pair.name, resolve_weights(pair.name, "none"), tap, torch.empty(3, height, width))
+            == expected
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name != "squeezenet1_1"])
@@ -149,17 +147,17 @@ def test_feature_size_is_that_of_the_output(name: str, tap: str) -> None:
     assert place.type == ("cpu" if name.startswith("regnet") else "meta")
     with torch.no_grad():
         shape = backbone(torch.empty(1, 3, side, side, device=place)).shape
-    assert shape == (1, feature_size(backbone, name, False, tap, side, side))
+    assert shape == (1, feature_size(backbone, name, resolve_weights(name, "none"), tap, torch.empty(3, side, side)))
 
 
 @pytest.mark.parametrize(("tap", "height", "width"), [("features.3", 64, 64), ("features", 64, 96), ("layer3", 32, 64)])
 def test_feature_size_at_a_stage_depends_on_the_image(tap: str, height: int, width: int) -> None:
     name = "resnet18" if tap.startswith("layer") else "alexnet"
-    backbone = build_backbone(name, None, tap, SEED)
-    size = feature_size(backbone, name, False, tap, height, width)
+    backbone = build_backbone(name, resolve_weights(name, "none"), tap, SEED)
+    size = feature_size(backbone, name, resolve_weights(name, "none"), tap, torch.empty(3, height, width))
     with torch.inference_mode():
         assert backbone(torch.rand(1, 3, height, width)).shape == (1, size)
-    assert feature_size(backbone, name, False, tap, height, 2 * width) > size
+    assert feature_size(backbone, name, resolve_weights(name, "none"), tap, torch.empty(3, height, 2 * width)) > size
 
 
 LAST_LINEAR = {
@@ -221,16 +219,17 @@ def test_pooled_is_after_the_last_pooling_also_where_it_is_a_function() -> None:
         assert_same(tapped("shufflenet_v2_x0_5", "pooled", reference.state_dict())(images), last.mean([2, 3]))
 
 
-def test_a_model_that_is_no_chain_is_a_body_and_its_last_linear() -> None:
+def test_a_vision_transformer_is_a_chain_too() -> None:
     _, _, reference, images = make_pair("vit_b_32", 224)
     features: list[Tensor] = []
     handle = reference.heads.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
     with torch.inference_mode():
         reference(images)
         handle.remove()
-        for tap in ("penultimate", "pooled", "body"):
+        for tap in ("penultimate", "pooled", "getitem"):
             backbone = tapped("vit_b_32", tap, reference.state_dict())
-            assert [stage.name for stage in backbone.stages] == ["body"]
+            names = [stage.name for stage in backbone.stages]
+            assert names == ["conv_proj", "permute", "class_token", "encoder", "getitem"]
             assert_same(backbone(images), features[0])
 
 
@@ -270,11 +269,11 @@ def test_an_empty_backbone_has_no_memory(name: str) -> None:
 def test_random_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = build_backbone("mnasnet0_5", None, "logits", 3).state_dict()
+    first = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "logits", 3).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again = build_backbone("mnasnet0_5", None, "logits", 3).state_dict()
-    other = build_backbone("mnasnet0_5", None, "logits", 4).state_dict()
+    again = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "logits", 3).state_dict()
+    other = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "logits", 4).state_dict()
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["model.layers.0.weight"], other["model.layers.0.weight"])
@@ -283,14 +282,14 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
 def test_random_weights_are_torchvisions_own_initialisation() -> None:
     torch.manual_seed(3)
     expected = torchvision.models.get_model("mnasnet0_5", weights=None).state_dict()
-    actual = build_backbone("mnasnet0_5", None, "penultimate", 3).model.state_dict()
+    actual = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "penultimate", 3).model.state_dict()
     assert expected.keys() - actual.keys() == {"classifier.1.weight", "classifier.1.bias"}
     assert all(torch.equal(actual[key], expected[key]) for key in actual)
 
 
 @pytest.mark.parametrize("name", ["alexnet", "mnasnet0_5"])  # dropout; BatchNorm
 def test_a_backbone_starts_in_eval_mode(name: str) -> None:
-    backbone, images = build_backbone(name, None, "logits", SEED), torch.rand(2, 3, 64, 64)
+    backbone, images = build_backbone(name, resolve_weights(name, "none"), "logits", SEED), torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(backbone(images), backbone(images))
         torch.testing.assert_close(backbone(images)[:1], backbone(images[:1]))
@@ -335,13 +334,18 @@ def test_vgg16_features_have_no_classifier_to_tap(tap: str) -> None:
     with pytest.raises(
         SettingError, match=r"IMAGENET1K_FEATURES has no usable classifier.*model.tap: pooled"
     ) as caught:
-        build_backbone("vgg16", VGG16_Weights.IMAGENET1K_FEATURES, tap, 0)
+        build_backbone("vgg16", resolve_weights("vgg16", "IMAGENET1K_FEATURES"), tap, 0)
     assert caught.value.key == "model.tap"
 
 
 def test_squeezenet_has_no_linear_layer_and_so_no_penultimate() -> None:
     with pytest.raises(SettingError, match=r"squeezenet1_1 has no Linear layer; set model.tap to pooled") as caught:
-        build_backbone("squeezenet1_1", None, "penultimate", 0)
+        build_backbone("squeezenet1_1", resolve_weights("squeezenet1_1", "none"), "penultimate", 0)
     assert caught.value.key == "model.tap"
-    backbone = build_backbone("squeezenet1_1", None, "pooled", 0)
-    assert feature_size(backbone, "squeezenet1_1", False, "pooled", 64, 64) == 1000
+    backbone = build_backbone("squeezenet1_1", resolve_weights("squeezenet1_1", "none"), "pooled", 0)
+    assert (
+        feature_size(
+            backbone, "squeezenet1_1", resolve_weights("squeezenet1_1", "none"), "pooled", torch.empty(3, 64, 64)
+        )
+        == 1000
+    )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tl_trainer.errors import SettingError
-from tl_trainer.models.backbones import Backbone, Stage, build_backbone, empty_backbone
+from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights
+from tl_trainer.models.chain import Backbone, Stage
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 
@@ -182,7 +183,7 @@ def test_trained_state_of_another_classifier_is_refused() -> None:
 
 def test_a_pretrained_backbone_with_a_trained_end() -> None:
     torch.manual_seed(0)
-    backbone = build_backbone("mnasnet0_5", None, "penultimate", 0)
+    backbone = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "penultimate", 0)
     classifier = Classifier(backbone, build_head(1280, [], CLASSES, 0.0), "layers.14").train()
     before = copy.deepcopy(classifier.state_dict())
     classifier(torch.randn(4, 3, 32, 32)).square().sum().backward()

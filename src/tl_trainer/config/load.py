@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_origin
@@ -48,12 +49,15 @@ class Loaded:
 def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loaded:
     """The configuration called `name` (a path, else a bundled one; None: the defaults) with dotted-key overrides.
 
-    A mapping is taken as it is.
+    A mapping is taken as it is; a folder of photographs or a CSV file means default.yaml on these.
 
     Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
     """
     if name is None:
         return _validated({}, "run", {}, overrides)
+    if isinstance(name, str) and name not in _bundled() and (settings := _data_at(expand(name))):
+        default = load("default.yaml", [*settings, *overrides])
+        return replace(default, name=expand(name).resolve().stem or default.name)
     if isinstance(name, Mapping):
         return _validated(copy.deepcopy(dict(name)), "run", {(): "the configuration"}, overrides)
     path = find(name)
@@ -76,6 +80,16 @@ def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], ove
         raise ConfigError(_lines(origins, _problems(error))) from None
 
 
+def _data_at(path: Path) -> list[Override]:
+    """The settings for the data in a folder or a CSV file; none for another path."""
+    with contextlib.suppress(OSError):  # such as a name that is too long for the system: `find` says so
+        if path.is_dir():
+            return [("data.source", "imagefolder"), ("data.root", str(path))]
+        if path.suffix.lower() == ".csv" and path.is_file():
+            return [("data.source", "csv"), ("data.root", str(path.parent)), ("data.csv.labels", path.name)]
+    return []
+
+
 def find(name: str) -> Path:
     """The file that `--config name` means: a path, else a bundled configuration with or without its ending."""
     path = expand(name)
@@ -85,12 +99,18 @@ def find(name: str) -> Path:
         exists = path.exists()
     except OSError as error:
         raise InputError(f"--config {name}: cannot be read: {error.strerror}") from error
-    bundled = {file.name: file for file in bundled_folder().glob("*.yaml")}
-    if file := bundled.get(name) or bundled.get(f"{name}.yaml"):
-        return file
+    bundled = _bundled()
+    if name in bundled:
+        return bundled[name]
     if exists:
         raise InputError(f"--config {name} is not a file")
-    raise InputError(f"--config {name}: no such file, and {unknown('bundled configuration', name, bundled)}")
+    names = {file.name for file in bundled.values()}
+    raise InputError(f"--config {name}: no such file, and {unknown('bundled configuration', name, names)}")
+
+
+def _bundled() -> dict[str, Path]:
+    """The bundled configurations by their names, with and without the ending."""
+    return {name: file for file in bundled_folder().glob("*.yaml") for name in (file.stem, file.name)}
 
 
 def bundled_folder() -> Path:
@@ -200,13 +220,8 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             reason = str(error.problem or error.context)
-            hint = (
-                "; indent with spaces"
-                if "\\t" in reason
-                else "; check the indentation"
-                if "not allowed" in reason
-                else ""
-            )
+            hint = "; check the indentation" if "not allowed" in reason else ""
+            hint = "; indent with spaces" if "\\t" in reason else hint
             raise _Refused(reason + hint, mark.line + 1 if mark else 0) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" is a ValueError
             raise _Refused(str(error).splitlines()[0]) from None

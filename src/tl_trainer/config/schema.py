@@ -86,6 +86,13 @@ class DataSection(Section):
 
 
 class TransformsSection(Section):
+    size: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        description="The side of the network's input in pixels, where train and eval are default; null is what the "
+        "weights were trained with.",
+    )
     train: Transforms = Field(
         "default",
         description="default (the weights' preprocessing with RandomResizedCrop and a flip), eval (the same as for "
@@ -105,16 +112,20 @@ class HeadSection(Section):
 
 
 class ModelSection(Section):
-    backbone: str = Field("resnet152", description="The name of a torchvision classification model, or tiny_resnet.")
+    backbone: str = Field(
+        "efficientnet_lite0",
+        description="efficientnet_lite0 (its weights come with tl-trainer), a torchvision model, or timm/<name>.",
+    )
     weights: str = Field(
         "DEFAULT",
-        description="A torchvision weights name, DRAWINGS_V1 (of tiny_resnet, needs no network), DEFAULT (the best), "
-        "none (random), or a state_dict file.",
+        description="DEFAULT (the best), none (random), a torchvision weights name, a tag of timm's, or a file "
+        "(.pth, .safetensors).",
     )
     tap: str = Field(
         "penultimate",
         description="Where the features are taken: penultimate (input of the last Linear), pooled (after the last "
-        "pooling, flattened), logits (the 1000 ImageNet scores), or a stage name such as layer3.",
+        "pooling, flattened), logits (the 1000 ImageNet scores), a stage name such as layer3, or of a vision "
+        "transformer of timm's cls, patch_mean or cls+patch_mean.",
     )
     trainable: str = Field(
         "head",

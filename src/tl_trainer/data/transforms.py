@@ -51,7 +51,7 @@ _TENSOR: list[Step] = [("ToImage", None), _FLOAT]
 class Preprocessing:
     """What a backbone's weights were trained with; sizes in pixels, mean and std of channels in [0, 1]."""
 
-    resize: int
+    resize: int | list[int]
     crop: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tl_trainer.models.backbones import Backbone, Stage, with_versions
+from tl_trainer.models.chain import Backbone, Stage
+from tl_trainer.models.weights import with_versions
 
 State = dict[str, Tensor]
 
@@ -26,8 +27,8 @@ class Classifier(nn.Module):
         start = backbone.index(trainable) if start is None else start
         self.frozen: list[Stage] = stages[:start]
         self.trained: list[Stage] = stages[start:]
-        for stage in self.frozen:
-            stage.module.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not self._is_frozen(name))
         self.train(self.training)
 
     def prefix(self, images: Tensor) -> Tensor:
@@ -77,4 +78,4 @@ class Classifier(nn.Module):
 
     def _is_frozen(self, key: str) -> bool:
         name = key.removeprefix("backbone.model.")
-        return name != key and any(stage.name == "body" or name.startswith(f"{stage.name}.") for stage in self.frozen)
+        return name != key and not any(stage.owns(name) for stage in self.trained)

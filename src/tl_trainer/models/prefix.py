@@ -2,6 +2,7 @@
 
 What is frozen needs no gradient and never changes, so its BatchNorm is folded into the convolutions (as in torch's own
 `fuse_conv_bn_weights`), memory is laid out channels_last, and the arithmetic is bf16 where the processor has that.
+Convolutions that pad by their input's size, as TensorFlow does, get the padding of the size at hand.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import itertools
 import logging
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tl_trainer.errors import SettingError
-from tl_trainer.models.backbones import Stage
+from tl_trainer.models.chain import Stage
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +58,26 @@ class FrozenPrefix:
         self, stages: Sequence[Stage], device: torch.device, precision: str, *, images_to_compile_for: int = 0
     ) -> None:
         self.dtype = DTYPES[precision]
-        self.network: nn.Module = _converted(_folded(stages), device, self.dtype)
+        self._graph = _converted(_folded(stages), device, self.dtype)
+        self._compiled = images_to_compile_for >= IMAGES_WORTH_COMPILING.get(device.type, images_to_compile_for + 1)
+        self._size: torch.Size | None = None  # of the images that `network` is for, where that makes a difference
+        self._pads = bool(_padding_by_size(self._graph))
+        self.network: nn.Module = self._graph if self._pads else self._ready(self._graph)
         self.calls = 0
-        if images_to_compile_for >= IMAGES_WORTH_COMPILING.get(device.type, images_to_compile_for + 1):
-            self._compile()
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         self.calls += 1
+        if self._pads and images.shape[-2:] != self._size:
+            self.network, self._size = self._ready(_padded(self._graph, images.to(self.dtype))), images.shape[-2:]
         return self.network(images.to(dtype=self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
-    def _compile(self) -> None:
-        if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    def _ready(self, graph: nn.Module) -> nn.Module:
+        """The graph, compiled where that pays."""
+        if self._compiled and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             log.warning("performance.compile needs a C++ compiler, and none was found; going on without it")
-            return
-        self.network = torch.compile(self.network, options={"freezing": True})  # type: ignore[assignment]
+            self._compiled = False
+        return torch.compile(graph, options={"freezing": True}) if self._compiled else graph  # type: ignore[return-value]
 
 
 def _folded(stages: Sequence[Stage]) -> fx.GraphModule:
@@ -85,7 +92,8 @@ def _folded(stages: Sequence[Stage]) -> fx.GraphModule:
             continue
         before, norm = node.args[0], modules[node.target]
         conv = modules.get(str(before.target)) if before.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1:
+        activation = getattr(norm, "act", None)  # timm's BatchNormAct2d has one inside
+        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1 or not _foldable(norm):
             continue
         fused = copy.copy(conv)
         weight, bias = fuse_conv_bn_weights(
@@ -95,11 +103,60 @@ def _folded(stages: Sequence[Stage]) -> fx.GraphModule:
         parent, _, leaf = str(before.target).rpartition(".")
         setattr(graph.get_submodule(parent), leaf, fused)
         modules[str(before.target)] = fused
-        node.replace_all_uses_with(before)
-        graph.graph.erase_node(node)
+        if activation is None:
+            node.replace_all_uses_with(before)
+            graph.graph.erase_node(node)
+        else:
+            parent, _, leaf = str(node.target).rpartition(".")
+            setattr(graph.get_submodule(parent), leaf, activation)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _foldable(norm: nn.BatchNorm2d) -> bool:
+    """Whether all that it computes is known: torch's own, or timm's with an activation and nothing else behind it."""
+    if type(norm) is nn.BatchNorm2d:
+        return True
+    return type(norm).__name__ == "BatchNormAct2d" and isinstance(norm.drop, nn.Identity)
+
+
+def _padding_by_size(graph: fx.GraphModule) -> dict[str, nn.Conv2d]:
+    """The convolutions of the graph that compute their padding from their input's size: timm's Conv2dSame."""
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    modules = {name: module for name, module in graph.named_modules() if name in called}
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame"
+    }
+
+
+def _padded(graph: fx.GraphModule, images: Tensor) -> fx.GraphModule:
+    """The graph with a pad of known size before each convolution that would compute it, for images of this size."""
+    sizes: dict[str, torch.Size] = {}
+
+    class Watch(fx.Interpreter):
+        def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            sizes[str(target)] = args[0].shape[-2:]
+            return super().call_module(target, args, kwargs)
+
+    Watch(graph).run(images[:1])
+    found = copy.copy(graph)
+    for name, module in _padding_by_size(graph).items():
+        pad: list[int] = []
+        for axis in (1, 0):  # the last dimension first, as `nn.ConstantPad2d` wants it
+            reach, stride = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1, module.stride[axis]
+            total = max((-(-sizes[name][axis] // stride) - 1) * stride + reach - sizes[name][axis], 0)
+            pad += [total // 2, total - total // 2]
+        even = pad[0] == pad[1] and pad[2] == pad[3]
+        fixed = copy.copy(module)
+        fixed.__class__ = nn.Conv2d
+        fixed.padding = (pad[2], pad[0]) if even else (0, 0)
+        padding = nn.ConstantPad2d((pad[0], pad[1], pad[2], pad[3]), 0.0)
+        parent, _, leaf = name.rpartition(".")
+        setattr(found.get_submodule(parent), leaf, fixed if even else nn.Sequential(padding, fixed))
+    return found
 
 
 def _converted(graph: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> fx.GraphModule:
@@ -118,7 +175,7 @@ def _converted(graph: fx.GraphModule, device: torch.device, dtype: torch.dtype) 
 def _trace(network: nn.Sequential) -> fx.GraphModule:
     """The whole as one graph; stages whose control flow cannot be traced stay as they are."""
     try:
-        return fx.GraphModule(network, fx.Tracer().trace(network))
+        return fx.GraphModule(network, _Tracer().trace(network))
     except Exception:  # any Python may stand in a forward, and anything may happen when it meets a proxy
         opaque = {name for name, stage in network.named_children() if not _traceable(stage)}
         return fx.GraphModule(network, _Tracer(opaque).trace(network))
@@ -126,16 +183,19 @@ def _trace(network: nn.Sequential) -> fx.GraphModule:
 
 def _traceable(stage: nn.Module) -> bool:
     try:
-        fx.Tracer().trace(stage)
+        _Tracer().trace(stage)
     except Exception:
         return False
     return True
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, opaque: set[str]) -> None:
+    """Looks into every module but torch's own, the `opaque`, and other libraries' kinds of what can be folded."""
+
+    def __init__(self, opaque: Collection[str] = ()) -> None:
         super().__init__()
         self.opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
+        known = isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or module_qualified_name in self.opaque
+        return known or super().is_leaf_module(m, module_qualified_name)

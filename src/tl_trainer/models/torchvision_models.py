@@ -1,0 +1,161 @@
+"""torchvision's classification models: their names, weights, preprocessing, and the download of a weights file."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model_weights, list_models
+
+from tl_trainer.data.transforms import Preprocessing
+from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.ground.downloads import stall_timeout
+from tl_trainer.ground.files import content_hash
+from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.progress import bars_shown
+from tl_trainer.ground.sealed import load_plain
+from tl_trainer.models.chain import Backbone, tapped
+from tl_trainer.models.weights import Weights, given_file, unknown_weights, with_versions
+
+log = logging.getLogger(__name__)
+
+NAMES = frozenset(list_models(module=torchvision.models))
+
+
+def weights_names() -> list[str]:
+    """Every name of weights, of any model."""
+    return sorted({"none", *itertools.chain.from_iterable(get_model_weights(name).__members__ for name in NAMES)})
+
+
+def resolve(name: str, weights: str) -> Weights:
+    """The weights called so; SettingError where the model has none of that name."""
+    members = get_model_weights(name).__members__
+    default = _preset(members["DEFAULT"])
+    if weights == "none":
+        return Weights("none", default)
+    if weights in members:
+        member = members[weights]
+        return Weights(member.name, _preset(member), lambda: fetch(member), classifier=bool(member.meta["categories"]))
+    if path := given_file(weights):
+        return Weights(weights, default, lambda: path)
+    raise unknown_weights(name, weights, [*members, "none", "a file's path"])
+
+
+def build(name: str, weights: Weights, tap: str) -> Backbone:
+    """The backbone, filled from the weights' file, or random."""
+    if weights.fetch is None:
+        return tapped(_construct(name, False, weights.preset.crop), name, tap)
+    if not weights.classifier and tap != "pooled":
+        raise SettingError(
+            "model.tap", f"{name} {weights.name} has no usable classifier; set model.tap: pooled, not {tap!r}"
+        )
+    backbone = empty(name, True, tap, weights.preset.crop)
+    _load(backbone.model, weights.fetch(), name)
+    return backbone
+
+
+def empty(name: str, pretrained: bool, tap: str, size: int | None) -> Backbone:
+    """The backbone without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            model = _construct(name, pretrained, size)
+    except NotImplementedError:  # the RegNets compute their widths with tensors, which meta tensors cannot
+        model = _construct(name, pretrained, size)
+    return tapped(model, name, tap)
+
+
+def _preset(member: WeightsEnum) -> Preprocessing:
+    preset = member.transforms()
+    return Preprocessing(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+
+
+def fetch(weights: WeightsEnum) -> Path:
+    """The file of the weights: in torch's cache, downloaded with a progress bar if need be.
+
+    Its SHA-256 must begin as its name says, whenever it is used. Of several processes one downloads.
+    """
+    url = weights.url
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(url).name
+    if _intact(path):
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with sole_use(folder, wait=True), stall_timeout():
+            if _intact(path):  # by now
+                return path
+            if path.exists():
+                log.warning("%s does not have the hash in its name; downloading it again", path)
+            log.info("downloading %s", url)
+            torch.hub.download_url_to_file(url, str(path), _named_hash(path), progress=bars_shown())
+    except RuntimeError as error:  # torch.hub's word for a wrong hash
+        raise InputError(f"{url}: the download is damaged ({error}); try again") from error
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"{url} cannot be downloaded: {getattr(error, 'reason', None) or error}\n"
+            f"Fetch that file on another machine and put it at {path}\n"
+            "or set model.weights to a state_dict file that is here. model.backbone=efficientnet_lite0 comes with "
+            "tl-trainer and needs no network."
+        ) from error
+    return path
+
+
+def _intact(path: Path) -> bool:
+    return path.exists() and content_hash(path).startswith(_named_hash(path))
+
+
+def _named_hash(path: Path) -> str:
+    """The first digits of the SHA-256 that torchvision writes into its files' names, or "" where there are none."""
+    match = re.search(r"-([a-f0-9]{8,})\.", path.name)
+    return match.group(1) if match else ""
+
+
+def _construct(name: str, pretrained: bool, size: int | None) -> nn.Module:
+    quirks: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers only matter for training from scratch, and their weights expect the input of
+        # another framework.
+        quirks = {"aux_logits": False, "init_weights": not pretrained, "transform_input": pretrained}
+    elif name.startswith("vit_") and size is not None:
+        quirks = {"image_size": size}  # as many position embeddings; some weights are for 384 or 518 px
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **quirks)
+    return model.eval()
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    loaded = load_plain(path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path}: not a state_dict (names and tensors) of {name}")
+    state = {_modern(key.removeprefix("module.")): value for key, value in loaded.items()}
+    wanted = model.state_dict()
+    if missing := [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]:
+        raise CheckpointError(
+            f"{path}: not weights of {name}: {len(missing)} tensors are missing, the first {missing[0]}"
+        )
+    for key, value in wanted.items():
+        if key in state and state[key].shape != value.shape:
+            raise CheckpointError(f"{path}: {key} is {tuple(state[key].shape)}, {name} has {tuple(value.shape)}")
+    for key in wanted.keys() - state.keys():  # files older than torch 0.4.1 do not count batches
+        state[key] = torch.tensor(0)
+    known = {key: state[key].to(value.dtype) for key, value in wanted.items()}
+    versions = getattr(loaded, "_metadata", {})  # in a file of DataParallel's, behind those of the wrapper
+    versions = {re.sub(r"^module(\.|$)", "", module): version for module, version in versions.items()}
+    model.load_state_dict(with_versions(known, model, versions), assign=True)
+
+
+def _modern(key: str) -> str:
+    """DenseNet's files still name `norm.1` what has been `norm1` since module names lost their dots."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key)

@@ -1,0 +1,76 @@
+"""Where a backbone's weights come from, whatever library it is of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_trainer.data.transforms import Preprocessing
+from tl_trainer.errors import SettingError
+from tl_trainer.ground.wording import unknown
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Resolved weights: what the checkpoint calls them, the preprocessing they want, and how to get their file.
+
+    fetch: gives the file, downloaded if need be; None for random weights. classifier: whether they have a usable one.
+    """
+
+    name: str
+    preset: Preprocessing
+    fetch: Callable[[], Path] | None = None
+    classifier: bool = True
+
+    def at(self, size: int | None) -> Weights:
+        """The same weights for images of that side, the resize in proportion; None leaves both as they are."""
+        if size is None:
+            return self
+        preset, factor = self.preset, size / self.preset.crop
+        scaled = (
+            [round(side * factor) for side in preset.resize]
+            if isinstance(preset.resize, list)
+            else round(preset.resize * factor)
+        )
+        return replace(self, preset=replace(preset, resize=scaled, crop=size))
+
+
+def given_file(weights: str) -> Path | None:
+    """The file that `model.weights` names; None where it is no path. SettingError for a path without a file."""
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if "/" in weights or path.suffix:
+        raise SettingError("model.weights", f"no such file: {weights}")
+    return None
+
+
+def unknown_weights(backbone: str, weights: str, valid: Iterable[str]) -> SettingError:
+    """The complaint about weights that a backbone does not have."""
+    return SettingError("model.weights", unknown(f"weights of {backbone}", weights, valid))
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: the identity of frozen weights."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def with_versions(state: dict[str, Tensor], model: nn.Module, versions: Any = None) -> dict[str, Tensor]:
+    """The state dict with the modules' versions that `load_state_dict` reads: those given, else those of `model`.
+
+    A plain dict carries none, and MNASNet refuses a state dict without.
+    """
+    found: Any = OrderedDict(state)
+    found._metadata = versions or model.state_dict()._metadata  # type: ignore[attr-defined]
+    return found  # type: ignore[no-any-return]
