@@ -17,8 +17,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _map() -> list[list[str]]:
-    rows = README.split("| module of `tl_trainer` | what it does |")[1].splitlines()[2:]
-    return [re.findall(r"`([a-z_.]+)`", row.split("|")[1]) for row in rows if row.startswith("|")]
+    """The modules of each floor, from the top down."""
+    rows = README.split("| floor | module of `tl_trainer` | what it does |")[1].splitlines()[2:]
+    found = [re.fullmatch(r"\| (\d+) \| `([a-z_.]+)` \| [^|]+ \|", row) for row in rows if row.startswith("|")]
+    pairs = [(int(row[1]), row[2]) for row in found if row]
+    assert len(pairs) == len(found)
+    floors = sorted({floor for floor, _ in pairs}, reverse=True)
+    assert floors == list(range(len(floors), 0, -1))
+    return [[name for floor, name in pairs if floor == number] for number in floors]
 
 
 def test_the_map_names_every_module_once() -> None:
@@ -54,7 +60,7 @@ def test_every_bundled_configuration_is_listed() -> None:
 
 
 def test_every_script_it_names_is_there() -> None:
-    for name in re.findall(r"scripts/[a-z_0-9.]+[a-z]", README):
+    for name in re.findall(r"scripts/[a-z_0-9./]+[a-z]", README):
         assert (ROOT / name).is_file(), name
 
 
