@@ -35,7 +35,7 @@ from tl_trainer.feeds import Feed, Feeds
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Scores
-from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, resolve_weights
+from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, library_versions, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 from tl_trainer.models.weights import Weights, state_hash
@@ -315,17 +315,22 @@ def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
 
 
 def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feeds:
-    extractor = None
+    extractor, name = None, backbone["name"]
     if network.classifier.frozen and config.features.cache == "auto":
         extractor = Extractor(
             make_prefix=network.prefix,
             identity={
-                "backbone": backbone["name"],
+                "backbone": name,
                 "sha256": backbone["sha256"],
                 "stages": [stage.name for stage in network.classifier.frozen],
                 "precision": network.precision,
                 "device": network.device.type,
-                "versions": [CACHE_VERSION, torchvision.__version__, PIL.__version__],
+                "versions": [
+                    CACHE_VERSION,
+                    torchvision.__version__,
+                    PIL.__version__,
+                    *library_versions(backbone["name"]),
+                ],
             },
             folder=features_folder(config.features),
             limit=int(config.features.limit_gb * 1e9),

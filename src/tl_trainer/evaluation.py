@@ -69,7 +69,7 @@ def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None =
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes)
     what = what or _default_split(dataset, saved.val_names)
-    if what != "all" and saved.val_names is not None:
+    if what in ("train", "val") and saved.val_names is not None:
         dataset = with_val(config, dataset, parts.task, saved)
     _leave_out_unwritable_cache(parts)
     split = verified(dataset.split(what), what, config.data.on_bad_image, memory_of(config))

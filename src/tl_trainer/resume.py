@@ -49,7 +49,7 @@ class Resumption:
     def require_same(self, template: Checkpoint, images: str, where: str) -> None:
         """Raise DataError where the run began with other weights or images; `images` is their fingerprint."""
         name = template.backbone["name"]
-        if self.last.backbone != template.backbone:
+        if {**template.backbone, **self.last.backbone} != template.backbone:  # version 2 did not have all of it
             raise DataError(f"the weights of {name} are not those this run began with; restore that file")
         assert self.last.resume is not None
         if self.last.resume.get("images") != images:

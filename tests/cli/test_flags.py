@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import tl_trainer.resume
 from conftest import Run
@@ -400,3 +401,28 @@ def test_resume_takes_a_run_or_nothing_and_never_an_override(
     monkeypatch.setattr(tl_trainer.resume, "resume", resume)
     assert tl_train.main(["--config", "demo", *words]) == 2
     assert calls == [(target, "demo", overrides)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b"], "two datasets: a and b; give one"),
+        (["a", "--data-dir", "b"], "two datasets: a and b; give one"),
+        (["config=x"], "config: no key of the configuration"),
+        (["train__epochs=5"], "train__epochs: no key of the configuration"),
+        (["c"], "'c' is neither a folder nor a CSV file that is there, nor key=value"),
+    ],
+)
+def test_words_that_cannot_be_meant(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        Path(name).mkdir()
+    assert tl_train.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"tl-train: {message}")
+
+
+def test_data_beside_a_configuration_is_what_it_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("dogs").mkdir()
+    Path("dogs/labels.csv").write_text("id,label\n")
+    assert tl_train.main(["--config", "demo", "dogs/labels.csv", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["data"]["source"], printed["data"]["root"], printed["train"]["epochs"]) == ("csv", "dogs", 100)

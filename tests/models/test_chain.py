@@ -93,3 +93,31 @@ def test_tokens_are_for_vision_transformers() -> None:
     with pytest.raises(SettingError, match="branching has no tokens; use penultimate") as raised:
         tapped(Branching(), "branching", "cls")
     assert raised.value.key == "model.tap"
+
+
+class Odd(nn.Module):
+    """A value used twice, a module with an argument, one called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.fc = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.scaled = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lin(input=x)
+        x = x * x
+        x = self.scaled(x, 3.0)
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, by: float = 1.0) -> Tensor:
+        return x * by
+
+
+def test_arguments_of_a_stage_are_kept() -> None:
+    model, found = Odd().eval(), torch.rand(2, 4)
+    expected = model(found)
+    for stage in chain(model):
+        found = stage.module(found)
+    assert torch.equal(found, expected)

@@ -209,3 +209,31 @@ def test_lists() -> None:
     assert LISTS["backbones"]("nothing*") == []
     assert LISTS["transforms"]("*flip") == ["RandomHorizontalFlip", "RandomVerticalFlip"]
     assert LISTS["configs"]("dem*")[0].startswith("demo.yaml ")
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "test_vit", "mobilenetv3_small_050"])
+def test_pooled_is_what_the_classifier_sees_where_the_pooling_is_in_the_head(name: str) -> None:
+    full, size = f"timm/{name}", {"swin_tiny_patch4_window7_224": 112, "test_vit": None}.get(name, 64)
+    weights = resolve_weights(full, "none", size)
+    images = torch.randn(1, 3, weights.preset.crop, weights.preset.crop)
+    torch.manual_seed(0)
+    reference = timm_models.construct(full, weights.preset.crop)
+    backbone = build_backbone(full, weights, "pooled", 0)
+    with torch.inference_mode():
+        found = backbone(images)
+        if name != "mobilenetv3_small_050":  # which has a layer between the two
+            expected = reference.forward_head(reference.forward_features(images), pre_logits=True)  # type: ignore[operator]
+            assert torch.equal(found, expected.flatten(1))
+    assert found.shape[1] < 2000
+
+
+def test_a_register_token_is_no_class_token() -> None:
+    name = "timm/vit_little_patch16_reg4_gap_256"
+    with pytest.raises(SettingError, match=f"{name} has no class token; use patch_mean or penultimate"):
+        build_backbone(name, resolve_weights(name, "none", 64), "cls", 0)
+
+
+@pytest.mark.parametrize("name", ["timm/hf-hub:somebody/x", "timm/local-dir:/etc", "fasterrcnn_resnet50_fpn"])
+def test_a_checkpoint_cannot_name_what_is_no_backbone(name: str) -> None:
+    with pytest.raises(SettingError, match="unknown backbone"):
+        empty_backbone(name, False, "penultimate")

@@ -20,6 +20,7 @@ from tl_trainer.ground.wording import printable_lines
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 TTA_HELP = "average over views of each image: with its mirror image, five crops, or five crops and their mirror images"
+NO_KEYS = ("config", "checkpoint", "resume", "progress", "stop")  # what the api calls its own parameters
 OVERRIDES_HELP = "a key of the configuration that does not change what was trained, such as features.cache=off"
 Command = Callable[[argparse.Namespace], int]
 
@@ -89,6 +90,8 @@ def overrides_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str
     from tl_trainer.config.load import parse_override
 
     words = dict(parse_override(word) for word in args.overrides)
+    if wrong := [key for key in words if key in NO_KEYS or "__" in key]:
+        raise InputError(f"{wrong[0]}: no key of the configuration; write key=value, e.g. train.epochs=5")
     given = {key: getattr(args, flag) for flag, key in flags.items() if getattr(args, flag) is not None}
     return {**words, **given}
 

@@ -77,15 +77,19 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and "=" in args.resume and not Path(args.resume).exists():
         args.words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
-    args.overrides = [word for word in args.words if not _is_data(word)]
-    for word in args.words:
-        if _is_data(word) and args.config is None:
-            args.config = str(Path(word).expanduser().absolute())  # no bundled configuration that is called so
-        elif _is_data(word):
-            args.data_dir = args.data_dir or word
-        elif "=" not in word and not word.endswith((".yaml", ".yml")):
-            raise InputError(f"{word!r} is neither a folder nor a CSV file that is there, nor key=value")
+    data = [word for word in args.words if _is_data(word)]
+    args.overrides = [word for word in args.words if word not in data]
+    if strange := [word for word in args.overrides if "=" not in word and not word.endswith((".yaml", ".yml"))]:
+        raise InputError(f"{strange[0]!r} is neither a folder nor a CSV file that is there, nor key=value")
+    if len(data) > 1 or (data and args.data_dir):
+        raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
     overrides = overrides_of(args, FLAGS)
+    if data and args.config is None:
+        args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
+    elif data:
+        from tl_trainer.config.load import data_at
+
+        overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
     if args.list:
         sys.stdout.write(_listed(*args.list))
     elif args.print_schema:

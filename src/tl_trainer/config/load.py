@@ -55,7 +55,7 @@ def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loa
     """
     if name is None:
         return _validated({}, "run", {}, overrides)
-    if isinstance(name, str) and name not in _bundled() and (settings := _data_at(expand(name))):
+    if isinstance(name, str) and name not in _bundled() and (settings := data_at(expand(name))):
         default = load("default.yaml", [*settings, *overrides])
         return replace(default, name=expand(name).resolve().stem or default.name)
     if isinstance(name, Mapping):
@@ -80,7 +80,7 @@ def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], ove
         raise ConfigError(_lines(origins, _problems(error))) from None
 
 
-def _data_at(path: Path) -> list[Override]:
+def data_at(path: Path) -> list[Override]:
     """The settings for the data in a folder or a CSV file; none for another path."""
     with contextlib.suppress(OSError):  # such as a name that is too long for the system: `find` says so
         if path.is_dir():

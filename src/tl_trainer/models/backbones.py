@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,8 @@ def feature_size(backbone: Backbone, name: str, weights: Weights, tap: str, imag
     place = next(empty.parameters()).device
     with torch.no_grad():
         return int(empty(torch.empty(1, 3, height, width, device=place)).shape[1])
+
+
+def library_versions(name: str) -> list[str]:
+    """The versions, besides torchvision's, that the backbone's features depend on."""
+    return [metadata.version("timm")] if name == embedded.NAME or name.startswith(timm_models.PREFIX) else []

@@ -143,7 +143,9 @@ class _TopLevel(fx.Tracer):
 def _segment(model: nn.Module, before: fx.Node, nodes: Sequence[fx.Node]) -> list[Stage]:
     """The stages of the nodes between two cuts, the first of which takes the value of `before`."""
     node, target = nodes[-1], str(nodes[-1].target)
-    if len(nodes) == 1 and node.all_input_nodes == [before] and node.args[0] is before:
+    others = [*node.args[1:], *node.kwargs.values()]
+    constant = not any(isinstance(other, fx.Node) for other in others)
+    if len(nodes) == 1 and node.args[:1] == (before,) and constant and (node.op != "call_module" or not others):
         if node.op == "call_module":
             return _flattened(target, model.get_submodule(target))
         if node.op == "call_method":
@@ -217,8 +219,10 @@ def _tokens(model: nn.Module, stages: list[Stage], name: str, tap: str) -> Backb
     """The class token, the mean of the patches, or both, of a vision transformer's last tokens (N, T, C)."""
     norm, prefix = getattr(model, "norm", None), getattr(model, "num_prefix_tokens", None)
     end = [index for index, stage in enumerate(stages) if stage.module is norm]
-    if not end or prefix is None or (prefix == 0 and "cls" in tap):
-        raise SettingError("model.tap", f"{name} has no {'class token' if prefix == 0 else 'tokens'}; use penultimate")
+    if not end or prefix is None:
+        raise SettingError("model.tap", f"{name} has no tokens; use penultimate")
+    if "cls" in tap and getattr(model, "cls_token", None) is None:
+        raise SettingError("model.tap", f"{name} has no class token; use patch_mean or penultimate")
     picks: dict[str, Callable[[Tensor], Tensor]] = {
         "cls": lambda x: x[:, 0],
         "patch_mean": lambda x: x[:, prefix:].mean(dim=1),
@@ -243,7 +247,7 @@ def _tap_index(stages: list[Stage], backbone: str, tap: str) -> int:
             raise SettingError("model.tap", f"{backbone} has no Linear layer; set model.tap to pooled or a stage name")
         return linear[-1]
     if tap == "pooled":
-        pooling = [index for index, stage in enumerate(stages) if _pools(stage)]
+        pooling = [index for index, stage in enumerate(stages) if pools(stage)]
         return pooling[-1] + 1 if pooling else _tap_index(stages, backbone, "penultimate")
     covered = _covered(stages, tap)
     if not covered:
@@ -251,7 +255,8 @@ def _tap_index(stages: list[Stage], backbone: str, tap: str) -> int:
     return covered[-1] + 1
 
 
-def _pools(stage: Stage) -> bool:
+def pools(stage: Stage) -> bool:
+    """Whether it takes the mean or the largest over height and width."""
     return isinstance(stage.module, _POOLING) or stage.name in ("mean", "adaptive_avg_pool2d", "global_pool")
 
 

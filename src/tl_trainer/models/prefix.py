@@ -93,7 +93,8 @@ def _folded(stages: Sequence[Stage]) -> fx.GraphModule:
         before, norm = node.args[0], modules[node.target]
         conv = modules.get(str(before.target)) if before.op == "call_module" else None
         activation = getattr(norm, "act", None)  # timm's BatchNormAct2d has one inside
-        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1 or not _foldable(norm):
+        plain = type(conv) is nn.Conv2d or type(conv).__name__ == "Conv2dSame"  # others may standardise their weight
+        if not isinstance(conv, nn.Conv2d) or not plain or len(before.users) > 1 or not _foldable(norm):
             continue
         fused = copy.copy(conv)
         weight, bias = fuse_conv_bn_weights(

@@ -20,7 +20,7 @@ from tl_trainer.errors import CheckpointError, InputError, SettingError
 from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
 from tl_trainer.ground.wording import unknown
-from tl_trainer.models.chain import WHOLE, Backbone, tapped
+from tl_trainer.models.chain import WHOLE, Backbone, chain, pools, tapped
 from tl_trainer.models.weights import Weights, given_file, unknown_weights
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,10 @@ def build(name: str, weights: Weights, tap: str) -> Backbone:
 def empty(name: str, tap: str, size: int | None) -> Backbone:
     """The backbone to be filled by `load_state_dict(..., assign=True)`; without memory for its weights where it can be.
 
-    Some models keep tensors that no state dict has, such as the positions of rotary embeddings: these are made.
+    Some models keep tensors that no state dict has, such as the positions of rotary embeddings: these are made. Raises
+    SettingError for what timm does not have: a checkpoint may name anything, and timm would look for it in the hub.
     """
+    check(name)
     try:
         with torch.device("meta"):
             model = construct(name, size)
@@ -187,6 +189,8 @@ def up_to_tap(model: nn.Module, name: str, tap: str) -> Backbone:
     """The backbone up to the tap; `penultimate` is what timm calls pre-logits, the model without its classifier."""
     if tap != "logits":
         model.reset_classifier(0)  # type: ignore[operator]
+    if tap == "pooled" and not any(map(pools, chain(model))):  # it pools in its head, which is left without classifier
+        tap = "penultimate"
     return tapped(model, name, WHOLE if tap == "penultimate" else tap)
 
 

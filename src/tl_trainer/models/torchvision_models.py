@@ -21,6 +21,7 @@ from tl_trainer.ground.files import content_hash
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
+from tl_trainer.ground.wording import unknown
 from tl_trainer.models.chain import Backbone, tapped
 from tl_trainer.models.weights import Weights, given_file, unknown_weights, with_versions
 
@@ -62,7 +63,9 @@ def build(name: str, weights: Weights, tap: str) -> Backbone:
 
 
 def empty(name: str, pretrained: bool, tap: str, size: int | None) -> Backbone:
-    """The backbone without memory for its weights."""
+    """The backbone without memory for its weights. SettingError for what is no model of NAMES."""
+    if name not in NAMES:
+        raise SettingError("model.backbone", unknown("backbone", name, NAMES))
     try:
         with torch.device("meta"):
             model = _construct(name, pretrained, size)
