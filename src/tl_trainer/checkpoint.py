@@ -88,7 +88,8 @@ def load(path: Path) -> Checkpoint:
     if version == 2:
         content = _renewed(content)
     try:
-        return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint) if field.name in content})
+        # What is missing becomes (), which is of no field's kind: a default is for code, not for files.
+        return Checkpoint(**{field.name: content.get(field.name, ()) for field in fields(Checkpoint)})
     except ValidationError as error:
         name = error.errors()[0]["loc"][0]
         raise CheckpointError(f"{path}: damaged checkpoint: {name} is missing or of the wrong kind") from error
