@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tl_trainer
+from tiny import tiny_classifier
 from tl_trainer.checkpoint import Checkpoint, library_versions, load, save
 from tl_trainer.errors import CheckpointError, RunError
 from tl_trainer.ground.sealed import save_sealed
@@ -64,7 +65,7 @@ def test_what_is_saved_comes_back(path: Path) -> None:
     assert_equal(asdict(load(path)), asdict(example_))
 
 
-@pytest.mark.parametrize("name", ["frozen", "metrics", "val_names", "resume"])
+@pytest.mark.parametrize("name", ["frozen", "metrics", "val_names", "temperature", "resume"])
 def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
     save(replace(example(), **{name: None}), path)
     assert getattr(load(path), name) is None
@@ -106,6 +107,16 @@ def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
         CheckpointError, match=rf"best\.pth: damaged checkpoint: {name} is missing or of the wrong kind"
     ):
         load(path)
+
+
+def test_the_width_in_a_file_of_version_2_is_that_of_the_heads_first_matrix(path: Path) -> None:
+    """Whatever else trains, and however many layers the head has."""
+    trained = dict(tiny_classifier("all").trained_state())
+    content = content_of(replace(example(), trained=trained), path)
+    del content["features"]
+    save_sealed(path, {**content, "version": 2})
+    assert load(path).features == 4
+    assert [value.shape[-1] for value in trained.values() if value.dim() == 2] == [4, 8]
 
 
 def test_a_file_of_version_2_does_not_say_how_wide_the_head_is(path: Path) -> None:

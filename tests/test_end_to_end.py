@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +24,7 @@ from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
 from tl_trainer import assembly, checkpoint, outcome, predict
+from tl_trainer.feature_store import FeatureStore
 from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models import prefix
 from tl_trainer.saver import Saver
@@ -288,6 +293,153 @@ def test_the_frozen_prefix_is_made_before_threads_decode(
     result = tl("predict", colours / "val", "--batch-size", 2)
     assert result.returncode == 0, result.stderr
     assert happened == ["prefix"] + 12 * ["image"]
+
+
+def test_keys_are_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    shutil.rmtree("cache")
+    words = ("--checkpoint", "runs/run-1", "--json")
+    off = last_json(tl("eval", *words, "features.cache=off"))
+    assert _stores("cache/features") == []
+    cached = last_json(tl("eval", *words, "features.dir=mine"))
+    assert _stores("cache/features") == []
+    assert len(_stores("mine")) == 1
+    assert cached == {**off, "loss": pytest.approx(off["loss"], abs=1e-5), "calibration": cached["calibration"]}
+    picture = colours / "val" / "red" / "00.jpg"
+    plain, with_key = (tl("predict", *more, "--checkpoint", "runs/run-1") for more in
+                       ([picture], ["features.cache=off", picture, "device=cpu"]))  # fmt: skip
+    assert plain.returncode == with_key.returncode == 0
+    assert plain.stdout == with_key.stdout
+
+
+def test_a_file_is_a_file_though_it_is_called_as_a_key(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    words = ("--checkpoint", "runs/run-1", "--format", "jsonl")
+    shutil.copyfile(colours / "val" / "red" / "00.jpg", "a=b.jpg")
+    shutil.copytree(colours / "val" / "green", "data.root=x")
+    result = tl("predict", "a=b.jpg", "features.cache=off", "data.root=x", *words)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line)["path"] for line in result.stdout.splitlines()]
+    assert found == ["a=b.jpg", *(f"data.root=x/{number:02}.jpg" for number in range(4))]
+    Path("a=b.jpg").unlink()
+    gone = tl("predict", "a=b.jpg", colours, *words)
+    assert gone.returncode == 2
+    assert gone.stderr.startswith("tl-predict: the command line: a: unknown key 'a'")
+    named = tl("predict", "./a=b.jpg", *words)
+    assert named.returncode == 1
+    assert json.loads(named.stdout)["path"] == "./a=b.jpg"
+
+
+def _stores(folder: str) -> list[Path]:
+    return [path for path in Path(folder).glob("*") if path.is_dir()]
+
+
+def _everything_in(folder: str) -> dict[str, tuple[int, bytes]]:
+    """Each file and folder with its time and bytes: a temporary file in a folder moves its time as well."""
+    paths = [Path(folder), *Path(folder).rglob("*")]
+    return {str(path): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes()) for path in paths}
+
+
+def _fill(folder: str) -> None:
+    """A store of 2 MB that was not used for long, and a damaged files.sqlite."""
+    store = FeatureStore(Path(folder, "0" * 32))
+    store.append([bytes([index]) * 32 for index in range(2)], torch.zeros(2, 1 << 18))
+    store.close()
+    Path(folder, "files.sqlite").write_bytes(b"no database" * 1000)
+    for path in (store.folder, Path(folder, "files.sqlite"), Path(folder)):
+        os.utime(path, (1, 1))
+
+
+def test_a_checkpoint_does_not_say_where_features_are_kept_nor_how_many(tl: Run, colours: Path) -> None:
+    """It may come from a stranger, and what is kept there would be removed to make room."""
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    best, (own,) = Path("runs/run-1/best.pth"), _stores("cache/features")
+    for folder in ("bait", "cache/features"):
+        _fill(folder)
+    before, limit = _everything_in("bait"), 0.001
+    content = torch.load(best, weights_only=True)
+    content["config"]["features"] |= {"dir": str(Path("bait").absolute()), "limit_gb": limit}
+    save_sealed(best, content)
+
+    draw_split(Path("more"), 4, size=48)
+    words = ("--checkpoint", best, "--data-dir", "more", "--split", "all", "--json")
+    result = tl("eval", *words)
+    assert last_json(result)["n"] == 12
+    assert "features of all: 12 computed" in result.stderr
+    assert tl("predict", "more", "--checkpoint", best).returncode == 0
+    assert _everything_in("bait") == before
+    assert sorted(path.name for path in _stores("cache/features")) == sorted(["0" * 32, own.name])
+
+    draw_split(Path("other"), 4, size=56)
+    asked = ("features.dir=bait", f"features.limit_gb={limit}")
+    last_json(tl("eval", *words, "--data-dir", "other", *asked))  # else the test above showed nothing
+    assert not Path("bait", "0" * 32).exists()
+    assert _everything_in("bait") != before
+
+
+def test_a_checkpoint_does_not_make_this_machine_download(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    best = Path("runs/run-1/best.pth")
+    content = torch.load(best, weights_only=True)
+    content["config"]["data"] |= {"source": "cifar10", "root": "elsewhere", "download": True}
+    save_sealed(best, content)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was used"))
+    refused = tl("eval", "--checkpoint", best)
+    assert refused.returncode == 2
+    assert "set data.download: true, or set data.root to where the files are" in refused.stderr
+    assert not Path("elsewhere").exists()
+
+
+def test_a_file_that_has_gone_by_then_still_gets_its_picture(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    words = ("predict", colours / "val", "--batch-size", 5, "--format", "jsonl", "--explain")
+    whole, opened, load = tl(*words, "whole"), list[Path](), predict.images.load
+
+    def once(path: Path) -> Image.Image:
+        opened.append(path)
+        picture = load(path)
+        path.unlink()
+        return picture
+
+    monkeypatch.setattr(predict.images, "load", once)
+    gone = tl(*words, "gone")
+    assert (whole.returncode, gone.returncode) == (0, 0), gone.stderr
+    assert gone.stdout == whole.stdout
+    assert len(opened) == len(set(opened)) == 12
+    pictures = [{path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("whole", "gone")]
+    assert len(pictures[0]) == 12
+    assert pictures[0] == pictures[1]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_quiet_draws_no_bar(colours: Path) -> None:
+    def shown(command: str, *words: object) -> str:
+        with contextlib.redirect_stderr(_Terminal()) as screen, contextlib.redirect_stdout(io.StringIO()):
+            assert importlib.import_module(f"tl_trainer.cli.{command}").main([str(word) for word in words]) == 0
+        return screen.getvalue()
+
+    rows = ("--output", "rows.csv", "--format", "csv")
+    calls: list[tuple[tuple[object, ...], list[str]]] = [
+        (
+            ("train", "--data-dir", colours, "--epochs", 1, *SMALL),
+            ["checking train images", "checking val images", "train features", "epoch 1/1"],
+        ),
+        (("eval", "--checkpoint", "runs/run-1"), ["checking val images"]),
+        (("predict", colours / "val", "--checkpoint", "runs/run-1", *rows), ["images"]),
+    ]
+    for (command, *words), bars in calls:
+        drawn = shown(str(command), *words)
+        assert [name for name in bars if f"{name}: " not in drawn] == []
+        shutil.rmtree("cache")  # what was checked and computed is not drawn again
+        assert shown(str(command), *words, "--quiet") == ""
 
 
 @pytest.mark.parametrize(

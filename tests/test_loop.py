@@ -6,6 +6,7 @@ the schedule and the random state must all come back for a resumed run to give t
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import signal
@@ -24,12 +25,13 @@ from tiny import IMAGES, STEPS, Clock, TinyBatches, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.data.dataset import Files, Split
+from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Step, Training, fit
-from tl_trainer.metrics import Scores
+from tl_trainer.metrics import Figures, Scores
 from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
 from tl_trainer.tasks import SingleLabel
@@ -60,6 +62,7 @@ class Run:
     at: dict[int, Callable[[StopRequest], None]] = field(default_factory=dict)
     epochs: int = EPOCHS
     criterion: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    task: SingleLabel = field(default_factory=lambda: SingleLabel(["a", "b", "c"]))
     clock: Clock = field(default_factory=Clock)
     events: int = 0
 
@@ -70,8 +73,8 @@ class Run:
         last = load(path) if path.exists() else None
         state = tiny_state(7 if last else 3, self.epochs, *RECIPES[self.recipe])  # a resume must not need the seed
         stop = StopRequest()
-        saver, task = Saver(self.folder, tiny_template(), state), SingleLabel(["a", "b", "c"])
-        tracker = Tracker(self.folder, task, self.epochs, tensorboard=False, done=last.epoch if last else 0)
+        saver = Saver(self.folder, tiny_template(), state)
+        tracker = Tracker(self.folder, self.task, self.epochs, tensorboard=False, done=last.epoch if last else 0)
         if last:
             assert last.resume is not None
             state.restore(last.trained, last.resume)
@@ -99,7 +102,7 @@ class Run:
         step = Step(forward, _Criterion(self.criterion), state.optimizer, state.scaler)
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
-        fit(Training(task, state, feed, step, validate, pause, device, self.epochs), tracker, saver)
+        fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs), tracker, saver)
         return state
 
 
@@ -207,6 +210,35 @@ def test_the_loop_is_a_plain_loop_written_out(tmp_path: Path) -> None:
         torch.testing.assert_close(trained[key], value, rtol=1e-5, atol=1e-6)
 
 
+class LowestLoss(SingleLabel):
+    """Another idea of the best epoch, and one figure that it shows."""
+
+    columns = ("loss",)
+
+    def better(self, figures: Figures, best: Figures) -> bool:
+        return figures["loss"] < best["loss"]
+
+    def in_words(self, figures: Figures) -> str:
+        return "no other"
+
+
+@pytest.mark.parametrize("worst_first", [False, True])
+def test_the_task_says_which_epoch_is_the_best_and_what_is_logged(
+    tmp_path: Path, worst_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = LowestLoss(["a", "b", "c"])
+    if worst_first:
+        monkeypatch.setattr(LowestLoss, "better", lambda self, figures, best: figures["loss"] > best["loss"])
+    run = Run(tmp_path / "run", "sgd-plateau", epochs=4, task=task)
+    run.train()
+    assert list(rows(run.folder)[0]) == ["epoch", "train_loss", "val_loss", "lr"]
+    losses = [float(row["val_loss"]) for row in rows(run.folder)]
+    wanted = max(losses) if worst_first else min(losses)
+    best = load(run.folder / "best.pth")
+    assert best.metrics is not None
+    assert (best.epoch, best.metrics["loss"]) == (losses.index(wanted) + 1, wanted)
+
+
 def test_plateau_cuts_the_rate_after_an_epoch_that_was_worse(tmp_path: Path) -> None:
     Run(tmp_path / "run", "sgd-plateau").train()
     first, second, third = rows(tmp_path / "run")
@@ -275,6 +307,87 @@ def test_a_run_that_is_killed_before_any_write_arrives_at_the_same(
         if writes < fatal:
             break
     assert kills >= EVENTS  # a last.pth per event and a best.pth per improvement
+
+
+def make_step(state: State, criterion: Callable[[Tensor, Tensor], Tensor], scaler: torch.amp.GradScaler) -> Step:
+    return Step(state.classifier.train(), _Criterion(criterion), state.optimizer, scaler)
+
+
+def first_batch() -> Batch:
+    return next(TinyBatches().epoch(0, torch.device("cpu")))
+
+
+def copied(step: Step, state: State) -> Any:
+    """All that a step may change but BatchNorm's statistics, which the forward pass moves."""
+    weights = {name: (value, value.grad) for name, value in state.classifier.named_parameters()}
+    return copy.deepcopy((weights, state.optimizer.state_dict(), step.scaler.state_dict()))
+
+
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, Tensor):
+        return torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_gives_the_loss_before_its_update(scaled: bool) -> None:
+    state, scaler = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), torch.amp.GradScaler("cpu", enabled=scaled)
+    for module in state.classifier.head.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # so that a second pass gives the same
+    step, losses = make_step(state, functional.cross_entropy, scaler), []
+    for _ in range(5):
+        losses.append(step.loss(first_batch()).item())
+        assert step(first_batch()) == pytest.approx(losses[-1], rel=1e-5)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_loss_of_a_batch_updates_nothing() -> None:
+    state = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"])
+    step = make_step(state, functional.cross_entropy, state.scaler)
+    before = copied(step, state)
+    assert step.loss(first_batch()).requires_grad
+    assert same(copied(step, state), before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_loss_that_is_not_finite_updates_nothing(value: float, scaled: bool, steps: int) -> None:
+    """Neither weights nor the optimizer's state nor the loss scale, and the gradients are those of the step before."""
+    state, scaler = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), torch.amp.GradScaler("cpu", enabled=scaled)
+    good = make_step(state, functional.cross_entropy, scaler)
+    for _ in range(steps):
+        assert math.isfinite(good(first_batch()))
+    before = copied(good, state)
+    bad = make_step(state, lambda logits, targets: functional.cross_entropy(logits, targets) * 0 + value, scaler)
+    assert str(bad(first_batch())) == str(value)
+    assert same(copied(bad, state), before)
+    good(first_batch())
+    assert not same(copied(good, state), before), "nothing is ever updated, so the test shows nothing"
+
+
+def test_a_gradient_that_is_not_finite_lowers_the_loss_scale_and_updates_nothing() -> None:
+    """As fp16 needs it; the loss is finite, and training goes on."""
+    state, scaler = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        loss = functional.cross_entropy(logits, targets)
+        loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    before = copy.deepcopy(dict(state.classifier.named_parameters()))
+    assert math.isfinite(make_step(state, criterion, scaler)(first_batch()))
+    assert same(dict(state.classifier.named_parameters()), before)
+    assert state.optimizer.state_dict()["state"] == {}
+    assert scaler.get_scale() == 512.0
+    make_step(state, functional.cross_entropy, scaler)(first_batch())
+    assert not same(dict(state.classifier.named_parameters()), before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

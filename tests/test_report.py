@@ -14,8 +14,7 @@ from PIL import Image
 from browser import CHROMIUM, browser, rendered
 from conftest import COLOURS, Run, draw_split, last_json
 from test_end_to_end import SMALL
-from tl_trainer import checkpoint, outcome
-from tl_trainer.assembly import restore
+from tl_trainer import outcome
 from tl_trainer.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -182,27 +181,6 @@ def test_names_cannot_become_markup_or_move_the_cursor(tl: Run, tmp_path: Path) 
     assert "esc\\x1b[31m\\u202e" in shown
 
 
-@pytest.mark.parametrize("tta", ["flip", "fivecrop", "tencrop"])
-def test_views_are_averaged_in_evaluation_and_in_prediction_alike(tl: Run, colours: Path, tta: str) -> None:
-    draw_split(colours / "test", 3)
-    trained(tl, colours, "transforms.eval=[{Resize: 72}, {CenterCrop: 64}]", *BARELY)
-    plain, mean = evaluated(tl), evaluated(tl, "--tta", tta)
-    assert mean["loss"] != plain["loss"]
-    rows = table(Path("report/predictions.csv"))
-    checkpoint = ["--checkpoint", "runs/run-1/best.pth", "--format", "jsonl"]
-    done = tl("predict", colours / "test", *checkpoint, "--tta", tta)
-    for line, row in zip(done.stdout.splitlines(), rows, strict=True):
-        guesses = {guess["label"]: guess["probability"] for guess in json.loads(line)["predictions"]}
-        assert guesses[row["predicted"]] == pytest.approx(float(row["probability"]), abs=2e-3)
-
-
-def test_crops_need_a_crop(tl: Run, colours: Path) -> None:
-    trained(tl, colours)
-    done = tl("eval", "--checkpoint", "runs/run-1/best.pth", "--tta", "fivecrop")
-    assert done.returncode == 2
-    assert "--tta fivecrop needs a CenterCrop in the preprocessing, which is Resize, ToImage" in done.stderr
-
-
 def test_explain_writes_a_picture_per_image(tl: Run, colours: Path) -> None:
     trained(tl, colours)
     (colours / "val" / "blue" / "bad.jpg").write_bytes(b"no")
@@ -298,30 +276,6 @@ def test_the_page_of_photographs_works_in_a_browser(tl: Run, photos: Path, tmp_p
     assert found["broken"] == found["fetched"] == []
 
 
-@pytest.mark.parametrize(
-    ("split", "reason"),
-    [
-        ("val", "the temperature was fitted on 30 of these images"),
-        ("train", "the network was trained on these images"),
-        ("test", None),
-    ],
-)
-def test_the_temperature_is_measured_on_other_images_only(
-    tl: Run, tmp_path: Path, split: str, reason: str | None
-) -> None:
-    draw_splits(tmp_path / "data", 10, COLOURS)
-    trained(tl, tmp_path / "data")
-    found = evaluated(tl, "--split", split)
-    assert found["calibration"]["temperature"] > 0
-    assert (found["calibration"]["after"] is None) == (reason is not None)
-    assert found["undefined"].get("calibration.after", "").startswith(reason or "")
-    if split == "val":  # the same images, elsewhere and under other names
-        (tmp_path / "data" / "val").rename(tmp_path / "moved")
-        (tmp_path / "moved" / "red" / "00.jpg").rename(tmp_path / "moved" / "red" / "other.jpg")
-        moved = evaluated(tl, "--data-dir", tmp_path / "moved", "--split", "all")
-        assert moved["undefined"] == found["undefined"]
-
-
 def test_a_report_that_fails_does_not_take_the_run_with_it(
     tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,27 +291,3 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(
     assert "--resume runs/run-1 makes up what is missing, such as the report" in done.stderr
     again = last_json(tl("train", "--resume", "runs/run-1", "--json"))
     assert again["report"] == "runs/run-1/report/report.html"
-
-
-def test_an_output_that_is_not_finite_is_refused(tl: Run, colours: Path) -> None:
-    trained(tl, colours)
-    path = Path("runs/run-1/best.pth")
-    damaged = checkpoint.load(path)
-    damaged.trained["head.0.weight"] = damaged.trained["head.0.weight"].clone().fill_(float("nan"))
-    checkpoint.save(damaged, Path("nan.pth"))
-    for words in (["eval"], ["predict", colours / "val"]):
-        done = tl(*words, "--checkpoint", "nan.pth")
-        assert done.returncode == 1
-        assert "the network's output is not finite" in done.stderr
-        assert "nan%" not in done.stdout
-
-
-def test_tl_eval_finds_what_training_logged_whatever_the_temperature(tl: Run, tmp_path: Path) -> None:
-    draw_splits(tmp_path / "data", 10, COLOURS)
-    (tmp_path / "data" / "test").rename(tmp_path / "test")
-    result = trained(tl, tmp_path / "data")
-    restored = restore(Path("runs/run-1/best.pth"), [("device", "cpu")])
-    assert restored.saved is not None
-    assert restored.saved.temperature not in (None, 1.0)
-    again = evaluated(tl)
-    assert {key: again[key] for key in result["val"]} == result["val"]

@@ -105,6 +105,11 @@ def test_an_epoch_that_ended_leaves_nothing_of_its_batches() -> None:
         {"epoch": -1}, {"epoch": 1.0}, {"epoch": True}, {"batch": -2}, {"images": "many"}, {"loss": math.nan},
         {"seconds": math.inf}, {"best_epoch": 3}, {"best": None}, {"epoch": 0}, {"batch": 1}, {"images": 5},
         {"another": 1}, {"best": {"loss": None}}, {"best": [1]},
+        {"epoch": None}, {"epoch": "2"}, {"batch": 1.0, "images": 5}, {"batch": 1, "images": -5}, {"loss": "0"},
+        {"loss": None}, {"loss": True}, {"loss": -math.inf}, {"seconds": math.nan}, {"seconds": "1"},
+        {"best_epoch": -1}, {"best_epoch": True}, {"best": {**FIGURES, "loss": math.nan}},
+        {"best": {**FIGURES, "loss": math.inf}}, {"best": {**FIGURES, "loss": True}},
+        {"best": {**FIGURES, "loss": "0.5"}}, {"best": {1: 0.5}},
     ],
 )  # fmt: skip
 def test_forged_progress_is_refused(forged: dict[str, Any]) -> None:
@@ -112,6 +117,21 @@ def test_forged_progress_is_refused(forged: dict[str, Any]) -> None:
     assert Progress.model_validate(plain).model_dump() == plain
     with pytest.raises(ValueError, match="validation error"):
         Progress.model_validate({**plain, **forged})
+
+
+@pytest.mark.parametrize("forged", [None, [], "progress", 3, {"best": FIGURES}, [("epoch", 2)]])
+def test_what_is_no_progress_at_all_is_refused(forged: Any) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        Progress.model_validate(forged)
+
+
+def test_the_mean_loss_of_an_epoch_is_over_images() -> None:
+    progress = Progress()
+    for batch, (loss, images) in enumerate([(1.0, 6), (3.0, 6), (2.0, 1)], start=1):
+        progress.batch_ended(loss, images, batch / 2)
+        assert Progress.model_validate(progress.model_dump()) == progress, "no resume after this batch"
+    assert (progress.batch, progress.images, progress.seconds) == (3, 13, 1.5)
+    assert progress.epoch_ended(FIGURES, BETTER) == EpochDone(1, 26 / 13, 1.5, 13, True)
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, SGD])

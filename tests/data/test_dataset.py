@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import draw_split
-from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, with_validation
+from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, fingerprint, with_validation
 from tl_trainer.data.folders import open_folders
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.tasks import SingleLabel
@@ -52,6 +53,34 @@ def test_the_split_divides_the_images(split: str) -> None:
         assert isinstance(part.images, Files)
         assert [part.images.paths[row] for row in part.rows] == [Path(name) for name in part.names]
         assert [dataset.classes[label] for label in part.targets] == [name[0] for name in part.names]
+
+
+@pytest.mark.parametrize("split", ["all", "train"])
+def test_the_targets_are_drawn_from_as_they_are_and_once(split: str) -> None:
+    """Of what kind they are only the task knows; what it holds out stays in the order of the dataset."""
+    targets: list[Any] = [("a", 0.5), None, {"b"}, 3, "c"]
+    seen: list[Any] = []
+
+    def draw(targets: Sequence[Any]) -> set[int]:
+        seen.append(targets)
+        return {4, 1}
+
+    divided = with_validation(Dataset(["a"], {split: _files(list("vwxyz"), targets)}, ""), draw)
+    assert seen == [targets]
+    train, val = divided.split("train"), divided.split("val")
+    assert (train.names, train.targets) == (["v", "x", "y"], [("a", 0.5), {"b"}, 3])
+    assert (val.names, val.targets) == (["w", "z"], [None, "c"])
+
+
+def test_nothing_is_drawn_where_the_split_is_known() -> None:
+    def draw(targets: Sequence[Any]) -> set[int]:
+        raise AssertionError("drawn")
+
+    known = with_validation(_dataset({"a": 4}), draw, ["a/2.jpg", "a/0.jpg"])
+    assert (known.split("val").names, known.split("train").names) == (["a/0.jpg", "a/2.jpg"], ["a/1.jpg", "a/3.jpg"])
+    split = _files(["1"], [0])
+    for own in (Dataset(["a"], {"train": split, "val": split}, ""), Dataset(["a"], {"test": split}, "")):
+        assert with_validation(own, draw) is own
 
 
 @settings(deadline=None)
@@ -194,7 +223,74 @@ def test_the_kinds_of_images_are_alike(tmp_path: Path) -> None:
     assert files.stamp(0) is held.stamp(0) is None
 
 
+def test_a_file_that_changed_is_named_by_its_path(tmp_path: Path) -> None:
+    """Even where the dataset calls it something else, so that it can be put back."""
+    draw_split(tmp_path, 1, size=4)
+    path = tmp_path / "red" / "00.jpg"
+    split = Split(Files([path], ["the red one"]), [0], [0])
+    known = replace(split, hashes=[split.images.load(0)[1]])
+    before = path.read_bytes()
+    path.write_bytes(before + b"more")  # it decodes as it did
+    with pytest.raises(ImageError) as caught:
+        known.open(0)
+    assert str(caught.value) == f"{path}: has changed since it was read first; put it back, or start again"
+    path.write_bytes(before)
+    assert known.open(0).size == (4, 4)
+    path.unlink()
+    with pytest.raises(ImageError, match=r"red/00\.jpg: cannot be read: "):
+        known.open(0)
+
+
+def test_a_picture_in_memory_that_changed_is_not_opened() -> None:
+    pictures = [(Image.new("RGB", (2, 2), colour), 0) for colour in ("red", "blue")]
+    split = Split(Pictures(pictures), [0, 0], range(2))
+    known = replace(split, hashes=[split.images.load(row)[1] for row in range(2)])
+    pictures[1][0].putpixel((0, 0), (0, 0, 254))
+    assert known.open(0).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ImageError, match=r"^picture 1: has changed since it was read first"):
+        known.open(1)
+
+
+def test_a_path_that_no_system_has_is_said_by_what_reads_it() -> None:
+    files = Files([Path("a\0b.jpg")], ["a"])
+    assert files.stamp(0) is None
+    with pytest.raises(ImageError, match=r"^a\\x00b\.jpg: cannot be read: "):
+        files.load(0)
+
+
+def test_a_subset_takes_what_belongs_to_its_images_along() -> None:
+    split = replace(_files(list("abcd"), [3, 2, 1, 0]), hashes=[bytes([index]) * 32 for index in range(4)])
+    part = split.subset([3, 0, 3])
+    assert (part.names, part.targets, part.rows) == (["d", "a", "d"], [0, 3, 0], [3, 0, 3])
+    assert [part.name(index) for index in range(3)] == part.names
+    assert part.contents == ["03" * 8, "00" * 8, "03" * 8]
+    assert part.subset([1]).hashes == [bytes(32)]
+    unread = _files(list("abcd"), [0] * 4)
+    assert unread.contents == list(unread.subset([1, 2]).contents) == []
+    assert len(split.subset([])) == 0
+
+
 def test_a_sample_is_spread_over_the_split() -> None:
     split = _files([str(index) for index in range(10)], [0] * 10)
     assert split.sample(4).names == ["0", "2", "5", "7"]
     assert split.sample(99).names == split.names
+    assert split.sample(0).names == split.subset([]).sample(5).names == []
+    known = replace(split, hashes=[bytes([index]) * 32 for index in range(10)])
+    assert known.sample(2).contents == ["00" * 8, "05" * 8]
+
+
+def test_the_fingerprint_tells_names_labels_contents_and_order() -> None:
+    split = replace(_files(["a", "b"], [0, 1]), hashes=[b"1" * 32, b"2" * 32])
+    others = [
+        split.subset([1, 0]),
+        split.subset([0]),
+        replace(split, targets=[1, 1]),
+        replace(split, hashes=[b"1" * 32, b"3" * 32]),
+        replace(split, images=Files([Path("a"), Path("c")], ["a", "c"])),
+    ]
+    assert len({fingerprint(known) for known in (split, *others)}) == 6
+    moved = replace(split, images=Files([Path("x"), Path("y")], ["a", "b"]))
+    assert fingerprint(moved) == fingerprint(split.subset([0, 1])) == fingerprint(split)
+    assert fingerprint(replace(_files(["\udcff"], [0]), hashes=[bytes(32)]))  # a name that is no text
+    with pytest.raises(ValueError, match="zip"):
+        fingerprint(_files(["a"], [0]))

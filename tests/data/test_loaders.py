@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,19 @@ def test_a_dead_worker_is_named_with_the_remedy(error: Exception, remedy: str) -
             next(batches)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_dead_worker_is_named_in_a_thread_too() -> None:
+    """Where the handler of a signal cannot be set, as for whoever trains in a notebook's thread."""
+
+    def dying() -> Iterator[int]:
+        yield 1
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RunError, match="try fewer with --workers"):
+        pool.submit(lambda: list(_named_deaths(dying()))).result()
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import sqlite3
@@ -18,11 +19,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from conftest import draw_split
 from tiny import files_of, paths_of
 from tl_trainer.data import images, verify
-from tl_trainer.data.dataset import Pictures, Split
+from tl_trainer.data.dataset import Pictures, Split, Stamp
+from tl_trainer.data.folders import open_folders
 from tl_trainer.data.verify import SETTLED_SECONDS, verified
-from tl_trainer.errors import DataError
+from tl_trainer.errors import DataError, ImageError
 
 COUNT = 6
 
@@ -39,7 +42,7 @@ class Reads(list[str]):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """What content_hashes reads; the files are real and are read all the same."""
+    """What is read; the files are real and are read all the same."""
     found, read = Reads(), images.read
 
     def counted(path: Path) -> bytes:
@@ -47,6 +50,19 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         return read(path)
 
     monkeypatch.setattr(images, "read", counted)
+    return found
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """What is decoded, likewise."""
+    found, decode = Reads(), images.decode
+
+    def counted(data: bytes, name: Path, *, draft: bool = False) -> Image.Image:
+        found.append(name.name)
+        return decode(data, name, draft=draft)
+
+    monkeypatch.setattr(images, "decode", counted)
     return found
 
 
@@ -94,6 +110,21 @@ def test_unchanged_files_are_not_read_again(split: Split, reads: Reads) -> None:
     assert reads.taken() == split.names
 
 
+def test_a_file_is_decoded_once_and_not_again_while_it_is_remembered(
+    split: Split, reads: Reads, decodes: Reads
+) -> None:
+    """By one call after another, whatever their splits; without a memory by each call."""
+    verified(split.subset([0, 1, 2]), "train", "error", Path("memory.sqlite"))
+    assert reads.taken() == decodes.taken() == ["0.jpg", "1.jpg", "2.jpg"]
+    verified(split, "all", "skip", Path("memory.sqlite"))
+    assert reads.taken() == decodes.taken() == ["3.jpg", "4.jpg", "5.jpg"]
+    verified(split, "all", "error", Path("memory.sqlite"))
+    assert reads.taken() == decodes.taken() == []
+    for _ in range(2):
+        verified(split, "all", "error", None)
+        assert reads.taken() == decodes.taken() == split.names
+
+
 def test_more_files_than_a_query_takes(split: Split, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_CHUNK", 4)
     first = hashes(split)
@@ -132,7 +163,13 @@ def test_a_rewritten_file_gets_another_hash(split: Split, reads: Reads, size: in
     assert [index for index in range(COUNT) if first[index] != second[index]] == [2]
 
 
-@pytest.mark.parametrize("size", [8, 9])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(8, marks=pytest.mark.skipif(sys.platform == "win32", reason="there a file's ctime is its birth")),
+        9,
+    ],
+)
 def test_a_file_is_read_again_though_its_time_of_modification_was_put_back(
     split: Split, reads: Reads, size: int
 ) -> None:
@@ -152,6 +189,87 @@ def test_a_file_that_may_still_be_written_is_not_remembered(split: Split, reads:
     reads.clear()
     assert hashes(split) == expected(split)
     assert reads.taken() == ["1.jpg"]
+
+
+def noise(format: str) -> bytes:
+    """A picture of noise, of which every format keeps kilobytes."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (64, 64), hashlib.shake_256(b"noise").digest(64 * 64 * 3)).save(file, format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_a_file_of_which_only_a_part_decodes_is_found(split: Split, format: str, kept: float) -> None:
+    data, path = noise(format), paths_of(split)[3]
+    path.write_bytes(data)
+    assert hashes(split) == expected(split)
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(DataError, match=r"^1 of 6 train images cannot be used;[^\n]*\n[^\n]*3\.jpg: [^\n]+$"):
+        hashes(split)
+
+
+def spoil_middle(path: Path) -> None:
+    """Of the same size and dated as before."""
+    data, stamp = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    middle = len(data) // 2
+    data[middle : middle + 8] = bytes(byte ^ 0xFF for byte in data[middle : middle + 8])
+    path.write_bytes(data)
+    os.utime(path, ns=(stamp, stamp))
+
+
+def cut_short(path: Path) -> None:
+    stamp = path.stat().st_mtime_ns
+    os.truncate(path, path.stat().st_size // 2)
+    os.utime(path, ns=(stamp, stamp))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(
+            spoil_middle, marks=pytest.mark.skipif(sys.platform == "win32", reason="there a file's ctime is its birth")
+        ),
+        cut_short,
+    ],
+)
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_a_file_that_was_remembered_and_then_damaged_is_found(
+    split: Split, reads: Reads, damage: Callable[[Path], None], on_bad_image: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory, path = Path("memory.sqlite"), paths_of(split)[3]
+    path.write_bytes(noise("PNG"))
+    os.utime(path, (time.time() - 60,) * 2)
+    whole = hashes(split)
+    damage(path)
+    for _ in range(2):
+        reads.clear()
+        if on_bad_image == "error":
+            with pytest.raises(DataError, match=r"^1 of 6 train images cannot be used;[^\n]*\n.*3\.jpg: damaged image"):
+                verified(split, "train", on_bad_image, memory)
+        else:
+            kept = verified(split, "train", on_bad_image, memory)
+            assert kept.hashes == [whole[index] for index in (0, 1, 2, 4, 5)]
+            assert "skipped 1 of 6 train images that cannot be read" in caplog.text
+        assert reads.taken() == ["3.jpg"]
+    path.write_bytes(noise("PNG"))
+    assert hashes(split) == whole
+
+
+def test_what_is_no_file_any_more_is_said_in_its_place(split: Split, reads: Reads) -> None:
+    good = expected(split)
+    hashes(split)
+    paths_of(split)[1].write_bytes(b"")
+    paths_of(split)[3].unlink()
+    paths_of(split)[4].unlink()
+    paths_of(split)[4].mkdir()
+    reads.clear()
+    kept = verified(split, "train", "skip", Path("memory.sqlite"))
+    assert (kept.names, kept.hashes) == (["0.jpg", "2.jpg", "5.jpg"], [good[index] for index in (0, 2, 5)])
+    assert reads.taken() == ["1.jpg", "3.jpg", "4.jpg"]
+    for index, reason in [(1, "empty file"), (3, "cannot be read"), (4, "not an ordinary file")]:
+        with pytest.raises(DataError, match=rf"^1 of 1 train images [^\n]*\n[^\n]*{index}\.jpg: {reason}"):
+            hashes(split.subset([index]))
 
 
 def test_a_file_that_is_gone_is_not_taken_from_memory(split: Split) -> None:
@@ -175,10 +293,25 @@ def cut(database: Path) -> None:
 
 
 def other_table(database: Path) -> None:
+    database.write_bytes(database.read_bytes().replace(b"hash)", b"lash)"))
+
+
+def broken_table(database: Path) -> None:
     database.write_bytes(database.read_bytes().replace(b"size, modified", b"size, modifie\x00"))
 
 
-@pytest.mark.parametrize("damage", [spoil_header, spoil_pages, cut, other_table])
+def fewer_columns(database: Path) -> None:
+    database.write_bytes(database.read_bytes().replace(b"changed, hash)", b"changed  hash)"))
+
+
+def more_columns(database: Path) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("ALTER TABLE verified ADD COLUMN width")
+
+
+@pytest.mark.parametrize(
+    "damage", [spoil_header, spoil_pages, cut, other_table, broken_table, fewer_columns, more_columns]
+)
 def test_a_damaged_database_is_reported_and_made_anew(
     split: Split, reads: Reads, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
@@ -202,7 +335,26 @@ def test_a_database_that_cannot_be_opened_costs_the_memory_only(
     for _ in range(2):
         assert hashes(split) == expected(split)
         assert reads.taken() == split.names
-    assert "memory.sqlite" in caplog.text
+    assert "memory.sqlite cannot be used (unable to open database file); going on without it" in caplog.text
+    assert Path("memory.sqlite").is_dir()
+
+
+def test_a_database_in_use_is_gone_without_and_kept(
+    split: Split, reads: Reads, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes(split)
+    connect = sqlite3.connect
+    with contextlib.closing(connect("memory.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(path, timeout=0))
+        reads.clear()
+        assert hashes(split) == expected(split)
+        assert reads.taken() == split.names
+        assert {record.getMessage() for record in caplog.records} == {
+            "memory.sqlite cannot be used (database is locked); going on without it"
+        }
+    assert hashes(split) == expected(split)
+    assert reads == []
 
 
 def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
@@ -359,6 +511,28 @@ def test_what_is_bad_is_never_remembered(damaged: Split, reads: Reads) -> None:
     assert hashes(damaged) == expected(damaged)
 
 
+def open_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the file's mode: whoever is root may write to it all the same."""
+    connect = sqlite3.connect
+
+    def read_only(path: Path, timeout: float) -> sqlite3.Connection:
+        return connect(f"file:{path}?mode=ro", uri=True, timeout=timeout)
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+
+
+def test_an_empty_database_that_may_only_be_read_is_gone_without_and_kept(
+    split: Split, reads: Reads, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("memory.sqlite").touch()
+    open_read_only(monkeypatch)
+    for _ in range(2):
+        assert hashes(split) == expected(split)
+        assert reads.taken() == split.names
+    assert "memory.sqlite cannot be used (attempt to write a readonly database); going on without it" in caplog.text
+    assert Path("memory.sqlite").read_bytes() == b""
+
+
 def test_a_database_that_may_only_be_read_is_used_and_kept(
     split: Split, reads: Reads, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,9 +540,7 @@ def test_a_database_that_may_only_be_read_is_used_and_kept(
     before = Path("memory.sqlite").read_bytes()
     write(paths_of(split)[3], 33, age=30)
     reads.clear()
-    connect = sqlite3.connect
-    read_only = lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options)  # noqa: E731
-    monkeypatch.setattr(sqlite3, "connect", read_only)
+    open_read_only(monkeypatch)
     assert hashes(split) == expected(split)
     assert reads.taken() == ["3.jpg"]
     assert "memory.sqlite cannot be used (attempt to write a readonly database); going on without it" in caplog.text
@@ -389,3 +561,46 @@ def test_the_memory_is_one_for_all_splits_and_its_folder_is_made(split: Split, r
     reads.clear()
     assert hashes(split, memory) == expected(split)
     assert reads == []
+
+
+def test_readable_images_are_passed_on_as_they_are(split: Split, tmp_path: Path) -> None:
+    found = verified(split, "train", "error", None)
+    assert (found.images, found.names, found.targets, found.rows) == (
+        split.images, split.names, list(split.targets), list(split.rows)
+    )  # fmt: skip
+    draw_split(tmp_path / "photos", 2, size=4)
+    photos = open_folders(tmp_path / "photos", None).split("all").subset([5, 0, 3])
+    found = verified(photos, "train", "error", Path("memory.sqlite"))
+    assert (found.names, found.targets) == (photos.names, photos.targets)
+    assert [found.open(index).tobytes() for index in range(3)] == [photos.open(index).tobytes() for index in range(3)]
+
+
+class Shards:
+    """Images of another kind: shades of grey by number, the odd ones out of reach."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def name(self, index: int) -> str:
+        return f"shard 0, {index}"
+
+    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        if index % 2:
+            raise ImageError(f"{self.name(index)}: out of reach")
+        return Image.new("RGB", (4, 4), (index, index, index)), bytes([index]) * 32
+
+    def stamp(self, index: int) -> Stamp | None:
+        return Stamp(b"shard 0, %d" % index, 48, 1, 1)
+
+
+def test_images_of_another_kind_are_verified_and_remembered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, memory = Split(Shards(), [0, 1] * 3, range(COUNT)), Path("memory.sqlite")
+    with pytest.raises(
+        DataError, match=r"^3 of 6 test images [^\n]*\nshard 0, 1: out of reach\nshard 0, 3: out of reach$"
+    ):
+        verified(split, "test", "error", memory)
+    kept = verified(split, "test", "skip", memory)
+    assert kept.names == ["shard 0, 0", "shard 0, 2", "shard 0, 4"]
+    assert kept.open(2).getpixel((0, 0)) == (4, 4, 4)
+    monkeypatch.delattr(Shards, "load")
+    assert verified(kept, "test", "error", memory).hashes == kept.hashes

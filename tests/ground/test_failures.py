@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tl_trainer.errors import DataError, RunError
-from tl_trainer.ground.failures import NO_SHARED_MEMORY, WORKER_KILLED, as_trainer_error, in_sentences, worker_death
+from tl_trainer.ground.failures import (
+    NO_SHARED_MEMORY,
+    WORKER_KILLED,
+    as_trainer_error,
+    in_sentences,
+    is_worker_death,
+    worker_death,
+)
 
 KNOWN = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU is out of memory; lower --batch-size"),
@@ -49,7 +56,31 @@ def test_a_sentence_stays_as_it_is() -> None:
     assert raised.value is told
 
 
-def test_what_a_worker_raised_is_not_its_death() -> None:
-    assert worker_death(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")) is None
-    assert worker_death(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")) == WORKER_KILLED
-    assert worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")) == NO_SHARED_MEMORY
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_what_stops_the_program_is_no_failure(stop: type[BaseException]) -> None:
+    with pytest.raises(stop) as raised, in_sentences():
+        raise stop
+    assert raised.value.__cause__ is None
+
+
+def test_a_system_without_words_is_quoted_by_its_number() -> None:
+    told = as_trainer_error(OSError(errno.EMFILE, None, "photos/a.jpg"))
+    assert str(told) == "'photos/a.jpg': EMFILE"
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", WORKER_KILLED),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", WORKER_KILLED),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", NO_SHARED_MEMORY),
+        ("DataLoader worker (pid 7) is killed ... you might want to increase the shared memory", NO_SHARED_MEMORY),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback", None),
+        ("Caught ValueError: Bus error, shared memory", None),
+    ],
+)
+def test_what_a_worker_raised_is_not_its_death(message: str, said: str | None) -> None:
+    assert worker_death(RuntimeError(message)) == said
+    assert is_worker_death(RuntimeError(message)) == (said is not None)
+    assert worker_death(ValueError(message)) is None
+    assert not is_worker_death(ValueError(message))

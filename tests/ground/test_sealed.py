@@ -1,8 +1,9 @@
-"""What is loaded: plain data, and never a file that would run code."""
+"""What is loaded: plain data, and never a file that would run code; what is saved has a checksum over all of it."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tl_trainer.errors import CheckpointError, RunError
-from tl_trainer.ground.sealed import load_plain
+from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed
 
 # Files that torch.save wrote, or did not
 
@@ -142,3 +143,54 @@ def test_a_missing_file_and_a_folder_are_named() -> None:
     Path("folder.pth").mkdir()
     with pytest.raises(CheckpointError, match=r"folder\.pth: cannot be read: "):
         load_plain(Path("folder.pth"))
+
+
+# The seal
+
+
+def test_what_was_sealed_is_loaded_and_its_seal_is_whole() -> None:
+    save_sealed(Path("a.pth"), {"weights": torch.arange(3.0), "names": ["a"]})
+    assert check_seal(Path("a.pth"))
+    loaded = load_plain(Path("a.pth"))
+    assert torch.equal(loaded["weights"], torch.arange(3.0))
+    assert loaded["names"] == ["a"]
+    assert [path.name for path in Path().iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.9])
+def test_a_bit_that_is_not_as_it_was_is_found(part: float) -> None:
+    path = Path("a.pth")
+    save_sealed(path, {"weights": torch.ones(1000)})
+    data = bytearray(path.read_bytes())
+    data[int(part * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        check_seal(path)
+    assert str(caught.value) == "a.pth: damaged: its checksum is wrong"
+
+
+@pytest.mark.parametrize("cut", [1, 42, 100])
+def test_a_file_without_its_end_is_not_sealed(cut: int) -> None:
+    path = Path("a.pth")
+    save_sealed(path, {"weights": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert not check_seal(path)
+
+
+def test_a_file_of_torchs_own_is_not_sealed() -> None:
+    torch.save({"weights": torch.ones(2)}, "a.pth")
+    Path("empty.pth").touch()
+    assert not check_seal(Path("a.pth"))
+    assert not check_seal(Path("empty.pth"))
+
+
+def test_a_full_disk_is_named_while_a_file_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_sealed(Path("a.pth"), {"epoch": 1})
+    before = Path("a.pth").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"cannot write a\.pth: No space left on device"):
+        save_sealed(Path("a.pth"), {"epoch": 2})
+    assert Path("a.pth").read_bytes() == before

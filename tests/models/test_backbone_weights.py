@@ -24,6 +24,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import (
+    MNASNet,
     ResNet152_Weights,
     ShuffleNet_V2_X0_5_Weights,
     VGG16_Weights,
@@ -33,6 +34,7 @@ from torchvision.models import (
 from tl_trainer.errors import CheckpointError, InputError, SettingError
 from tl_trainer.models import torchvision_models
 from tl_trainer.models.backbones import BACKBONES, build_backbone, resolve_weights
+from tl_trainer.models.weights import with_versions
 
 NAME = "shufflenet_v2_x0_5"
 WEIGHTS = ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
@@ -322,6 +324,60 @@ def test_a_file_from_before_torch_0_4_does_not_count_batches() -> None:
     path = saved({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")})
     model = build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0).model
     assert_holds(model, {key: torch.tensor(0) if key.endswith("_tracked") else value for key, value in state.items()})
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The versions of its layout that MNASNet was told while it was filled, and without which it refuses."""
+    told: list[int | None] = []
+    load = MNASNet._load_from_state_dict
+
+    def listen(model: MNASNet, state: State, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        told.append(metadata.get("version"))
+        load(model, state, prefix, metadata, *rest)
+
+    monkeypatch.setattr(MNASNet, "_load_from_state_dict", listen)
+    return told
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_keeps_the_versions_it_was_saved_with(version: int, versions: list[int | None]) -> None:
+    state: Any = noise("mnasnet1_0")  # whose two layouts are the same
+    state._metadata[""]["version"] = version
+    weights = resolve_weights("mnasnet1_0", str(saved(state)))
+    assert_holds(build_backbone("mnasnet1_0", weights, "logits", 0).model, state)
+    assert versions == [version]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_0"])
+def test_a_plain_dict_has_the_versions_of_the_model(name: str, prefix: str, versions: list[int | None]) -> None:
+    state = noise(name)
+    path = saved({prefix + key: value for key, value in state.items()})
+    assert not hasattr(torch.load(path, weights_only=True), "_metadata")
+    assert_holds(build_backbone(name, resolve_weights(name, str(path)), "penultimate", 0).model, state)
+    assert versions == [2]
+
+
+def test_versions_within_a_wrapper_are_those_of_the_model(versions: list[int | None]) -> None:
+    """DistributedDataParallel is saved with a version of its own, 1, as any module that has none to tell."""
+    state, wrapper = noise("mnasnet0_5"), nn.Module()
+    with torch.device("meta"):
+        wrapper.module = torchvision.models.get_model("mnasnet0_5", weights=None)
+    wrapper.load_state_dict(with_versions({f"module.{key}": state[key] for key in state}, wrapper), assign=True)
+    path = saved(wrapper.state_dict())
+    assert torch.load(path, weights_only=True)._metadata[""] == {"version": 1}
+    versions.clear()
+    assert_holds(build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", str(path)), "penultimate", 0).model, state)
+    assert versions == [2]
+
+
+def test_mnasnets_first_layout_is_refused_by_the_tensor_that_differs() -> None:
+    state: Any = noise("mnasnet0_5")
+    state["layers.0.weight"] = torch.zeros(32, 3, 3, 3)
+    state._metadata[""]["version"] = 1
+    with pytest.raises(CheckpointError, match=r"layers\.0\.weight is \(32, 3, 3, 3\), mnasnet0_5 has \(16, 3, 3, 3\)"):
+        build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", str(saved(state))), "penultimate", 0)
 
 
 def test_densenets_old_names() -> None:

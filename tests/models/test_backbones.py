@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tl_trainer.errors import SettingError
 from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, resolve_weights
 from tl_trainer.models.chain import Backbone
+from tl_trainer.models.weights import with_versions
 
 SEED = 7
 SIZES = {  # name: (penultimate, pooled)
@@ -59,7 +60,8 @@ def make_pair(name: str, side: int) -> Pair:
     # Built without memory, where that works, to be filled with the backbone's own tensors.
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         reference = torchvision.models.get_model(name, weights=None, **QUIRKS.get(name, {}))
-    reference.load_state_dict(backbone.model.state_dict(), assign=True)
+    # A plain dict, as the product passes tensors on; MNASNet takes it with versions only.
+    reference.load_state_dict(with_versions(dict(backbone.model.state_dict()), reference), assign=True)
     torch.manual_seed(SEED)
     for parameter in reference.parameters():
         if not parameter.any():  # biases, and the last layer of a vision transformer

@@ -176,6 +176,28 @@ def test_trained_state_is_all_that_a_second_classifier_needs() -> None:
     assert torch.equal(first.eval()(images()), second.eval()(images()))
 
 
+@pytest.mark.parametrize("trainable", ["head", "layers.14", "all"])
+def test_the_states_are_enough_for_a_model_that_asks_for_its_version(trainable: str) -> None:
+    """MNASNet; the states are plain dicts, which carry none."""
+
+    def classifier(seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        backbone = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "penultimate", 0)
+        return Classifier(backbone, build_head(1280, [5], CLASSES, 0.0), trainable)
+
+    first, noise = classifier(1), torch.randn(4, 3, 32, 32)
+    functional.cross_entropy(first(noise), torch.arange(4) % CLASSES)  # which moves BatchNorm's statistics
+    trained, frozen = first.trained_state(), first.frozen_state()
+    assert (type(trained), type(frozen)) == (dict, dict)
+    others = [classifier(2) for _ in range(3)]
+    others[0].load_trained_state(trained)
+    others[1].restore(trained, None)
+    others[2].restore(trained, frozen)
+    expected = first.eval()(noise)
+    assert all(torch.equal(other.eval()(noise), expected) for other in others)
+    assert not torch.equal(classifier(2).eval()(noise), expected)
+
+
 def test_trained_state_of_another_classifier_is_refused() -> None:
     with pytest.raises(AssertionError):
         small_classifier("high").load_trained_state(small_classifier("all").trained_state())

@@ -84,6 +84,8 @@ def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) ->
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS verified (path BLOB PRIMARY KEY, size, modified, changed, hash)"
             )
+            if [row[1] for row in connection.execute("PRAGMA table_info(verified)")] != [*Stamp._fields, "hash"]:
+                raise sqlite3.DatabaseError("its table has other columns")
             use(connection)
     except sqlite3.OperationalError as error:  # in use, read-only, no such folder: it is only a memory
         log.warning("%s cannot be used (%s); going on without it", memory, error)
