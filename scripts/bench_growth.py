@@ -27,6 +27,7 @@ from PIL import Image
 
 from bench_report import report
 from tl_trainer import features
+from tl_trainer.config.schema import DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.folders import open_folders
@@ -93,7 +94,7 @@ def extract(folder: Path, backbone: str, number: int) -> dict[str, float]:
         extractor = Extractor(prefix, {"name": backbone}, Path(cache), sys.maxsize, device)
 
         def extracted(images: Split, name: str) -> None:
-            extractor.features(verified(images, name, "error", Path(cache) / "files.sqlite"), name, pipeline)
+            extractor.features(verified(images, name, DataSection(), Path(cache) / "files.sqlite"), name, pipeline)
 
         extracted(split.subset(range(2 * IMAGES_AT_ONCE[device.type])), "first")
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench_report import report
+from tl_trainer.config.schema import DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.verify import verified
@@ -44,11 +45,11 @@ def main() -> None:
     classifier = Classifier(
         build_backbone(args.backbone, weights, "penultimate", 0), torch.nn.Identity(), "head"
     ).eval()
-    checked = verified(split, "all", "error", None)
+    checked = verified(split, "all", DataSection(), None)
     batch = torch.stack([pipeline.image(split.open(index)) for index in range(IMAGES_AT_ONCE[device.type])])
 
     def check() -> None:
-        verified(split, "all", "error", None)
+        verified(split, "all", DataSection(), None)
 
     def decode() -> None:
         with ThreadPoolExecutor(cores()) as pool:

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiny import files_of, paths_of
 from tl_trainer import features as module_under_test
-from tl_trainer.config.schema import FeaturesSection
+from tl_trainer.config.schema import DataSection, FeaturesSection
 from tl_trainer.data.dataset import Pictures, Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
@@ -69,7 +69,7 @@ class Cache:
         split: Split,
         items: str | list[Any] = "default",
         *,
-        bad: str = "error",
+        bad: Literal["error", "skip"] = "error",
         views: int = 1,
         seed: int = 0,
         **identity: Any,
@@ -77,7 +77,7 @@ class Cache:
         """Rows computed, features; a prefix is made only when there are rows to compute."""
         prefixes = Prefixes()
         extractor = Extractor(prefixes, {**IDENTITY, **identity}, self.folder, self.limit, CPU)
-        known = verified(split, "train", bad, self.folder / "files.sqlite")
+        known = verified(split, "train", DataSection(on_bad_image=bad), self.folder / "files.sqlite")
         found = extractor.features(known, "train", pipeline(items), views, seed)
         assert prefixes.images == extractor.computed
         assert len(prefixes.made) == (1 if extractor.computed else 0)
@@ -109,7 +109,7 @@ def split_of(folder: Path) -> Split:
 
 
 def known(split: Split) -> Split:
-    return verified(split, "train", "error", None)
+    return verified(split, "train", DataSection(), None)
 
 
 @pytest.fixture
@@ -403,7 +403,9 @@ def test_bad_images_are_skipped(
         caplog.clear()
         caplog.set_level("INFO", logger="tl_trainer")
         extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU)
-        found = extractor.features(verified(bad, "train", "skip", None), "train", pipeline(items), views)
+        found = extractor.features(
+            verified(bad, "train", DataSection(on_bad_image="skip"), None), "train", pipeline(items), views
+        )
         assert extractor.computed == computed
         assert "skipped 4 of 40 train images" in caplog.text
         assert f"features of train: {computed} computed, {views * len(good) - computed} cached" in caplog.text

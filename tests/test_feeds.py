@@ -60,7 +60,7 @@ def feeds_of(
 @pytest.fixture
 def split(colours: Path) -> Split:
     """24 pictures of three colours."""
-    return verified(open_folders(colours, None).split("train"), "train", "error", None)
+    return verified(open_folders(colours, None).split("train"), "train", DataSection(), None)
 
 
 def logits(feed: Feed, epoch: int = 0) -> Tensor:
@@ -291,7 +291,7 @@ def test_compiling_is_decided_by_the_number_of_images(
 def test_bad_images_are_skipped_on_either_way(split: Split, colours: Path) -> None:
     (colours / "train" / "green" / "03.jpg").write_bytes(b"no picture")
     for cache in ("auto", "off"):
-        good = verified(open_folders(colours, None).split("train"), "train", "skip", None)
+        good = verified(open_folders(colours, None).split("train"), "train", DataSection(on_bad_image="skip"), None)
         feed = feeds_of(cache=cache).training(good, FIXED)
         assert len(feed.split) == 23
         batches = feed.batches.epoch(0, CPU)

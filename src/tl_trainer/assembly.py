@@ -135,9 +135,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         memory = memory_of(config) if remember else None
-        splits = {
-            name: verified(split, name, config.data.on_bad_image, memory) for name, split in dataset.splits.items()
-        }
+        splits = {name: verified(split, name, config.data, memory) for name, split in dataset.splits.items()}
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
         identity = BackboneIdentity(

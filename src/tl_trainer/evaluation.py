@@ -72,7 +72,7 @@ def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None =
     if what in ("train", "val") and saved.val_names is not None:
         dataset = with_val(config, dataset, parts.task, saved)
     _leave_out_unwritable_cache(parts)
-    split = verified(dataset.split(what), what, config.data.on_bad_image, memory_of(config))
+    split = verified(dataset.split(what), what, config.data, memory_of(config))
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]

@@ -1,4 +1,4 @@
-"""Drawn scenes: repeatable, the same object under another view, and shapes that are where they say they are."""
+"""Drawn scenes: repeatable, and shapes that are where they say they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_trainer.data import demo
-from tl_trainer.data.drawing import TEXTURES, Dice, Nuisance, Pattern, any_of, blob, box, ellipse, hsv, length, scenes
+from tl_trainer.data.drawing import TEXTURES, Dice, Nuisance, Pattern, any_of, blob, box, ellipse, hsv, scenes
 
 SHAPES = [blob, *demo.SHAPES.values()]
 CALM = Nuisance(turn=0, size=(1, 1), place=0, ground=(1, 1), object=(0, 0), texture=0, litter=0, hidden=0, grain=0)
@@ -21,29 +21,21 @@ def grid(count: int, size: int = 48, reach: float = 1.5) -> Tensor:
     return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(count, -1, -1, -1)
 
 
-def test_a_look_and_a_view_give_the_same_bytes_again() -> None:
-    draw = partial(scenes, partial(any_of, SHAPES), 12, 32)
-    first = draw(Dice(1), Dice(2))
+def test_the_same_dice_give_the_same_bytes_again() -> None:
+    def draw(dice: Dice) -> Tensor:
+        return scenes(partial(any_of, SHAPES), 12, 32, dice, Nuisance())
+
+    first = draw(Dice(1))
     assert (first.shape, first.dtype) == ((12, 3, 32, 32), torch.uint8)
-    assert torch.equal(draw(Dice(1), Dice(2)), first)
-    assert not torch.equal(draw(Dice(1), Dice(3)), first)
-    assert not torch.equal(draw(Dice(4), Dice(2)), first)
-
-
-def test_one_look_is_the_same_objects_in_the_same_rows_whatever_the_view() -> None:
-    def disc(points: Tensor, dice: Dice) -> Tensor:
-        return length(points) - dice.between(0.1, 0.9, len(points), 1, 1)
-
-    pictures = (scenes(disc, 12, 48, Dice(1), Dice(view), CALM) for view in (5, 6))
-    areas = torch.stack([(picture.amax(1) < 40).float().mean((1, 2)) for picture in pictures])
-    assert torch.corrcoef(areas)[0, 1] > 0.95
+    assert torch.equal(draw(Dice(1)), first)
+    assert not torch.equal(draw(Dice(2)), first)
 
 
 def test_without_nuisance_the_object_is_in_the_middle_and_upright() -> None:
     def right_half(points: Tensor, dice: Dice) -> Tensor:
         return -points[..., 0]
 
-    pictures = scenes(right_half, 8, 32, Dice(0), Dice(1), CALM).float()
+    pictures = scenes(right_half, 8, 32, Dice(0), CALM).float()
     assert pictures[..., 18:].amax() == 0  # black
     assert pictures[..., :10].mean() > 80
 
@@ -73,7 +65,7 @@ def test_any_of_gives_every_choice_its_share() -> None:
 
 
 def test_every_shape_and_texture_can_be_left_out() -> None:
-    assert scenes(partial(any_of, SHAPES), 1, 16, Dice(0), Dice(1)).shape == (1, 3, 16, 16)
+    assert scenes(partial(any_of, SHAPES), 1, 16, Dice(0), Nuisance()).shape == (1, 3, 16, 16)
 
 
 def test_distances_are_negative_inside_and_0_on_the_outline() -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tiny import files_of, paths_of
+from tl_trainer.config.schema import DataSection
 from tl_trainer.data import loaders
 from tl_trainer.data.dataset import Pictures, Split
 from tl_trainer.data.loaders import Batch, ImageBatches, _Batches, _named_deaths, batch_order, worker_count
@@ -177,7 +178,7 @@ def _another_image(path: Path) -> None:
 
 def test_pictures_in_memory_are_verified_too() -> None:
     split = Split(Pictures([(Image.new("RGB", (16, 14)), 0)]), [0], range(1))
-    [batch] = _batches(verified(split, "train", "error", None)).epoch(0, CPU)
+    [batch] = _batches(verified(split, "train", DataSection(), None)).epoch(0, CPU)
     assert batch.inputs.shape == (1, 3, 8, 8)
 
 
@@ -207,7 +208,7 @@ def _a_pipe(path: Path) -> None:
 def test_an_image_that_is_replaced_between_two_epochs_is_named(
     split: Split, replace_: Callable[[Path], object], complaint: str, workers: int
 ) -> None:
-    batches = _batches(verified(split, "train", "error", None), workers=workers)
+    batches = _batches(verified(split, "train", DataSection(), None), workers=workers)
     assert len(list(batches.epoch(0, CPU))) == 3
     replace_(paths_of(split)[4])
     with pytest.raises(ImageError, match=re.escape(f"{paths_of(split)[4]}: {complaint}")):
@@ -215,7 +216,7 @@ def test_an_image_that_is_replaced_between_two_epochs_is_named(
 
 
 def test_an_image_that_was_written_again_as_it_was_is_the_same(split: Split) -> None:
-    batches = _batches(verified(split, "train", "error", None))
+    batches = _batches(verified(split, "train", DataSection(), None))
     paths_of(split)[4].write_bytes(paths_of(split)[4].read_bytes())
     assert len(list(batches.epoch(1, CPU))) == 3
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image
 
 from conftest import draw_split
 from tiny import files_of, paths_of
+from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images, verify
 from tl_trainer.data.dataset import Pictures, Split, Stamp
 from tl_trainer.data.folders import open_folders
@@ -28,6 +30,8 @@ from tl_trainer.data.verify import SETTLED_SECONDS, verified
 from tl_trainer.errors import DataError, ImageError
 
 COUNT = 6
+Policy = Literal["error", "skip"]
+SKIP = DataSection(on_bad_image="skip")
 
 
 class Reads(list[str]):
@@ -85,7 +89,7 @@ def write(path: Path, shade: int, size: int = 8, age: float = 60) -> None:
 
 
 def hashes(split: Split, memory: Path = Path("memory.sqlite")) -> list[bytes]:
-    return list(verified(split, "train", "error", memory).hashes)
+    return list(verified(split, "train", DataSection(), memory).hashes)
 
 
 def expected(split: Split) -> list[bytes]:
@@ -114,14 +118,14 @@ def test_a_file_is_decoded_once_and_not_again_while_it_is_remembered(
     split: Split, reads: Reads, decodes: Reads
 ) -> None:
     """By one call after another, whatever their splits; without a memory by each call."""
-    verified(split.subset([0, 1, 2]), "train", "error", Path("memory.sqlite"))
+    verified(split.subset([0, 1, 2]), "train", DataSection(), Path("memory.sqlite"))
     assert reads.taken() == decodes.taken() == ["0.jpg", "1.jpg", "2.jpg"]
-    verified(split, "all", "skip", Path("memory.sqlite"))
+    verified(split, "all", SKIP, Path("memory.sqlite"))
     assert reads.taken() == decodes.taken() == ["3.jpg", "4.jpg", "5.jpg"]
-    verified(split, "all", "error", Path("memory.sqlite"))
+    verified(split, "all", DataSection(), Path("memory.sqlite"))
     assert reads.taken() == decodes.taken() == []
     for _ in range(2):
-        verified(split, "all", "error", None)
+        verified(split, "all", DataSection(), None)
         assert reads.taken() == decodes.taken() == split.names
 
 
@@ -235,7 +239,11 @@ def cut_short(path: Path) -> None:
 )
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_a_file_that_was_remembered_and_then_damaged_is_found(
-    split: Split, reads: Reads, damage: Callable[[Path], None], on_bad_image: str, caplog: pytest.LogCaptureFixture
+    split: Split,
+    reads: Reads,
+    damage: Callable[[Path], None],
+    on_bad_image: Policy,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     memory, path = Path("memory.sqlite"), paths_of(split)[3]
     path.write_bytes(noise("PNG"))
@@ -246,9 +254,9 @@ def test_a_file_that_was_remembered_and_then_damaged_is_found(
         reads.clear()
         if on_bad_image == "error":
             with pytest.raises(DataError, match=r"^1 of 6 train images cannot be used;[^\n]*\n.*3\.jpg: damaged image"):
-                verified(split, "train", on_bad_image, memory)
+                verified(split, "train", DataSection(on_bad_image=on_bad_image), memory)
         else:
-            kept = verified(split, "train", on_bad_image, memory)
+            kept = verified(split, "train", DataSection(on_bad_image=on_bad_image), memory)
             assert kept.hashes == [whole[index] for index in (0, 1, 2, 4, 5)]
             assert "skipped 1 of 6 train images that cannot be read" in caplog.text
         assert reads.taken() == ["3.jpg"]
@@ -264,7 +272,7 @@ def test_what_is_no_file_any_more_is_said_in_its_place(split: Split, reads: Read
     paths_of(split)[4].unlink()
     paths_of(split)[4].mkdir()
     reads.clear()
-    kept = verified(split, "train", "skip", Path("memory.sqlite"))
+    kept = verified(split, "train", SKIP, Path("memory.sqlite"))
     assert (kept.names, kept.hashes) == (["0.jpg", "2.jpg", "5.jpg"], [good[index] for index in (0, 2, 5)])
     assert reads.taken() == ["1.jpg", "3.jpg", "4.jpg"]
     for index, reason in [(1, "empty file"), (3, "cannot be read"), (4, "not an ordinary file")]:
@@ -396,6 +404,7 @@ def test_threads_at_once(split: Split) -> None:
 PROGRAM = """
     import sys
     from pathlib import Path
+    from tl_trainer.config.schema import DataSection
     from tl_trainer.data.dataset import Files, Split
     from tl_trainer.data.verify import verified
 
@@ -405,7 +414,7 @@ PROGRAM = """
     sys.stdin.readline()
     for _ in range(20):
         memory.unlink(missing_ok=True)
-        found = verified(split, "train", "error", memory).hashes
+        found = verified(split, "train", DataSection(), memory).hashes
     print(*(digest.hex() for digest in found))
 """
 
@@ -451,19 +460,19 @@ def damaged(split: Split) -> Split:
 
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_no_image_is_bad_because_memory_ran_out(
-    split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: str
+    split: Split, monkeypatch: pytest.MonkeyPatch, on_bad_image: Policy
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(images.Image, "open", fail)
     with pytest.raises(MemoryError):
-        verified(split, "train", on_bad_image, None)
+        verified(split, "train", DataSection(on_bad_image=on_bad_image), None)
 
 
 def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) -> None:
     with pytest.raises(DataError) as caught:
-        verified(damaged, "train", "error", None)
+        verified(damaged, "train", DataSection(), None)
     first, *rest = str(caught.value).splitlines()
     assert first == (
         "2 of 6 train images cannot be used; replace or remove them, or set data.on_bad_image: skip "
@@ -476,14 +485,14 @@ def test_no_more_than_two_unreadable_images_are_listed(split: Split) -> None:
     for path in paths_of(split):
         path.write_bytes(b"")
     with pytest.raises(DataError) as caught:
-        verified(split, "val", "error", None)
+        verified(split, "val", DataSection(), None)
     assert len(str(caught.value).splitlines()) == 3
 
 
 def test_unreadable_images_are_skipped_and_counted(
     split: Split, damaged: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = verified(damaged, "val", "skip", None)
+    kept = verified(damaged, "val", SKIP, None)
     assert list(kept.names) == [f"{index}.jpg" for index in range(6) if index not in (2, 5)]
     assert list(kept.targets) == [0] * 4
     assert list(kept.hashes) == [expected(split)[index] for index in (0, 1, 3, 4)]
@@ -496,12 +505,12 @@ def test_nothing_left_to_read(split: Split) -> None:
     for path in paths_of(split):
         path.write_bytes(b"GIF89a")
     with pytest.raises(DataError, match=r"^none of the 6 train images can be read$"):
-        verified(split, "train", "skip", None)
+        verified(split, "train", SKIP, None)
 
 
 def test_what_is_bad_is_never_remembered(damaged: Split, reads: Reads) -> None:
     for _ in range(2):
-        verified(damaged, "train", "skip", Path("memory.sqlite"))
+        verified(damaged, "train", SKIP, Path("memory.sqlite"))
         reads.clear()
     with pytest.raises(DataError, match="2 of 6 train images cannot be used"):
         hashes(damaged)
@@ -549,7 +558,7 @@ def test_a_database_that_may_only_be_read_is_used_and_kept(
 
 def test_without_a_memory_nothing_is_written(split: Split, reads: Reads) -> None:
     for _ in range(2):
-        assert verified(split, "train", "error", None).hashes == expected(split)
+        assert verified(split, "train", DataSection(), None).hashes == expected(split)
         assert reads.taken() == split.names
     assert not list(Path().glob("*.sqlite"))
 
@@ -564,13 +573,13 @@ def test_the_memory_is_one_for_all_splits_and_its_folder_is_made(split: Split, r
 
 
 def test_readable_images_are_passed_on_as_they_are(split: Split, tmp_path: Path) -> None:
-    found = verified(split, "train", "error", None)
+    found = verified(split, "train", DataSection(), None)
     assert (found.images, found.names, found.targets, found.rows) == (
         split.images, split.names, list(split.targets), list(split.rows)
     )  # fmt: skip
     draw_split(tmp_path / "photos", 2, size=4)
     photos = open_folders(tmp_path / "photos", None).split("all").subset([5, 0, 3])
-    found = verified(photos, "train", "error", Path("memory.sqlite"))
+    found = verified(photos, "train", DataSection(), Path("memory.sqlite"))
     assert (found.names, found.targets) == (photos.names, photos.targets)
     assert [found.open(index).tobytes() for index in range(3)] == [photos.open(index).tobytes() for index in range(3)]
 
@@ -598,9 +607,9 @@ def test_images_of_another_kind_are_verified_and_remembered_alike(monkeypatch: p
     with pytest.raises(
         DataError, match=r"^3 of 6 test images [^\n]*\nshard 0, 1: out of reach\nshard 0, 3: out of reach$"
     ):
-        verified(split, "test", "error", memory)
-    kept = verified(split, "test", "skip", memory)
+        verified(split, "test", DataSection(), memory)
+    kept = verified(split, "test", SKIP, memory)
     assert kept.names == ["shard 0, 0", "shard 0, 2", "shard 0, 4"]
     assert kept.open(2).getpixel((0, 0)) == (4, 4, 4)
     monkeypatch.delattr(Shards, "load")
-    assert verified(kept, "test", "error", memory).hashes == kept.hashes
+    assert verified(kept, "test", DataSection(), memory).hashes == kept.hashes

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tl_trainer.data.drawing import Dice, Nuisance, Pattern, box, ellipse, length, scenes
 from tl_trainer.ground.files import cache_folder
 
-VERSION = 2
+VERSION = 3
 SIZE = 96
 PER_CLASS = {"train": 40, "val": 10, "test": 30}
 
@@ -42,8 +42,8 @@ def _draw_all(folder: Path) -> None:
     for number, split in enumerate(PER_CLASS):
         for label, (name, shape) in enumerate(SHAPES.items()):
             (folder / split / name).mkdir(parents=True)
-            look, view = (Dice(1000 * number + 2 * label + kind) for kind in (0, 1))
-            for index, picture in enumerate(scenes(shape, PER_CLASS[split], SIZE, look, view, TAME)):
+            pictures = scenes(shape, PER_CLASS[split], SIZE, Dice(1000 * number + label), TAME)
+            for index, picture in enumerate(pictures):
                 to_pil_image(picture).save(folder / split / name / f"{index:03}.png")
 
 

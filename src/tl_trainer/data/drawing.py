@@ -49,64 +49,58 @@ class Nuisance(NamedTuple):
     litter: float = 0.6  # the share of scenes with each of two small things lying about
     hidden: float = 0.3  # the share of scenes with a bar before the object
     grain: float = 0.05  # the largest standard deviation of the noise, of 1
+    share: float = 1.0  # the share of scenes with the thing itself
 
 
-WILD = Nuisance()
 LITTER = Nuisance(size=(0.08, 0.25), place=1.0)
 BARS = Nuisance(size=(0.4, 0.8), place=1.0)
 
 
-def scenes(shape: Pattern, count: int, size: int, look: Dice, view: Dice, nuisance: Nuisance = WILD) -> Tensor:
-    """(count, 3, size, size) uint8: what `shape` gives, seen once.
-
-    `look` decides about the objects, `view` about everything else: the same look with another view is the same object
-    from another side, before another ground, in another light.
-    """
+def scenes(shape: Pattern, count: int, size: int, dice: Dice, nuisance: Nuisance) -> Tensor:
+    """(count, 3, size, size) uint8: pictures of what `shape` gives, each with its own ground and light."""
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(count, -1, -1, -1)
-    picture = surface(grid, view, nuisance.ground, nuisance.texture)
+    picture = surface(grid, dice, nuisance.ground, nuisance.texture)
     for _ in range(2):
-        _paint(picture, grid, blob, view, view, LITTER, nuisance.litter)
-    _paint(picture, grid, shape, look, view, nuisance)
-    _paint(picture, grid, bar, view, view, BARS, nuisance.hidden)
-    return _photographed(picture, grid, view, nuisance.grain)
+        _paint(picture, grid, blob, dice, LITTER._replace(share=nuisance.litter))
+    _paint(picture, grid, shape, dice, nuisance)
+    _paint(picture, grid, bar, dice, BARS._replace(share=nuisance.hidden))
+    return _photographed(picture, grid, dice, nuisance.grain)
 
 
-def _paint(
-    picture: Tensor, grid: Tensor, shape: Pattern, look: Dice, view: Dice, nuisance: Nuisance, share: float = 1.0
-) -> None:
-    """Put an object into `share` of the scenes: turned, placed, shaded, and with a soft shadow around it."""
-    rows = view.order(len(picture))[: math.ceil(share * len(picture))].sort().values  # a look keeps its rows
+def _paint(picture: Tensor, grid: Tensor, shape: Pattern, dice: Dice, nuisance: Nuisance) -> None:
+    """Put an object into some of the scenes: turned, placed, shaded, and with a soft shadow around it."""
+    rows = dice.order(len(picture))[: math.ceil(nuisance.share * len(picture))]
     count = len(rows)
     turn, place = nuisance.turn, nuisance.place
-    scale = view.between(*nuisance.size, count, 1, 1)
-    points = turned(grid[rows] - view.between(-place, place, count, 1, 1, 2), view.between(-turn, turn, count))
-    stretch = torch.exp(view.between(-0.25, 0.25, count, 1, 1))
+    scale = dice.between(*nuisance.size, count, 1, 1)
+    points = turned(grid[rows] - dice.between(-place, place, count, 1, 1, 2), dice.between(-turn, turn, count))
+    stretch = torch.exp(dice.between(-0.25, 0.25, count, 1, 1))
     points = points / (scale[..., None] * torch.stack([stretch, 1 / stretch], dim=-1))
-    distance = shape(points, look) * scale
-    shadow = (0.7 - distance * view.between(3, 10, count, 1, 1)).clamp(0, 1) * view.between(0, 0.6, count, 1, 1)
-    colours = surface(points, look, nuisance.object, nuisance.texture) * _relief(distance, view)[:, None]
+    distance = shape(points, dice) * scale
+    shadow = (0.7 - distance * dice.between(3, 10, count, 1, 1)).clamp(0, 1) * dice.between(0, 0.6, count, 1, 1)
+    colours = surface(points, dice, nuisance.object, nuisance.texture) * _relief(distance, dice)[:, None]
     inside = (0.5 - distance * (picture.shape[-1] / 2)).clamp(0, 1)
     picture[rows] = torch.lerp(picture[rows] * (1 - shadow)[:, None], colours.clamp(0, 1), inside[:, None])
 
 
-def _relief(distance: Tensor, view: Dice) -> Tensor:
+def _relief(distance: Tensor, dice: Dice) -> Tensor:
     """(N, S, S): how bright the surface of a bevelled object is under light from one side."""
     count, size = distance.shape[:2]
-    depth = torch.sqrt((-distance / view.between(0.1, 0.6, count, 1, 1)).clamp(0.001, 1))
+    depth = torch.sqrt((-distance / dice.between(0.1, 0.6, count, 1, 1)).clamp(0.001, 1))
     down, right = torch.gradient(depth, dim=(1, 2))
-    angle, strength = view.between(-math.pi, math.pi, count, 1, 1), view.between(0, 0.12, count, 1, 1)
+    angle, strength = dice.between(-math.pi, math.pi, count, 1, 1), dice.between(0, 0.12, count, 1, 1)
     return 1 + strength * size * (torch.cos(angle) * right + torch.sin(angle) * down).clamp(-0.15, 0.15)
 
 
-def _photographed(picture: Tensor, grid: Tensor, view: Dice, grain: float) -> Tensor:
+def _photographed(picture: Tensor, grid: Tensor, dice: Dice, grain: float) -> Tensor:
     """The picture under uneven light, a little out of focus and noisy, as bytes."""
     count = len(picture)
-    slope = view.between(-0.3, 0.3, count, 1, 1, 2)
-    picture = picture * (view.between(0.7, 1.2, count, 1, 1) + (grid * slope).sum(-1))[:, None]
+    slope = dice.between(-0.3, 0.3, count, 1, 1, 2)
+    picture = picture * (dice.between(0.7, 1.2, count, 1, 1) + (grid * slope).sum(-1))[:, None]
     soft = F.avg_pool2d(F.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    picture = torch.lerp(picture, soft, view.between(-0.5, 1, count, 1, 1, 1).clamp(min=0))
-    noisy = picture + torch.randn(picture.shape, generator=view.generator) * view.between(0, grain, count, 1, 1, 1)
+    picture = torch.lerp(picture, soft, dice.between(-0.5, 1, count, 1, 1, 1).clamp(min=0))
+    noisy = picture + torch.randn(picture.shape, generator=dice.generator) * dice.between(0, grain, count, 1, 1, 1)
     return (noisy.clamp(0, 1) * 255).round().to(torch.uint8)
 
 

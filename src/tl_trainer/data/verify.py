@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from tl_trainer.config.schema import DataSection
 from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
@@ -28,11 +29,11 @@ SETTLED_SECONDS = 2.0
 _CHUNK = 500
 
 
-def verified(split: Split, what: str, on_bad_image: str, memory: Path | None) -> Split:
+def verified(split: Split, what: str, data: DataSection, memory: Path | None) -> Split:
     """The split with the content hash of each image, and without those that cannot be read.
 
-    what: what messages call the split. on_bad_image: `error` or `skip`. memory: the database, None for none. Raises
-    DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
+    what: what messages call the split. data: says what to do with bad images. memory: the database, None for none.
+    Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
     hashes: dict[int, bytes] = _recalled(memory, stamps)
@@ -49,15 +50,15 @@ def verified(split: Split, what: str, on_bad_image: str, memory: Path | None) ->
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
     good = [index for index in range(len(split)) if index not in bad]
     if bad:
-        _report(bad, f"{len(split)} {what} images", on_bad_image)
+        _report(bad, f"{len(split)} {what} images", data)
     if not good:
         raise DataError(f"none of the {len(split)} {what} images can be read")
     return replace(split.subset(good), hashes=[hashes[index] for index in good])
 
 
-def _report(bad: dict[int, ImageError], images: str, on_bad_image: str) -> None:
+def _report(bad: dict[int, ImageError], images: str, data: DataSection) -> None:
     listing = "\n".join(str(bad[index]) for index in sorted(bad)[:2])
-    if on_bad_image == "error":
+    if data.on_bad_image == "error":
         raise DataError(
             f"{len(bad)} of {images} cannot be used; replace or remove them, or set data.on_bad_image: skip "
             f"(tl-eval: --on-bad-image skip)\n{listing}"
