@@ -16,12 +16,12 @@ from typing import Any
 import PIL
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, FeaturesSection, flat
+from tl_trainer.config.schema import Config, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.loaders import worker_count
@@ -76,6 +76,17 @@ class Parts:
     def config(self) -> Config:
         """The resolved configuration."""
         return self.loaded.config
+
+    def take_head(self, weight: Tensor, bias: Tensor, *, unit: bool) -> None:
+        """Put another linear head, (classes, features) and (classes,), into the classifier and the configuration."""
+        model = self.config.model
+        section = model.head.model_copy(update={"normalise": "l2" if unit else "none"})
+        model = model.model_copy(update={"head": section})
+        self.loaded = replace(self.loaded, config=self.config.model_copy(update={"model": model}))
+        head = new_head(self.features, len(self.task.classes), section)
+        *_, last = head
+        last.load_state_dict({"weight": weight, "bias": bias})
+        self.network.classifier.head = head.to(self.network.device)
 
     def scores(self, feed: Feed, name: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
         """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
@@ -287,15 +298,20 @@ def _new_classifier(config: Config, weights: Weights, classes: int, image: Tenso
     backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
     size = feature_size(backbone, model.backbone, weights, model.tap, image)
     torch.manual_seed(config.seed)
-    head = build_head(size, model.head.hidden, classes, model.head.dropout)
+    head = new_head(size, classes, model.head)
     return Classifier(backbone, head, model.trainable), size
+
+
+def new_head(features: int, classes: int, section: HeadSection) -> nn.Sequential:
+    """The head that the section describes."""
+    return build_head(features, section.hidden, classes, section.dropout, unit=section.normalise == "l2")
 
 
 def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
     """With the weights of the checkpoint."""
     model, weights = config.model, saved.backbone["weights"]
     with torch.device("meta"):
-        head = build_head(saved.features, model.head.hidden, len(saved.classes), model.head.dropout)
+        head = new_head(saved.features, len(saved.classes), model.head)
     if saved.frozen is not None:
         backbone = empty_backbone(model.backbone, weights != "none", model.tap, saved.backbone.get("size"))
     else:

@@ -29,6 +29,7 @@ from tl_trainer.ground.files import make_folder, write_text
 from tl_trainer.metrics import Scores
 from tl_trainer.report import write_report
 from tl_trainer.saver import RESULT, Saver
+from tl_trainer.search import Found
 from tl_trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ THUMBNAIL, MISTAKE = 48, 128  # pixels
 REMEDY = "--resume {} makes up what is missing, such as the report"
 
 
-def conclude(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, started: float) -> dict[str, Any]:
+def conclude(
+    setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, started: float, found: Found | None = None
+) -> dict[str, Any]:
     """Figures and report of the best epoch; what result.json holds. `started` is when by `time.perf_counter`."""
     assert saver.best is not None
     parts, progress, run_dir = setup.parts, saver.state.progress, saver.run_dir
@@ -54,6 +57,7 @@ def conclude(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Save
         "report": None,
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch,
+        **({"search": found.summary()} if found else {}),
         "val": progress.best,
         **({"test": parts.task.figures(scores["test"])} if "test" in scores else {}),
         "seconds": round(time.perf_counter() - started, 3),

@@ -152,6 +152,8 @@ def _load_last(path: Path) -> Checkpoint:
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:
     before, now = dict(flat(last.config)), dict(flat(loaded.config.model_dump()))
+    if now["model.head.normalise"] == "auto":  # what a search has decided, it decides again
+        del now["model.head.normalise"]
     changes = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     for key, old, new in changes:
         if key not in CHANGEABLE:

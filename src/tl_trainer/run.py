@@ -7,8 +7,10 @@ import csv
 import io
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,17 +29,18 @@ from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import make_folder, write_text
 from tl_trainer.ground.locks import sole_use
+from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Step, Training, fit
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.saver import RESULT, Saver, State
+from tl_trainer.search import Found, search
 from tl_trainer.tracking import Tracker, graph_of
 
 log = logging.getLogger(__name__)
 
 IMAGES_SHOWN = 16
-SMALL_STEP = 50_000_000  # multiply-adds
 
 MakeTracker = Callable[..., Tracker]
 MakeSaver = Callable[..., Saver]
@@ -74,19 +77,27 @@ def train(
             run_dir = _new_run_dir(output, loaded.name)
             stack.enter_context(sole_use(run_dir))
         log.info("%s\nrun directory: %s", summary(setup), run_dir)
-        with stop, _threads_for(setup.parts, feeds["train"]):
+        with stop:
             _describe(setup, run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
             saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
-            fit(new_training(setup, feeds, state, partial(_pause, stop, saver)), tracker, saver)
+            found = None
+            if setup.parts.config.train.search == "auto":
+                saver.save()  # so that a search that is killed can be resumed
+                found = search(setup, feeds)
+            if found is not None:
+                _take(found, setup, feeds, tracker, saver)
+            else:
+                with threads_for(_step_size(setup.parts, feeds["train"])):
+                    fit(new_training(setup, feeds, state, partial(_pause, stop, saver)), tracker, saver)
         if stop.signal is not None:  # it came while the last epoch was saved
             remedy = REMEDY.format(run_dir)
             raise Interrupted(
                 stop.signal, f"stopped after the last epoch; {run_dir / 'best.pth'} is complete; {remedy}"
             )
         with _saying_what_is_saved(run_dir):
-            return conclude(setup, feeds, tracker, saver, started)
+            return conclude(setup, feeds, tracker, saver, started, found)
 
 
 def dry_run(loaded: Loaded) -> dict[str, Any]:
@@ -147,18 +158,30 @@ def _saying_what_is_saved(run_dir: Path) -> Iterator[None]:
         raise Interrupted(number, f"stopped; every epoch is done, the best one in {best}; {remedy}") from error
 
 
-@contextlib.contextmanager
-def _threads_for(parts: Parts, feed: Feed) -> Iterator[None]:
-    """One thread for a step that takes microseconds: waking the others costs more than they save, above all on a
-    machine that has other work to do."""
-    before = torch.get_num_threads()
+def _step_size(parts: Parts, feed: Feed) -> int:
+    """The multiply-adds of a training step, about; of one with images more than any threshold."""
     weights = sum(value.numel() for value in parts.network.classifier.trained_state().values())
-    if isinstance(feed.batches, FeatureBatches) and weights * parts.config.train.batch_size < SMALL_STEP:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return weights * parts.config.train.batch_size if isinstance(feed.batches, FeatureBatches) else sys.maxsize
+
+
+def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver) -> None:
+    """Make the head that was found the result of the run, as the best epoch of a training would be."""
+    parts, started = setup.parts, time.perf_counter()
+    parts.take_head(found.weight, found.bias, unit=found.unit)
+    saver.template = replace(saver.template, config=parts.config.model_dump())
+    train, val = (parts.scores(feeds[name], name) for name in ("train", "val"))
+    done = saver.state.progress.found(
+        parts.config.train.epochs,
+        parts.task.figures(train)["loss"],
+        parts.task.figures(val),
+        time.perf_counter() - started,
+        len(train.targets),
+    )
+    tracker.epoch(done, parts.task.figures(val), 0.0)
+    write_text(saver.run_dir / "search.csv", found.table())
+    saver.improved(val)
+    tracker.improved(done.epoch, val)
+    saver.finish()
 
 
 def _template(setup: Setup) -> Checkpoint:

@@ -75,6 +75,11 @@ class Progress(BaseModel):
             self.best_epoch, self.best = self.epoch, figures
         return EpochDone(self.epoch, mean, seconds, images, improved)
 
+    def found(self, epochs: int, loss: float, figures: Figures, seconds: float, images: int) -> EpochDone:
+        """Count all epochs as done: the head was found without any."""
+        self.epoch, self.best_epoch, self.best = epochs, epochs, figures
+        return EpochDone(epochs, loss, seconds, images, improved=True)
+
 
 @dataclass
 class State:

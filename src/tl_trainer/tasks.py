@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -77,6 +78,12 @@ class SingleLabel:
         balanced = section.class_weights == "balanced"
         weights = metrics.class_weights(list(targets), len(self.classes)) if balanced else None
         return nn.CrossEntropyLoss(weights, label_smoothing=section.label_smoothing)
+
+    def soft_targets(self, section: LossSection, targets: Sequence[int]) -> Tensor:
+        """(N, classes): the weights with which the loss of each image counts its classes, those of `criterion`."""
+        classes, smoothing = len(self.classes), section.label_smoothing
+        rows = one_hot(torch.tensor(targets), classes) * (1 - smoothing) + smoothing / classes
+        return rows if section.class_weights == "none" else rows * metrics.class_weights(list(targets), classes)
 
     def figures(self, scores: Scores) -> Figures:
         """The figures of an epoch: `loss`, `n` (images), and those in `columns`."""

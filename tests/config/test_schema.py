@@ -42,8 +42,9 @@ KEYS = """
     data.csv.suffix
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
+    model.head.normalise
     features.cache features.views features.dir features.limit_gb performance.compile
-    train.epochs train.batch_size train.precision
+    train.search train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience

@@ -172,6 +172,11 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
 
 def _report(result: dict[str, Any]) -> str:
     lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
+    if found := result.get("search"):
+        lines = [
+            f"best of {found['candidates']} heads: {found['method']}, features {found['scaling']}, strength "
+            f"{found['strength']:.2g}; {result['seconds']:.0f} s"
+        ]
     for split in ("val", "test"):
         if split in result:
             figures = result[split]

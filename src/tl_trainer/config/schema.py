@@ -109,6 +109,11 @@ class HeadSection(Section):
         default_factory=list, description="Widths of hidden layers: [256, 256] is Linear-ReLU-Linear-ReLU-Linear."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="The dropout probability before each Linear of the head.")
+    normalise: Literal["auto", "none", "l2"] = Field(
+        "auto",
+        description="l2 scales the features of each image to length 1 before the head, none does not; auto leaves it "
+        "to train.search, and is none without.",
+    )
 
 
 class ModelSection(Section):
@@ -191,8 +196,17 @@ class LossSection(Section):
     )
 
 
+EPOCHS = 10
+
+
 class TrainSection(Section):
-    epochs: int = Field(10, ge=1, description="Passes over the training images.")
+    search: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
+        "are cached, the head is a single Linear, and epochs, optimizer and schedule are left as they are by default; "
+        "off trains it.",
+    )
+    epochs: int = Field(EPOCHS, ge=1, description="Passes over the training images.")
     batch_size: int = Field(48, ge=1, description="Images per optimizer step.")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
@@ -209,6 +223,9 @@ class TrainSection(Section):
             raise ValueError(
                 f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})"
             )
+        how_to_train = (self.epochs, self.optimizer, self.schedule)
+        if how_to_train != (EPOCHS, OptimizerSection(), ScheduleSection()):  # whoever says how wants it trained
+            object.__setattr__(self, "search", "off")
         return self
 
 

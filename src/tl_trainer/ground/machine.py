@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tl_trainer.errors import RunError
@@ -19,6 +21,7 @@ _NO_MEMORY_IN_ONEDNN = (
 )  # fmt: skip
 _SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
 _TRYING = threading.Lock()
+_SMALL_STEP = 50_000_000  # multiply-adds
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -64,3 +67,18 @@ def free_memory() -> int:
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def threads_for(multiply_adds: int) -> Iterator[None]:
+    """One thread within the block for steps that take microseconds: waking the others costs more than they save, above
+    all on a machine that has other work to do."""
+    import torch
+
+    before = torch.get_num_threads()
+    if multiply_adds < _SMALL_STEP:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

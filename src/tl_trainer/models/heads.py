@@ -5,11 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 
-def build_head(in_features: int, hidden: Sequence[int], classes: int, dropout: float) -> nn.Sequential:
-    """(N, in_features) -> (N, classes): hidden [256, 256] is three Linear with ReLU between, dropout before each."""
+class UnitLinear(nn.Linear):
+    """A Linear whose inputs are scaled to length 1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(functional.normalize(input))
+
+
+def build_head(
+    in_features: int, hidden: Sequence[int], classes: int, dropout: float, *, unit: bool = False
+) -> nn.Sequential:
+    """(N, in_features) -> (N, classes): hidden [256, 256] is three Linear with ReLU between, dropout before each.
+
+    unit: whether the features are scaled to length 1 first.
+    """
     layers: list[nn.Module] = []
     widths = [in_features, *hidden, classes]
     for index, (wide, narrow) in enumerate(itertools.pairwise(widths)):
@@ -17,5 +30,5 @@ def build_head(in_features: int, hidden: Sequence[int], classes: int, dropout: f
             layers.append(nn.ReLU(inplace=True))
         if dropout:
             layers.append(nn.Dropout(dropout))
-        layers.append(nn.Linear(wide, narrow))
+        layers.append((UnitLinear if unit and not index else nn.Linear)(wide, narrow))
     return nn.Sequential(*layers)

@@ -1,0 +1,293 @@
+"""The head is found, not trained for epochs: on cached features every strength of a linear head costs next to nothing.
+
+Each candidate is solved to convergence, so no learning rate and no seed is in the answer. The choice is by the log loss
+on validation images, and where these are few also by that of cross-validation over train.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tl_trainer.assembly import Setup
+from tl_trainer.features import FeatureBatches, Features
+from tl_trainer.feeds import Feed
+from tl_trainer.ground.machine import free_memory, threads_for
+from tl_trainer.logistic import Axes, path
+
+log = logging.getLogger(__name__)
+
+STRENGTHS = [10 ** (3 - step / 4) for step in range(37)]  # of L2, 1e3 to 1e-6
+FOLDS = 5
+FEWEST_VAL, FEWEST_DRAWN = 200, 2_000  # validation images from which they decide: of the source's own split, of a drawn
+HOPELESS = 1.25  # of the best log loss so far: where a path of ever weaker strengths ends
+NEIGHBOURS = (1, 3, 5, 10, 20, 50)
+
+
+class Table(NamedTuple):
+    """Features (N, D) float32, targets (N,), their weights of the classes (N, C), and the image of each row (N,)."""
+
+    features: Tensor
+    targets: Tensor
+    soft: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate: method, how the features are scaled, its strength or number of neighbours, and how good it is.
+
+    loss: the log loss in nats; None for a method that gives no probabilities.
+    """
+
+    method: str
+    scaling: str
+    strength: float
+    loss: float | None
+    top1: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """All candidates, the linear one that was chosen, its weight (C, D) and bias (C,), and how it was judged."""
+
+    rows: list[Row]
+    best: Row
+    weight: Tensor
+    bias: Tensor
+    judged: str
+
+    @property
+    def unit(self) -> bool:
+        """Whether the head takes features of length 1."""
+        return self.best.scaling == UNIT
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of the search."""
+        return {**asdict(self.best), "candidates": len(self.rows), "judged_by": self.judged}
+
+    def table(self) -> str:
+        """All candidates as CSV."""
+        table = io.StringIO()
+        names = [field.name for field in fields(Row)]
+        rows = [[getattr(row, name) for name in names] for row in self.rows]
+        csv.writer(table, lineterminator="\n").writerows([names, *rows])
+        return table.getvalue()
+
+
+class Scaling(NamedTuple):
+    """(features - shift) * scale, of rows first brought to length 1 where `unit`."""
+
+    shift: Tensor
+    scale: Tensor
+    unit: bool = False
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, D)"""
+        return ((functional.normalize(features) if self.unit else features) - self.shift) * self.scale
+
+
+UNIT = "length 1"
+
+
+def _standardised(features: Tensor) -> Scaling:
+    deviation, mean = torch.std_mean(features, dim=0, correction=0)
+    return Scaling(mean, 1 / torch.where(deviation > 0, deviation, 1))
+
+
+def _raw(features: Tensor) -> Scaling:
+    return Scaling(torch.zeros_like(features[0]), torch.ones_like(features[0]))
+
+
+SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
+    "standardised": _standardised,
+    "raw": _raw,
+    UNIT: lambda features: _raw(features)._replace(unit=True),
+}
+
+
+def search(setup: Setup, feeds: dict[str, Feed]) -> Found | None:
+    """The best head for the features; None, saying why, where it has to be trained for epochs."""
+    parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
+    obstacle, head = None, parts.config.model.head
+    if parts.network.classifier.trained:
+        obstacle = "stages of the backbone train too"
+    elif not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
+        obstacle = "its features are not kept (set features.views, or transforms.train=eval)"
+    elif head.hidden:
+        obstacle = "it has hidden layers"
+    elif not (views := _views_that_fit(train.features)):
+        obstacle = "there are too many features for this machine's memory"
+    else:
+        scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
+        tables = _table(setup, "train", train.features, views), _table(setup, "val", val.features)
+        with threads_for(tables[0].features.numel() * len(parts.task.classes)):
+            found = find(*tables, scalings=scalings, drawn=setup.drawn)
+        log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
+        return found
+    log.info("the head is trained for %d epochs, not found: %s", parts.config.train.epochs, obstacle)
+    return None
+
+
+def _views_that_fit(features: Features) -> int:
+    """How many views fit into memory together with what the search makes of them."""
+    one = 4 * len(features.targets) * features.take(0, [0]).numel()
+    return min(len(features.keys), int(free_memory() / 8 // one))
+
+
+def _table(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
+    parts, count = setup.parts, len(features.targets)
+    rows = [features.take(view, range(count)).flatten(1).float() for view in range(views)]
+    soft = parts.task.soft_targets(parts.config.train.loss, setup.dataset.split(name).targets)
+    images = torch.arange(count).repeat(views)
+    table = Table(torch.cat(rows), features.targets.repeat(views), soft.repeat(views, 1), images)
+    return Table(*(column.to(_device(parts.network.device)) for column in table))
+
+
+def _device(device: torch.device) -> torch.device:
+    """Where to solve: an Apple GPU has neither eigenvectors nor float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def find(train: Table, val: Table, *, scalings: Sequence[str] = tuple(SCALINGS), drawn: bool = False) -> Found:
+    """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train."""
+    few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
+    fold = _folds(train) if few else torch.full_like(train.targets, FOLDS)
+    targets = torch.cat([val.targets, train.targets]) if few else val.targets
+    judged = f"{len(val.targets):,} validation images"
+    judged += f" and {FOLDS}-fold cross-validation over train" if few else ""
+    rows: list[Row] = []
+    solved: list[_Solved] = []
+    for name in scalings:
+        scaling, lowest = SCALINGS[name](train.features), float("inf")
+        axes = Axes.of(scaling(train.features))
+        held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
+        for solution in path(axes, train.soft, (~held_out).to(train.soft), STRENGTHS):
+            logits = scaling(val.features) @ solution.weight[-1] + solution.bias[-1]
+            if few:
+                logits = torch.cat([logits, solution.logits.transpose(0, 1)[torch.arange(len(fold)), fold]])
+            losses = functional.cross_entropy(logits.double(), targets, reduction="none")
+            loss = losses.mean().item()
+            rows.append(Row("logistic regression", name, solution.strength, loss, _top1(logits, targets)))
+            weight = solution.weight[-1] * scaling.scale[:, None]
+            solved.append(_Solved(rows[-1], losses, weight, solution.bias[-1] - scaling.shift @ weight))
+            lowest = min(lowest, loss)
+            if loss > HOPELESS * lowest:
+                break
+    best = _best(solved)
+    rows += _simpler(train, val, fold if few else None)
+    return Found(rows, best.row, best.weight.T.contiguous(), best.bias, judged)
+
+
+class _Solved(NamedTuple):
+    """A linear candidate: its row, the loss of each image it was judged by (N,), its weight (D, C) and bias (C,)."""
+
+    row: Row
+    losses: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _best(solved: Sequence[_Solved]) -> _Solved:
+    """Of those whose log loss cannot be told from the lowest (one standard error of the difference; Breiman et al.,
+    1984), the one that is right most often."""
+    lowest = min(solved, key=lambda candidate: (candidate.row.loss, -candidate.row.top1))
+    tied = []
+    for candidate in solved:
+        worse = candidate.losses - lowest.losses
+        if worse.mean() <= worse.std(correction=0) / len(worse) ** 0.5:
+            tied.append(candidate)
+    return min(tied, key=lambda candidate: (-candidate.row.top1, candidate.row.loss))
+
+
+def _top1(scores: Tensor, targets: Tensor) -> float:
+    return (scores.argmax(dim=1) == targets).double().mean().item()
+
+
+def _folds(table: Table) -> Tensor:
+    """(N,) the fold of each row: every class spread evenly, all views of an image together, the same in every run."""
+    images, rows = torch.unique(table.images, return_inverse=True)
+    target = table.targets.new_zeros(len(images)).scatter_(0, rows, table.targets)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(target.device)
+    order = order[target[order].sort(stable=True).indices]
+    fold = torch.empty_like(target)
+    fold[order] = torch.arange(len(order), device=target.device) % FOLDS
+    return fold[rows]
+
+
+def _simpler(train: Table, val: Table, fold: Tensor | None) -> Iterator[Row]:
+    """Nearest class mean, nearest neighbours and ridge regression, judged on the same images."""
+    parts = [(train, val)]
+    if fold is not None:
+        parts += [(_part(train, fold != number), _part(train, fold == number)) for number in range(FOLDS)]
+    parts = [(fitted, judged) for fitted, judged in parts if len(judged.targets)]
+    targets = torch.cat([judged.targets for _, judged in parts])
+    for method, scaling, scores_of in (
+        ("nearest class mean", UNIT, _class_means),
+        ("nearest neighbours", UNIT, _neighbours),
+        ("ridge regression", "standardised", _ridge),
+    ):
+        found = [scores_of(fitted, judged.features) for fitted, judged in parts]
+        for strength in found[0]:
+            yield Row(method, scaling, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
+
+
+def _part(table: Table, rows: Tensor) -> Table:
+    return Table(*(column[rows] for column in table))
+
+
+def _class_means(train: Table, features: Tensor) -> dict[float, Tensor]:
+    unit = functional.normalize(train.features)
+    return {0: functional.normalize(features) @ functional.normalize(_labels(train).T @ unit).T}
+
+
+def _neighbours(train: Table, features: Tensor) -> dict[float, Tensor]:
+    """Votes of the nearest rows by cosine, weighted by it."""
+    unit, votes = functional.normalize(train.features), {}
+    largest = min(max(NEIGHBOURS), len(unit))
+    near = [(functional.normalize(part) @ unit.T).topk(largest, dim=1) for part in torch.split(features, 1024)]
+    cosine, rows = torch.cat([part.values for part in near]), torch.cat([part.indices for part in near])
+    for count in NEIGHBOURS:
+        shares = (cosine[:, :count, None] + 1) * _labels(train)[rows[:, :count]]
+        votes[float(count)] = shares.sum(dim=1)
+    return votes
+
+
+def _ridge(train: Table, features: Tensor) -> dict[float, Tensor]:
+    """Least squares on the labels; one eigendecomposition serves all strengths (those of the mean square)."""
+    scaling = _standardised(train.features)
+    axes = Axes.of(scaling(train.features))
+    labels = _labels(train)
+    mean = labels.mean(dim=0)
+    moments, slopes = axes.rotated.square().mean(dim=0), axes.rotated.T @ (labels - mean) / len(labels)
+    rotated = (scaling(features) - axes.mean) @ axes.axes
+    return {strength: rotated @ (slopes / (moments + strength)[:, None]) + mean for strength in STRENGTHS}
+
+
+def _labels(table: Table) -> Tensor:
+    """(N, C) one-hot."""
+    return functional.one_hot(table.targets, table.soft.shape[1]).to(table.features)
+
+
+def best_lines(found: Found, count: int = 8) -> list[str]:
+    """The best candidates as lines of a table: the logistic ones by log loss, then the best of each other method."""
+    logistic = sorted((row for row in found.rows if row.loss), key=lambda row: (row is not found.best, row.loss))
+    others: dict[str, Row] = {}
+    for row in found.rows:
+        if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
+            others[row.method] = row
+    shown: Sequence[Row] = [*logistic[: count - len(others)], *others.values()]
+    head = f"  {'head':20}  {'features':12}  {'strength':>8}  {'log loss':>8}  top-1"
+    return [head] + [
+        f"{'>' if row is found.best else ' '} {row.method:20}  {row.scaling:12}  {row.strength:8.2g}  "
+        f"{'' if row.loss is None else format(row.loss, '8.4f'):>8}  {row.top1:.1%}"
+        for row in shown
+    ]

@@ -1,0 +1,88 @@
+"""The solver against scikit-learn's, and against the gradient of torch's own loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tl_trainer import logistic
+from tl_trainer.logistic import Axes, Solution, path
+
+STRENGTHS = [10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4]
+
+
+def noisy(rows: int, width: int, classes: int = 3) -> tuple[Tensor, Tensor]:
+    """Features of classes that overlap, of very different scales and not centred, and the labels."""
+    generator = torch.Generator().manual_seed(rows)
+    targets = torch.randint(classes, (rows,), generator=generator)
+    middles = torch.randn(classes, width, generator=generator)
+    features = (middles[targets] * 0.4 + torch.randn(rows, width, generator=generator)) * torch.logspace(-1, 1, width)
+    return features + 3, targets
+
+
+def solutions(features: Tensor, soft: Tensor, shares: Tensor | None = None) -> list[Solution]:
+    shares = torch.ones(1, len(features)) if shares is None else shares
+    return list(path(Axes.of(features), soft, shares, STRENGTHS))
+
+
+def logits(solution: Solution, features: Tensor, problem: int = 0) -> Tensor:
+    return features @ solution.weight[problem] + solution.bias[problem]
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (40, 90)])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_solution_is_that_of_scikit_learn(shape: tuple[int, int], classes: int) -> None:
+    features, targets = noisy(*shape, classes)
+    for solution in solutions(features, functional.one_hot(targets, classes).float()):
+        assert solution.converged.all()
+        torch.testing.assert_close(solution.logits[0], logits(solution, features), atol=1e-3, rtol=1e-3)
+        c = 1 / (solution.strength * len(features))
+        reference = LogisticRegression(C=c, max_iter=10_000, tol=1e-8).fit(features.double().numpy(), targets.numpy())
+        expected = torch.from_numpy(reference.predict_proba(features.double().numpy())).float()
+        if classes == 2:  # scikit-learn has one weight for two classes, which its penalty counts once
+            reference = LogisticRegression(C=c * 2, max_iter=10_000, tol=1e-8).fit(features.numpy(), targets.numpy())
+            expected = torch.from_numpy(reference.predict_proba(features.numpy())).float()
+        torch.testing.assert_close(logits(solution, features).softmax(dim=1), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_it_minimises_torchs_weighted_cross_entropy(smoothing: float) -> None:
+    features, targets = noisy(150, 10)
+    weights = torch.tensor([0.5, 1.0, 2.5])
+    soft = weights * (functional.one_hot(targets, 3) * (1 - smoothing) + smoothing / 3)
+    criterion = nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
+    for solution in solutions(features, soft):
+        weight, bias = solution.weight[0].requires_grad_(), solution.bias[0].requires_grad_()
+        loss = criterion(features @ weight + bias, targets) / soft.sum()
+        objective = loss + solution.strength / 2 * weight.square().sum()
+        by_weight, by_bias = torch.autograd.grad(objective, (weight, bias))
+        scale = torch.cat([features, torch.ones(len(features), 1)], dim=1).square().mean(dim=0)[:, None]
+        slope = torch.cat([by_weight, by_bias[None]])
+        assert (slope.square() / scale).sum() < 1e-3 * objective
+
+
+def test_a_row_without_a_share_is_left_out_and_gets_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic, "PRECISION", 1e-6)
+    features, targets = noisy(120, 30)
+    soft = functional.one_hot(targets, 3).float()
+    shares = torch.ones(3, 120)
+    shares[0, :40] = shares[1, 40:] = 0
+    alone = solutions(features[40:], soft[40:])
+    for together, solution in zip(solutions(features, soft, shares), alone, strict=True):
+        shown = [logits(found, features).softmax(dim=1) for found in (together, solution)]
+        torch.testing.assert_close(*shown, atol=0.01, rtol=0)
+        assert not torch.allclose(together.logits[0], together.logits[1], atol=0.05)
+
+
+def test_a_column_without_information_and_two_rows_are_no_problem() -> None:
+    features = torch.tensor([[0.0, 1.0, 5.0], [1.0, 1.0, 5.0]])
+    found = solutions(features, torch.eye(2))
+    for solution in found:
+        assert solution.weight.isfinite().all()
+        assert solution.weight[0, 1:].abs().max() < 1e-4
+    assert (logits(found[-1], features).argmax(dim=1) == torch.tensor([0, 1])).all()
+    same = solutions(torch.ones(4, 3), torch.eye(2).repeat(2, 1))[-1]
+    torch.testing.assert_close(logits(same, torch.ones(4, 3)).softmax(dim=1), torch.full((4, 2), 0.5))

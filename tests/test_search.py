@@ -1,0 +1,216 @@
+"""The head that is found: what is compared, what decides, and what a run makes of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import Tensor
+from torch.nn import functional
+
+import tl_trainer
+from conftest import Run, draw_split
+from tl_trainer import checkpoint, run, search
+from tl_trainer.api import train
+from tl_trainer.search import FOLDS, STRENGTHS, UNIT, Found, Row, Table, best_lines, find
+
+CLASSES = 3
+
+
+def table(count: int, seed: int, noise: float = 1.0, views: int = 1) -> Table:
+    """Classes around middles of their own, in features of different scales; each view with its own noise."""
+    middles = torch.randn(CLASSES, 20, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % CLASSES
+    features = torch.cat([middles[targets] + noise * torch.randn(count, 20, generator=generator) for _ in range(views)])
+    targets = targets.repeat(views)
+    features = features * torch.logspace(-1, 1, 20) + 1
+    return Table(features, targets, functional.one_hot(targets).float(), torch.arange(count).repeat(views))
+
+
+def logits(found: Found, features: Tensor) -> Tensor:
+    return (functional.normalize(features) if found.unit else features) @ found.weight.T + found.bias
+
+
+@pytest.mark.parametrize("scaling", list(search.SCALINGS))
+def test_with_enough_validation_images_these_decide(scaling: str) -> None:
+    train, val = table(150, 1), table(300, 2)
+    found = find(train, val, scalings=[scaling])
+    assert found.judged == "300 validation images"
+    assert found.unit == (scaling == UNIT)
+    of_val = logits(found, val.features)
+    assert functional.cross_entropy(of_val, val.targets).item() == pytest.approx(found.best.loss, rel=1e-3)
+    assert (of_val.argmax(dim=1) == val.targets).double().mean().item() == found.best.top1
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.5])
+def test_the_best_head_is_that_of_scikit_learn(noise: float) -> None:
+    train, val = table(150, 1, noise), table(600, 2, noise)
+    found = find(train, val, scalings=["standardised"])
+    mean, deviation = train.features.mean(dim=0), train.features.std(dim=0, correction=0)
+    losses = []
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=1 / (150 * strength), max_iter=9000, tol=1e-8)
+        model.fit(((train.features - mean) / deviation).numpy(), train.targets.numpy())
+        shares = torch.from_numpy(model.predict_log_proba(((val.features - mean) / deviation).numpy()))
+        losses.append(functional.nll_loss(shares.double(), val.targets).item())
+    assert min(row.loss for row in found.rows if row.loss) <= 1.005 * min(losses)
+
+
+@pytest.mark.parametrize(("drawn", "count"), [(False, 199), (True, 1999)])
+def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) -> None:
+    train, val = table(60, 1, noise=2, views=2), table(count, 2, noise=2)
+    found = find(train, val, scalings=["raw"], drawn=drawn)
+    assert found.judged == f"{count:,} validation images and 5-fold cross-validation over train"
+    fold = search._folds(train)
+    assert torch.equal(fold[:60], fold[60:])  # the views of an image are together
+    for number in range(FOLDS):
+        counts = torch.bincount(train.targets[fold == number])
+        assert (counts == 8).all()
+    losses, strength = [], found.best.strength
+    for held_out in [fold == number for number in range(FOLDS)]:
+        model = LogisticRegression(C=1 / ((~held_out).sum().item() * strength), max_iter=5000, tol=1e-6)
+        model.fit(train.features[~held_out].numpy(), train.targets[~held_out].numpy())
+        shares = torch.from_numpy(model.predict_log_proba(train.features[held_out].numpy()))
+        losses.append(functional.nll_loss(shares.double(), train.targets[held_out], reduction="sum"))
+    losses.append(functional.cross_entropy(logits(found, val.features), val.targets, reduction="sum").double())
+    assert found.best.loss == pytest.approx(sum(losses).item() / (120 + count), rel=0.01)
+
+
+def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
+    def solved(losses: list[float], top1: float) -> search._Solved:
+        tensor = torch.tensor(losses)
+        return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, tensor, tensor)
+
+    lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
+    assert search._best([lowest, equal, worse]) is equal
+    assert search._best([worse, lowest]) is lowest
+
+
+def test_ridge_and_nearest_neighbours_are_what_their_names_say() -> None:
+    train, val = table(90, 1, noise=2), table(250, 2, noise=2)
+    rows = find(train, val, scalings=["raw"]).rows
+    mean, deviation = train.features.mean(dim=0), train.features.std(dim=0, correction=0)
+    for row in (row for row in rows if row.method == "ridge regression"):
+        reference = Ridge(alpha=row.strength * 90).fit(
+            ((train.features - mean) / deviation).numpy(), train.soft.numpy()
+        )
+        said = torch.from_numpy(reference.predict(((val.features - mean) / deviation).numpy())).argmax(dim=1)
+        assert row.top1 == pytest.approx((said == val.targets).double().mean().item(), abs=0.009)
+    [nearest] = [row for row in rows if row.method == "nearest neighbours" and row.strength == 1]
+    cosine = functional.normalize(val.features) @ functional.normalize(train.features).T
+    assert nearest.top1 == (train.targets[cosine.argmax(dim=1)] == val.targets).double().mean().item()
+
+
+def test_nothing_is_left_to_chance() -> None:
+    first, second = (find(table(45, 1), table(30, 2)) for _ in range(2))
+    assert first.rows == second.rows
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_a_class_of_one_image_and_a_column_of_one_value_are_no_obstacle() -> None:
+    train, val = table(20, 1), table(9, 2)
+    train.features[:, 3] = 7
+    train.targets[train.targets == 2] = 1
+    train.targets[-1] = 2
+    found = find(train._replace(soft=functional.one_hot(train.targets, 3).float()), val)
+    assert found.weight.isfinite().all()
+
+
+def test_the_best_lines_show_the_choice_and_the_best_of_each_other_method() -> None:
+    found = find(table(60, 1), table(250, 2))
+    lines = best_lines(found)
+    assert len(lines) == 9
+    assert [line[0] for line in lines[1:]].count(">") == 1
+    for method in ("nearest class mean", "nearest neighbours", "ridge regression"):
+        assert sum(method in line for line in lines) == 1
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.fixture
+def config(colours: Path) -> dict[str, object]:
+    """A run whose head is found: nothing says how to train it."""
+    return {
+        "data": {"root": str(colours)}, "model": {"backbone": "alexnet", "weights": "none"},
+        "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]}, "features": {"dir": "cache"},
+        "output": {"report": False, "tensorboard": False},
+    }  # fmt: skip
+
+
+def test_a_run_that_says_nothing_of_training_finds_its_head(config: dict[str, object]) -> None:
+    result = train(config)
+    run_dir = Path(result["run_dir"])
+    with (run_dir / "search.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == result["search"]["candidates"] > 3 * 6
+    assert result == json.loads((run_dir / "result.json").read_text())
+    model = tl_trainer.load(run_dir)
+    measured = model.evaluate("val")
+    assert {key: measured[key] for key in ("loss", "top1", "n")} == {
+        key: result["val"][key] for key in ("loss", "top1", "n")
+    }
+    saved = checkpoint.load(run_dir / "best.pth")
+    assert saved.config["model"]["head"]["normalise"] == ("l2" if result["search"]["scaling"] == UNIT else "none")
+
+
+@pytest.mark.parametrize("normalise", ["none", "l2"])
+def test_a_configured_scaling_is_kept(config: dict[str, object], normalise: str) -> None:
+    result = train(config, model__head__normalise=normalise)
+    assert (result["search"]["scaling"] == UNIT) == (normalise == "l2")
+    [row] = tl_trainer.load(result["run_dir"]).predict(next(Path(str(config["data"]["root"])).rglob("*.jpg")))  # type: ignore[index]
+    assert row.error is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"model__head__hidden": [4]}, "hidden layers"),
+        ({"transforms__train": [{"Resize": [64, 64]}, "RandomHorizontalFlip"], "features__cache": "off"}, "not kept"),
+        ({"model__trainable": "classifier"}, "stages of the backbone"),
+    ],
+)
+def test_where_no_search_is_possible_that_is_said_and_the_head_is_trained(
+    config: dict[str, object], words: dict[str, object], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="tl_trainer")
+    result = train(config, **words)
+    assert "search" not in result
+    assert result["epochs"] == 10
+    assert f"the head is trained for 10 epochs, not found: {said}" in caplog.text or said in caplog.text
+
+
+@pytest.mark.parametrize("words", [{"train__epochs": 2}, {"train__optimizer__lr": 0.1}, {"train__search": "off"}])
+def test_whoever_says_how_to_train_has_it_trained(config: dict[str, object], words: dict[str, object]) -> None:
+    assert "search" not in train(config, **words)
+
+
+def test_a_search_that_was_killed_is_resumed_to_the_same_head(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "search", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, output__dir="again")
+    resumed = train(config, output__dir="again", resume=True)
+    assert resumed["search"] == whole["search"]
+    first, second = (checkpoint.load(Path(result["checkpoint"])).trained for result in (whole, resumed))
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+
+
+def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
+    draw_split(tmp_path / "photos", 6)
+    words = ("model.backbone=alexnet", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
+    result = tl("train", tmp_path / "photos", *words, "output.report=false", "output.tensorboard=false")
+    assert result.returncode == 0, result.stderr
+    assert "best of " in result.stdout
+    assert "logistic regression" in result.stderr
