@@ -5,6 +5,10 @@ The images are smaller than the models' own, which position embeddings and windo
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -237,3 +241,72 @@ def test_a_register_token_is_no_class_token() -> None:
 def test_a_checkpoint_cannot_name_what_is_no_backbone(name: str) -> None:
     with pytest.raises(SettingError, match="unknown backbone"):
         empty_backbone(name, False, "penultimate")
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """As much of the hub as a download needs: one file, its commit and its hash; `sent` is how much of it comes."""
+
+    data, sent, commit = b"", 1.0, "cd" * 20
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path == "/timm/test_vit.r160_in1k/resolve/main/model.safetensors" else 404)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(self.data).hexdigest()}"')
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.data[: int(self.sent * len(self.data))])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
+    """A hub on 127.0.0.1 that has weights of TINY, and an empty cache."""
+
+    class Mine(Hub):
+        data = saved(TINY, 5, "served.safetensors").read_bytes()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Mine) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (
+            ("ENDPOINT", address),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_CACHE", str(tmp_path / "hub")),
+            ("HF_HUB_DISABLE_XET", True),
+        ):
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield Mine
+        server.shutdown()
+        thread.join()
+
+
+def test_weights_come_from_the_hub_once_and_name_their_commit(hub: type[Hub]) -> None:
+    backbone = build_backbone(TINY, resolve_weights(TINY, "DEFAULT"), "penultimate", 0)
+    assert backbone.revision == hub.commit
+    expected = build_backbone(TINY, resolve_weights(TINY, "served.safetensors"), "penultimate", 0)
+    images = torch.ones(1, 3, 160, 160)
+    assert torch.equal(backbone(images), expected(images))
+    hub.data = b""  # from here on the server has nothing to give
+    again = build_backbone(TINY, resolve_weights(TINY, f"r160_in1k@{hub.commit}"), "penultimate", 0)
+    assert torch.equal(again(images), expected(images))
+
+
+def test_a_download_that_is_cut_off_says_where_it_came_from(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.sent = 0.5
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the hub's own pause between its attempts
+    with pytest.raises(InputError, match=r"^http://127\.0\.0\.1:\d+/timm/test_vit.*cannot be downloaded: .+\nFetch"):
+        build_backbone(TINY, resolve_weights(TINY, "DEFAULT"), "penultimate", 0)
+
+
+def test_weights_that_want_images_padded_are_refused() -> None:
+    name = "timm/deepseek_vit_412m"
+    if not timm.is_model("deepseek_vit_412m"):
+        pytest.skip("this version of timm has no model whose images are padded")
+    with pytest.raises(SettingError, match="padded to a square"):
+        resolve_weights(name, "DEFAULT")

@@ -138,7 +138,16 @@ def _config(model: str, tag: str) -> Any:
 
 
 def _preset(config: Any) -> Preprocessing:
-    """As timm's own evaluation transform: the short side resized to size / crop_pct, the middle cut out."""
+    """As timm's own evaluation transform: the short side resized to size / crop_pct, the middle cut out.
+
+    Raises SettingError for weights that want anything else.
+    """
+    if config.crop_mode == "border":
+        raise SettingError(
+            "model.weights",
+            f"{config.architecture} was trained on images padded to a square (timm's crop_mode border), which "
+            "tl-trainer does not do; take other weights",
+        )
     size = config.input_size[-1]
     scaled = int(size / (config.crop_pct or 0.875))
     return Preprocessing(
@@ -197,7 +206,6 @@ def up_to_tap(model: nn.Module, name: str, tap: str) -> Backbone:
 def _fetch(config: Any, revision: str | None) -> Path:
     """The weights' file in the hub's cache, downloaded if need be; the hub's own variables (HF_HUB_OFFLINE) count."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not config.hf_hub_id:
@@ -206,11 +214,10 @@ def _fetch(config: Any, revision: str | None) -> Path:
             "model.weights to the file"
         )
     (enable_progress_bars if bars_shown() else disable_progress_bars)()
-    name = config.hf_hub_filename or FILE
     try:
-        return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, name, revision=revision))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        address = huggingface_hub.hf_hub_url(config.hf_hub_id, name, revision=revision)
+        return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, FILE, revision=revision))
+    except Exception as error:  # the hub's own, or those of its HTTP library, which is another one in each version
+        address = huggingface_hub.hf_hub_url(config.hf_hub_id, FILE, revision=revision)
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{address} cannot be downloaded: {reason}\n"
