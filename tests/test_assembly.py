@@ -217,6 +217,28 @@ def test_one_class_is_not_enough(colours: Path) -> None:
         set_up(load(None, [("data.root", str(colours)), ("model.backbone", "alexnet"), ("model.weights", "none")]))
 
 
+def batch_norm_words(colours: Path, trainable: str) -> list[tuple[str, Any]]:
+    return [
+        ("data.root", str(colours)), ("model.backbone", "shufflenet_v2_x0_5"), ("model.weights", "none"),
+        ("model.trainable", trainable), ("transforms.eval", [{"Resize": [32, 32]}]), ("transforms.train", "eval"),
+    ]  # fmt: skip
+
+
+def test_batches_of_one_image_are_refused_where_batch_norm_trains(colours: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 1 is too few: BatchNorm trains here .* 2 or more"):
+        set_up(load(None, [*batch_norm_words(colours, "conv5"), ("train.batch_size", 1)]))
+    set_up(load(None, [*batch_norm_words(colours, "head"), ("train.batch_size", 1)]))
+
+
+def test_a_single_training_image_is_refused_where_batch_norm_trains(colours: Path) -> None:
+    for path in sorted(colours.glob("train/*/*.jpg"))[1:]:
+        path.write_bytes(b"no picture")
+    skip = ("data.on_bad_image", "skip")
+    with pytest.raises(ConfigError, match=r"model\.trainable: there is one training image: .* or add images"):
+        set_up(load(None, [*batch_norm_words(colours, "conv5"), skip]))
+    set_up(load(None, [*batch_norm_words(colours, "head"), skip]))
+
+
 def test_a_run_without_an_epoch_has_no_classifier_yet(tmp_path: Path) -> None:
     checkpoint.save(tiny_template(), tmp_path / "last.pth")
     with pytest.raises(CheckpointError, match=rf"no epoch of this run has ended yet; go on with --resume {tmp_path}"):

@@ -116,6 +116,17 @@ def test_when_evaluation_is_on_cached_features(
     assert [index for batch in feed.batches.epoch(4, CPU) for index in batch.indices.tolist()] == list(range(24))
 
 
+@pytest.mark.parametrize(("trainable", "sizes"), [("head", [23, 1]), ("stage2", [24]), ("all", [24])])
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_single_last_image_joins_the_batch_before_it_where_batch_norm_trains(
+    split: Split, trainable: str, sizes: list[int], cache: str
+) -> None:
+    feeds = replace(feeds_of(trainable, cache=cache), batch_size=23)
+    batches = feeds.training(split, FIXED).batches
+    assert [len(batch.indices) for batch in batches.epoch(0, CPU)] == sizes
+    assert len(batches) == len(sizes)
+
+
 @pytest.mark.parametrize("trainable", ["head", "stage2"])
 def test_cached_features_give_the_logits_of_the_images(split: Split, trainable: str) -> None:
     cached, plain = feeds_of(trainable), feeds_of(trainable, cache="off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def test_a_run_that_cannot_begin_leaves_no_folder(loaded: Loaded, colours: Path)
     assert not list(Path("runs").iterdir())
 
 
+def test_a_single_last_image_does_not_end_a_run_whose_batch_norm_trains(colours: Path) -> None:
+    """24 images in batches of 23, of which 1 x 1 pixels are left at the end of the network."""
+    words = [
+        *WORDS, ("model", {"backbone": "shufflenet_v2_x0_5", "weights": "none", "trainable": "conv5"}),
+        ("transforms.eval", [{"Resize": [32, 32]}]), ("train.batch_size", 23),
+    ]  # fmt: skip
+    assert run.train(load(None, [("data.root", str(colours)), *words]), None, StopRequest())["epochs"] == 2
+
+
 class StopsAfter(StopRequest):
     """Asks for the end of the run when it was looked at so many times."""
 
@@ -79,6 +89,16 @@ def test_a_stop_request_is_looked_at_after_every_batch(loaded: Loaded, looks: in
     rows = Path("runs/run-1/metrics.csv").read_text().splitlines()[1:]
     assert len(rows) == (looks - 1) // 4
     assert Path("runs/run-1/last.pth").exists()
+
+
+def test_the_workers_end_with_the_run_that_raises(loaded: Loaded, colours: Path) -> None:
+    """Those of the validation split too, while the error still holds on to all that the run had."""
+    others = set(multiprocessing.active_children())
+    words = [("data.root", str(colours)), *WORDS, ("data.workers", 2), ("features.cache", "off")]
+    with pytest.raises(Interrupted) as stopped:
+        run.train(load(None, words), None, StopsAfter(6))
+    assert stopped.value.__traceback__ is not None
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_run_logs_to_the_tracker_that_it_is_given(loaded: Loaded) -> None:

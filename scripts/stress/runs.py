@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from stress.tools import (
     trained,
 )
 from tl_trainer import checkpoint, feature_store
+from tl_trainer.data import loaders
 from tl_trainer.errors import CheckpointError
 
 ENDING_SECONDS = 10.0  # that a stopped run may take, and a worker without its main process
@@ -303,30 +305,42 @@ def _both(*preparations: Callable[[], None]) -> Callable[[], None]:
 
 
 def _with_two_workers(count: int, folder: Path) -> Iterator[tuple[Child, list[int]]]:
-    """Runs that are in the middle of an epoch, with the ids of their two loader processes."""
+    """Runs in the middle of an epoch, with the ids of their two loader processes; a fork server's in every second."""
     data = draw(folder / "data")
     for number in range(count):
         output, mark = folder / f"run-{number}", folder / f"mark-{number}"
         words = ("--data-dir", data, "--output", output, *RECIPES["workers 2"], "train.epochs=1000")
-        child = command("train", *words, logs=output, prepare=_slowed("training", mark, "workers 2"))
+        method = partial(setattr, loaders, "START_METHOD", "forkserver" if number % 2 else "fork")
+        child = command("train", *words, logs=output, prepare=_both(method, _slowed("training", mark, "workers 2")))
         until = time.monotonic() + PATIENCE
-        while (not mark.exists() or len(children(child.pid)) < 2) and time.monotonic() < until and not child.poll():
+        while (not mark.exists() or len(_workers(child)) < 2) and time.monotonic() < until and not child.poll():
             time.sleep(0.005)
-        yield child, children(child.pid)
+        yield child, _workers(child)
+
+
+def _workers(child: Child) -> list[int]:
+    """The processes that load images for it; those of a fork server are that server's children."""
+    started = children(child.pid)
+    return [pid for server in started for pid in children(server)] or started
+
+
+def _alive(child: Child, until: float) -> bool:
+    """Whether any process of its group is still there at that time."""
+    while child.group_alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    return child.group_alive()
 
 
 def orphans(count: int, folder: Path, rng: random.Random) -> Outcome:
-    """SIGKILL of the main process: its two workers end by themselves."""
+    """SIGKILL of the main process: its two workers end by themselves, whether forked or of a fork server."""
     outcome, killed = Outcome(), []
     for child, processes in _with_two_workers(count, folder):
         random_moment(rng, 0.2)
         child.signal(signal.SIGKILL)
         killed.append((child, child.wait(), len(processes)))
     until = time.monotonic() + ENDING_SECONDS
-    while any(child.group_alive() for child, _, _ in killed) and time.monotonic() < until:
-        time.sleep(0.05)
     for child, code, processes in killed:
-        alive = child.group_alive()
+        alive = _alive(child, until)
         child.end_group()
         fine = code == -signal.SIGKILL and processes >= 1 and not alive
         outcome.count(None if fine else f"exit {code}, {processes} workers before, {'some' if alive else 'none'} after")
@@ -338,13 +352,14 @@ def killed_worker(count: int, folder: Path, rng: random.Random) -> Outcome:
     outcome = Outcome()
     for child, processes in _with_two_workers(count, folder):
         random_moment(rng, 0.2)
-        processes = children(child.pid) or processes
+        processes = _workers(child) or processes
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(rng.choice(processes), signal.SIGKILL)
         code = child.wait(60)
         said = child.said().splitlines()[-1:]
         fine = code == 1 and said and "a process that loads images was killed" in said[0] and "--workers" in said[0]
-        outcome.count(None if fine and not child.group_alive() else f"exit {code}: {child.said()[-300:]}")
+        alive = _alive(child, time.monotonic() + ENDING_SECONDS)
+        outcome.count(None if fine and not alive else f"exit {code}: {child.said()[-300:]}")
         child.end_group()
     return outcome
 

@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 # To be raised with every change to how an image becomes features.
 CACHE_VERSION = 1
 
+TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
+
 MEMORY = "files.sqlite"  # what `data.verify` remembers, in the folder of the features
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
@@ -149,6 +151,8 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         splits = {name: verified(split, name, config.data, memory) for name, split in dataset.splits.items()}
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
+        if classifier.trains_batch_norm and len(splits["train"]) == 1:
+            raise SettingError("model.trainable", f"there is one training image: {TWO_IMAGES}, or add images")
         identity = BackboneIdentity(
             name=config.model.backbone,
             weights=weights.name + (f"@{revision}" if (revision := classifier.backbone.revision) else ""),
@@ -264,8 +268,9 @@ def _check_stages(config: Config) -> None:
     except SettingError:  # which the check before has said
         return
     backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
-    if model.trainable not in ("head", "all"):
-        backbone.index(model.trainable)
+    classifier = Classifier(backbone, nn.Identity(), model.trainable)
+    if classifier.trains_batch_norm and config.train.batch_size == 1:
+        raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
 
 
 def _check_views(config: Config, pipeline: Pipeline) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, batch_order, stacked
+from tl_trainer.data.loaders import Batch, batch_order, batch_starts, stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError
 from tl_trainer.feature_store import FeatureStore, make_room
@@ -137,22 +137,29 @@ class Features:
 class FeatureBatches:
     """Batches of cached features in the same order in which the images would come; epoch e uses view e mod K."""
 
-    def __init__(self, features: Features, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> None:
+    def __init__(
+        self, features: Features, *, batch_size: int, seed: int = 0, shuffle: bool = False, smallest: int = 1
+    ) -> None:
         self.features = features
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.smallest = smallest  # as for `ImageBatches`
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self.features.targets) // self.batch_size)
+        return len(batch_starts(len(self.features.targets), self.batch_size, self.smallest))
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, float32, on `device`."""
         features, view = self.features, epoch % len(self.features.keys)
-        for indices in batch_order(len(features.targets), self.batch_size, self.seed, epoch, self.shuffle)[start:]:
+        count = len(features.targets)
+        for indices in batch_order(count, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]:
             inputs = features.take(view, indices).to(device, non_blocking=True)
             yield Batch(inputs.float(), features.targets[indices].to(device), torch.tensor(indices))
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def features_folder(section: FeaturesSection) -> Path:

@@ -31,6 +31,9 @@ class Batches(Protocol):
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
 
+    def close(self) -> None:
+        """End what the epochs share, such as processes."""
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -54,9 +57,13 @@ class Feeds:
 
     def training(self, split: Split, pipeline: Pipeline, views: int = 1) -> Feed:
         """Shuffled batches: cached features where the transform is not random or views are kept."""
+        # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
+        smallest = 2 if self.network.classifier.trains_batch_norm else 1
         if self.extractor is not None and (pipeline.deterministic or views > 1):
             features = self.extractor.features(split, "train", pipeline, views, self.seed)
-            return self._of_features(FeatureBatches(features, batch_size=self.batch_size, seed=self.seed, shuffle=True))
+            return self._of_features(
+                FeatureBatches(features, batch_size=self.batch_size, seed=self.seed, shuffle=True, smallest=smallest)
+            )
         if self.extractor is not None:
             log.info(
                 "transforms.train is random, so every epoch computes the frozen stages again; to compute them once, "
@@ -64,7 +71,13 @@ class Feeds:
             )
         return self._of_images(
             ImageBatches(
-                split, pipeline, batch_size=self.batch_size, workers=self.workers, seed=self.seed, shuffle=True
+                split,
+                pipeline,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                seed=self.seed,
+                shuffle=True,
+                smallest=smallest,
             )
         )
 

@@ -69,6 +69,8 @@ def train(
     feeds = setup.feeds()
     state = setup.new_state(len(feeds["train"].batches))
     with contextlib.ExitStack() as stack:
+        for feed in feeds.values():
+            stack.callback(feed.batches.close)
         if resumption:  # its folder is held since before last.pth was read
             run_dir = resumption.run_dir
             resumption.go_on(state)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import multiprocessing
 import os
 import re
+import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,6 +108,27 @@ def test_large_seeds_are_seeds_too(split: Split) -> None:
     assert len(list(_batches(split, AUGMENTED, seed=2**63 - 1).epoch(10**6, CPU))) == 3
 
 
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(49, 48, [49]), (97, 48, [48, 49]), (50, 48, [48, 2]), (48, 48, [48]), (1, 48, [1]), (3, 1, [1, 2])],
+)
+def test_a_last_batch_that_is_too_small_joins_the_one_before_it_in_the_same_order(
+    count: int, batch_size: int, sizes: list[int]
+) -> None:
+    joined, plain = (batch_order(count, batch_size, 3, 1, True, smallest) for smallest in (2, 1))
+    assert [len(indices) for indices in joined] == sizes
+    assert [*itertools.chain(*joined)] == [*itertools.chain(*plain)]
+
+
+def test_a_joined_batch_is_counted_as_one_for_any_number_of_workers(split: Split) -> None:
+    found = [_batches(split, batch_size=5, workers=workers, smallest=2) for workers in (0, 2)]
+    orders = [_order(list(batches.epoch(1, CPU))) for batches in found]
+    assert orders[0] == orders[1]
+    assert [len(indices) for indices in orders[0]] == [5, 6]
+    assert [len(batches) for batches in found] == [2, 2]
+    assert _order(list(found[0].epoch(1, CPU, start=1))) == orders[0][1:]
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 def test_an_epoch_can_be_entered_at_any_batch(split: Split, start: int) -> None:
     batches = _batches(split, AUGMENTED)
@@ -135,6 +160,53 @@ def test_any_number_of_workers_gives_the_same_batches(split: Split) -> None:
     expected = list(_batches(split, AUGMENTED).epoch(1, CPU))
     for workers in (1, 2):
         assert _equal(list(_batches(split, AUGMENTED, workers=workers).epoch(1, CPU)), expected)
+
+
+def test_the_workers_of_one_epoch_read_the_next_ones_until_they_are_closed(split: Split) -> None:
+    reference, batches = _batches(split, AUGMENTED), _batches(split, AUGMENTED, workers=2)
+    others = set(multiprocessing.active_children())
+
+    def workers() -> set[int | None]:
+        return {process.pid for process in set(multiprocessing.active_children()) - others}
+
+    found = []
+    for epoch in (0, 1, 1, 4):
+        assert _equal(list(batches.epoch(epoch, CPU, start=epoch // 4)), list(reference.epoch(epoch, CPU, epoch // 4)))
+        found.append(workers())
+    assert found == [found[0]] * 4
+    assert len(found[0]) == 2
+    batches.close()
+    assert not workers()
+    assert _equal(list(batches.epoch(3, CPU)), list(reference.epoch(3, CPU)))
+    next(batches.epoch(2, CPU))  # and is left in the middle
+    assert not workers()
+
+
+class Unending(Pictures):
+    """Pictures of which each takes a minute to load, and says when it begins to."""
+
+    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+        os.write(self.dataset, b".")
+        time.sleep(60)
+        raise AssertionError("nobody stopped it")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_workers_end_with_the_main_process_also_in_the_middle_of_an_image() -> None:
+    reader, writer = os.pipe()  # which the workers inherit, so that its end comes with the last of them
+    if (pid := os.fork()) == 0:
+        try:
+            split = Split(Unending(writer), [0, 1], range(2))
+            next(_batches(split, batch_size=1, workers=2).epoch(0, CPU))
+        finally:
+            os._exit(1)
+    os.close(writer)
+    assert [os.read(reader, 1), os.read(reader, 1)] == [b".", b"."]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert select.select([reader], [], [], 20)[0], "a worker is left"
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 @pytest.mark.parametrize("items", ["default", AUGMENTED], ids=["deterministic", "augmented"])
@@ -292,9 +364,9 @@ def test_a_worker_that_cannot_hand_over_its_batch_says_why(
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    epoch = _Batches(split, _batches(split).pipeline, seed=0, epoch=0)
-    assert isinstance(epoch[[0, 1]], Batch)
+    batches = _Batches(split, _batches(split).pipeline, seed=0)
+    assert isinstance(batches[0, [0, 1]], Batch)
     monkeypatch.setattr(loaders, "get_worker_info", lambda: "a worker's")
     with pytest.raises(raised, match=said):
-        if isinstance(found := epoch[[0, 1]], Exception):
+        if isinstance(found := batches[0, [0, 1]], Exception):
             raise found

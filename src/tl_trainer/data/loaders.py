@@ -7,8 +7,11 @@ any number of workers, and an epoch can be entered at any batch.
 from __future__ import annotations
 
 import errno
+import itertools
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
@@ -24,7 +27,13 @@ from tl_trainer.ground.failures import NO_SHARED_MEMORY, WORKER_KILLED, worker_d
 from tl_trainer.ground.machine import cores
 
 Item = TypeVar("Item")
+Place = tuple[int, list[int]]  # of a batch: the epoch, the indices of its images
 _PRIME = 1_000_003
+
+# How workers start; None is the system's own way. On Linux they are forked, for they only decode and leave CUDA alone.
+# forkserver, Python's default from 3.14 on, imports torch anew in each, and with it the user's script, which then needs
+# an `if __name__ == "__main__"`.
+START_METHOD = "fork" if sys.platform == "linux" else None
 
 
 class Batch(NamedTuple):
@@ -38,11 +47,20 @@ class Batch(NamedTuple):
 class ImageBatches:
     """Batches of images in a seeded order per epoch (`shuffle`), or in the split's own.
 
-    Iterating over `epoch(e)` gives every image once, the last batch being smaller where it must.
+    Iterating over `epoch(e)` gives every image once, the last batch being smaller where it must, but not smaller than
+    `smallest`. The same workers read all epochs, one at a time, until `close` or until one is left in the middle.
     """
 
     def __init__(
-        self, split: Split, pipeline: Pipeline, *, batch_size: int, workers: int, seed: int = 0, shuffle: bool = False
+        self,
+        split: Split,
+        pipeline: Pipeline,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        smallest: int = 1,
     ) -> None:
         self.split = split
         self.pipeline = pipeline
@@ -50,38 +68,68 @@ class ImageBatches:
         self.workers = workers
         self.seed = seed
         self.shuffle = shuffle
+        self.smallest = smallest
+        self._places: list[Place] = []  # of the epoch under way
+        self._loader: DataLoader[Batch | TrainerError] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self.split) // self.batch_size)
+        return len(batch_starts(len(self.split), self.batch_size, self.smallest))
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, on `device` and ready for the network."""
-        chunks = batch_order(len(self.split), self.batch_size, self.seed, epoch, self.shuffle)[start:]
-        loader = DataLoader(
-            _Batches(self.split, self.pipeline, self.seed, epoch),
-            sampler=chunks,
+        order = batch_order(len(self.split), self.batch_size, self.seed, epoch, self.shuffle, self.smallest)
+        self._places[:] = [(epoch, indices) for indices in order[start:]]
+        if self._loader is None:
+            self._loader = self._new_loader(device)
+        try:
+            for batch in _named_deaths(self._loader):
+                if isinstance(batch, TrainerError):
+                    raise batch
+                inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
+                yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers."""
+        loader, self._loader = self._loader, None
+        if loader is not None and loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def _new_loader(self, device: torch.device) -> DataLoader[Batch | TrainerError]:
+        workers = min(self.workers, len(self))
+        return DataLoader(
+            _Batches(self.split, self.pipeline, self.seed),
+            sampler=self._places,
             batch_size=None,  # each item of the sampler is a batch already
-            num_workers=min(self.workers, len(chunks)),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context=START_METHOD if workers else None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_set_signals,
-            generator=torch.Generator(),  # without one, each epoch would draw from the generator that dropout uses
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # without one, it would draw from the generator that dropout uses
         )
-        for batch in _named_deaths(loader):
-            if isinstance(batch, TrainerError):
-                raise batch
-            inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
-            yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
 
 
-def batch_order(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+def batch_starts(count: int, batch_size: int, smallest: int = 1) -> list[int]:
+    """Where each batch of an epoch begins; a last one of fewer than `smallest` images joins the one before it."""
+    starts = list(range(0, count, batch_size))
+    return starts[:-1] if len(starts) > 1 and count - starts[-1] < smallest else starts
+
+
+def batch_order(
+    count: int, batch_size: int, seed: int, epoch: int, shuffle: bool, smallest: int = 1
+) -> list[list[int]]:
     """The indices of each batch of an epoch: a permutation that depends on seed and epoch only."""
     if shuffle:
         generator = torch.Generator().manual_seed((seed * _PRIME + epoch) % 2**63)
         order = torch.randperm(count, generator=generator).tolist()
     else:
         order = list(range(count))
-    return [order[first : first + batch_size] for first in range(0, count, batch_size)]
+    starts = batch_starts(count, batch_size, smallest)
+    return [order[first:end] for first, end in itertools.pairwise([*starts, count])]
 
 
 def worker_count(setting: int | str) -> int:
@@ -92,15 +140,16 @@ def worker_count(setting: int | str) -> int:
 
 
 class _Batches(Dataset[Batch | TrainerError]):
-    """The batches of an epoch, by the indices of their images."""
+    """The batches of all epochs, by their places."""
 
-    def __init__(self, split: Split, pipeline: Pipeline, seed: int, epoch: int) -> None:
-        self.split, self.pipeline, self.seed, self.epoch = split, pipeline, seed, epoch
+    def __init__(self, split: Split, pipeline: Pipeline, seed: int) -> None:
+        self.split, self.pipeline, self.seed = split, pipeline, seed
 
-    def __getitem__(self, indices: list[int]) -> Batch | TrainerError:
+    def __getitem__(self, place: Place) -> Batch | TrainerError:
         """The batch; an error is returned, for one that a worker raises reaches `epoch` as the text of a traceback."""
+        epoch, indices = place
         try:
-            inputs = stacked([self._image(index) for index in indices])
+            inputs = stacked([self._image(epoch, index) for index in indices])
         except TrainerError as error:
             return error
         batch = Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
@@ -113,14 +162,23 @@ class _Batches(Dataset[Batch | TrainerError]):
                 raise
             return RunError(NO_SHARED_MEMORY)
 
-    def _image(self, index: int) -> Tensor:
-        return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + self.epoch) * _PRIME + index)
+    def _image(self, epoch: int, index: int) -> Tensor:
+        return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + epoch) * _PRIME + index)
 
 
-def _set_signals(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     """A Ctrl-C reaches the workers too; the main process decides what it means. SIGTERM ends a worker at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """torch watches the parent instead: only between batches, and a forkserver lives as long as its workers do."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 def _named_deaths(batches: Iterable[Item]) -> Iterator[Item]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_trainer.models.chain import Backbone, Stage
 from tl_trainer.models.weights import with_versions
@@ -58,6 +59,11 @@ class Classifier(nn.Module):
         for stage in self.frozen:
             stage.module.eval()
         return self
+
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a BatchNorm takes its statistics from the batch, so that a batch needs two images."""
+        return any(isinstance(module, _BatchNorm) for stage in self.trained for module in stage.module.modules())
 
     def trained_state(self) -> State:
         """The tensors that training changes: the suffix, its BatchNorm statistics, and the head."""
