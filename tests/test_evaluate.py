@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tl_trainer.data.loaders import Batch
 from tl_trainer.evaluate import averaged, evaluate
@@ -57,3 +60,22 @@ def test_views_are_averaged_as_probabilities() -> None:
     views = [3 * torch.randn(6, 4) for _ in range(5)]
     expected = torch.stack([view.softmax(dim=1) for view in views]).mean(dim=0)
     torch.testing.assert_close(averaged(views).softmax(dim=1), expected)
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """Stands for an Apple GPU: float64 is for what was brought to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not Tensor.double or getattr(args[0], "brought", False)
+        found = func(*args, **(kwargs or {}))
+        if func is Tensor.cpu:
+            found = found.clone()
+            found.brought = True
+        return found
+
+
+def test_views_are_averaged_on_the_cpu() -> None:
+    views = [torch.randn(6, 4) for _ in range(2)]
+    with WithoutFloat64():
+        found = averaged(views)
+    assert torch.equal(found, averaged(views))

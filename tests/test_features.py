@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tiny import files_of, paths_of
+from tiny import FakeDevice, files_of, paths_of
 from tl_trainer import features as module_under_test
 from tl_trainer.config.schema import DataSection, FeaturesSection
 from tl_trainer.data.dataset import Pictures, Split
@@ -330,6 +330,22 @@ def test_batches_in_the_order_of_the_split(cache: Cache, split: Split) -> None:
     batches = list(FeatureBatches(found, batch_size=16).epoch(5, CPU))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(COUNT))
     assert torch.equal(torch.cat([batch.inputs for batch in batches]), rows_of(found))
+
+
+def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(split: Split, tmp_path: Path) -> None:
+    """On an Apple GPU such copies of what is freed meanwhile have come out wrong."""
+    for kind in ("cuda", "mps", "cpu"):
+        place = torch.device(kind)
+        extractor = Extractor(Prefixes(), IDENTITY, tmp_path / kind, 10**9, place)
+        with FakeDevice() as device:
+            features = extractor.features(known(split), "train", pipeline())
+            assert device.copies
+            list(FeatureBatches(features, batch_size=32).epoch(0, place))
+        assert {copy[0] for copy in device.copies} == {kind}
+        assert {copy[1:] for copy in device.copies} <= (
+            {(True, True), (False, False)} if kind == "cuda" else {(False, False)}
+        )
+        assert ((kind, True, True) in device.copies) == (kind == "cuda")
 
 
 def test_features_fit_in_memory_up_to_half_of_what_is_free(

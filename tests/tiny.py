@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import OptimizerSection, ScheduleSection
@@ -107,3 +108,28 @@ def tiny_template() -> Checkpoint:
         val_names=["a/1.jpg"],
         val_images=["cd" * 8],
     )
+
+
+class FakeDevice(TorchFunctionMode):
+    """Stands for a GPU: within the block what is moved to a device stays where it is.
+
+    copies: of each such move the kind of device, whether the copy may still be under way, and whether it is from pinned
+    memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, bool, bool]] = []
+        self._pinned: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.pin_memory:
+            self._pinned.append(args[0].clone())
+            return self._pinned[-1]
+        devices = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.device)]
+        if func is not Tensor.to or not devices:
+            return func(*args, **kwargs)
+        pinned = any(tensor is args[0] for tensor in self._pinned)
+        self.copies.append((devices[0].type, kwargs.get("non_blocking", False), pinned))
+        return args[0]

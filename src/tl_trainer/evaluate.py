@@ -28,4 +28,5 @@ def averaged(views: Sequence[Tensor]) -> Tensor:
     """The logits of several views of the same images, each (N, classes), as those of their mean probability."""
     if len(views) == 1:
         return views[0]
-    return torch.stack([view.double().log_softmax(dim=1) for view in views]).logsumexp(dim=0).float()
+    # On the CPU, since an Apple GPU has no float64.
+    return torch.stack([view.cpu().double().log_softmax(dim=1) for view in views]).logsumexp(dim=0).float()

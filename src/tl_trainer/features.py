@@ -93,10 +93,10 @@ class Extractor:
         with contextlib.closing(store), ThreadPoolExecutor(cores()) as pool:
             chunks = _decoded(split, pipeline, missing, size, pool, overlap=self.device.type != "cpu")
             for chunk, decoded in bar(chunks, f"{what} features", -(-len(missing) // size)):
-                batch = stacked(decoded)
-                if self.device.type == "cuda":
+                batch, pinned = stacked(decoded), self.device.type == "cuda"
+                if pinned:
                     batch = batch.pin_memory()
-                rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=True)))
+                rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=pinned)))
                 if not roomy:
                     self._check_room(store, rows, len(missing))
                     roomy = True
@@ -155,7 +155,7 @@ class FeatureBatches:
         features, view = self.features, epoch % len(self.features.keys)
         count = len(features.targets)
         for indices in batch_order(count, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]:
-            inputs = features.take(view, indices).to(device, non_blocking=True)
+            inputs = features.take(view, indices).to(device)
             yield Batch(inputs.float(), features.targets[indices].to(device), torch.tensor(indices))
 
     def close(self) -> None:

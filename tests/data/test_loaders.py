@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny import files_of, paths_of
+from tiny import FakeDevice, files_of, paths_of
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import loaders
 from tl_trainer.data.dataset import Pictures, Split
@@ -189,6 +189,24 @@ class Unending(Pictures):
         os.write(self.dataset, b".")
         time.sleep(60)
         raise AssertionError("nobody stopped it")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "cpu"])
+def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(
+    split: Split, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """On an Apple GPU such copies of what is freed meanwhile have come out wrong."""
+    make, pinned = loaders.DataLoader, []
+
+    def unpinned(*arguments: Any, pin_memory: bool, **options: Any) -> Any:
+        pinned.append(pin_memory)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(loaders, "DataLoader", unpinned)
+    with FakeDevice() as device:
+        assert len(list(_batches(split).epoch(0, torch.device(kind)))) == 3
+    assert pinned == [kind == "cuda"]
+    assert device.copies == [(kind, kind == "cuda", False)] * 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

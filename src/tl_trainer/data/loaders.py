@@ -82,12 +82,13 @@ class ImageBatches:
         self._places[:] = [(epoch, indices) for indices in order[start:]]
         if self._loader is None:
             self._loader = self._new_loader(device)
+        pinned = device.type == "cuda"  # elsewhere a copy that does not wait may read memory that is used anew
         try:
             for batch in _named_deaths(self._loader):
                 if isinstance(batch, TrainerError):
                     raise batch
-                inputs = self.pipeline.batch(batch.inputs.to(device, non_blocking=True))
-                yield Batch(inputs, batch.targets.to(device, non_blocking=True), batch.indices)
+                inputs, targets = (part.to(device, non_blocking=pinned) for part in (batch.inputs, batch.targets))
+                yield Batch(self.pipeline.batch(inputs), targets, batch.indices)
         except BaseException:
             self.close()
             raise
