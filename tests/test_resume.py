@@ -103,7 +103,7 @@ def test_a_run_that_another_process_trains_is_not_even_read(
 ) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     (RUN / ".last.pth-7.tmp").touch()
-    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("it was read"))
+    monkeypatch.setattr(checkpoint, "load", lambda path, **_: pytest.fail("it was read"))
     with sole_use(RUN):
         refused = tl("train", "--resume", RUN, "--epochs", 2)
     assert refused.returncode == 2
@@ -129,6 +129,24 @@ def test_the_newest_run_is_found_beside_one_whose_description_is_damaged(tl: Run
     RUN.with_name("run-2").joinpath("config.yaml").write_bytes(b"{\xff")
     (RUN / "result.json").unlink()
     assert last_json(tl(*words, "--epochs", 2, "--resume", "--json"))["run_dir"] == str(RUN)
+
+
+def test_no_file_that_the_run_will_replace_is_memory_mapped(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows would not let it be replaced."""
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    last_json(tl("train", "--resume", RUN, "--epochs", 2, "--json"))
+    (RUN / "last.pth").write_bytes(b"damaged, so that the one before is read too")
+    mapped, read = {}, torch.load
+
+    def note(path: Path, **options: Any) -> Any:
+        mapped[path.name] = options["mmap"]
+        return read(path, **options)
+
+    monkeypatch.setattr(torch, "load", note)
+    last_json(tl("train", "--resume", RUN, "--epochs", 3, "--json"))
+    assert mapped == {"last.pth": False, ".last.previous.pth": False, "best.pth": False}
 
 
 def test_nothing_is_removed_beside_a_file_that_is_no_checkpoint(tl: Run, tmp_path: Path) -> None:

@@ -66,13 +66,13 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     save_sealed(path, content | {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)})
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, its tensors memory-mapped.
+def load(path: Path, *, mapped: bool = True) -> Checkpoint:
+    """Read a checkpoint. mapped: whether its tensors are memory-mapped; Windows then does not let the file be replaced.
 
     Raises CheckpointError where it is damaged, another program's, from a newer version, or not plain data.
     """
     sealed = check_seal(path)
-    content = load_plain(path)
+    content = load_plain(path, mapped=mapped)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
     version = content.get("version")

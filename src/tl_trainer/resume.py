@@ -112,7 +112,7 @@ def _read(path: Path, config: str | Mapping[str, Any] | None, overrides: Overrid
     best = path.with_name("best.pth")
     if last.metrics is not None and not best.exists():
         raise InputError(f"{best}: no such file, and last.pth counts on it; put it back or start a new run")
-    return loaded, Resumption(path.parent, last, checkpoint.load(best) if best.exists() else None)
+    return loaded, Resumption(path.parent, last, checkpoint.load(best, mapped=False) if best.exists() else None)
 
 
 def _check_progress(last: Checkpoint, path: Path) -> None:
@@ -140,14 +140,14 @@ def _newest_unfinished(loaded: Loaded) -> Path:
 
 
 def _load_last(path: Path) -> Checkpoint:
-    """last.pth, or with a warning the one that was saved before it where it is damaged or gone."""
+    """last.pth, or with a warning the one that was saved before it where it is damaged or gone. The run replaces it."""
     try:
-        return checkpoint.load(path)
+        return checkpoint.load(path, mapped=False)
     except CheckpointError as error:
         if not previous(path).is_file():
             raise
         log.warning("%s; going on from the one saved before it, %s", error, previous(path).name)
-        return checkpoint.load(previous(path))
+        return checkpoint.load(previous(path), mapped=False)
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:

@@ -74,11 +74,11 @@ def check_seal(path: Path) -> bool:
     return True
 
 
-def load_plain(path: Path) -> Any:
-    """What torch.save wrote to `path`, memory-mapped where the format allows it; never runs code from the file.
+def load_plain(path: Path, *, mapped: bool = True) -> Any:
+    """What torch.save wrote to `path`; never runs code from the file.
 
-    Raises CheckpointError where the file is missing, damaged, or holds anything but plain data and tensors, RunError
-    where memory runs out.
+    mapped: whether tensors are memory-mapped, where the format allows it. Raises CheckpointError where the file is
+    missing, damaged, or holds anything but plain data and tensors, RunError where memory runs out.
     """
     import torch  # here, so that a command's --help does not wait for it
 
@@ -87,7 +87,7 @@ def load_plain(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on a file that is about to be refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Unsupported operand" not in str(error):  # that is a byte which is no pickle at all
             raise CheckpointError(
