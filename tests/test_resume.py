@@ -189,6 +189,15 @@ def test_forged_figures_are_refused_when_they_are_read(tl: Run, colours: Path, f
     )
 
 
+@pytest.mark.parametrize("metrics", [None, {}, {"loss": "low"}])
+def test_a_forged_best_pth_is_refused(tl: Run, colours: Path, metrics: Any) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    save_sealed(RUN / "best.pth", {**torch.load(RUN / "best.pth", weights_only=True), "metrics": metrics})
+    refused = tl("train", "--resume", RUN, "--epochs", 2)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(f"{RUN / 'best.pth'}: damaged checkpoint: metrics is missing or of the wrong kind\n")
+
+
 PLATEAU = {"best": 0.5, "bad_epochs": 0, "factor": 1.0}
 
 

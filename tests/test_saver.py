@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import logging
 import math
 import os
 import shutil
@@ -254,6 +255,37 @@ def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> 
     resumed.improved(SCORES)
     resumed.finish()
     assert load(tmp_path / "best.pth").frozen == {}
+
+
+WORSE = {**FIGURES, "top1": 0.5}
+
+
+def test_a_best_pth_that_is_newer_than_last_pth_counts_once_its_epoch_was_trained_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where last.pth is damaged and the one before it is taken, on a GPU that does not compute the same again."""
+    caplog.set_level(logging.INFO)
+    state = make_state()
+    saver = make_saver(tmp_path, state)
+    state.progress.epoch_ended(WORSE, BETTER)
+    saver.adopt(replace(tiny_template(), epoch=3, metrics=FIGURES))
+    saver.save()
+    assert caplog.messages == ["best.pth is of epoch 3, which last.pth has not reached: it is trained again"]
+    for _ in range(2):
+        assert load(tmp_path / "last.pth").metrics == WORSE
+        assert not state.progress.epoch_ended(WORSE, BETTER).improved
+    saver.save()
+    assert (state.progress.best_epoch, state.progress.best) == (3, FIGURES)
+    assert load(tmp_path / "last.pth").metrics == FIGURES
+    assert caplog.messages[1:] == ["best.pth is of epoch 3, not 1, so that epoch is the best"]
+
+
+def test_a_best_pth_that_is_older_than_last_pth_says_counts_at_once(tmp_path: Path) -> None:
+    state = make_state()
+    for figures in (WORSE, FIGURES):
+        state.progress.epoch_ended(figures, BETTER)
+    make_saver(tmp_path, state).adopt(replace(tiny_template(), epoch=1, metrics=WORSE))
+    assert (state.progress.best_epoch, state.progress.best) == (1, WORSE)
 
 
 def test_a_run_without_an_epoch_has_no_best(tmp_path: Path) -> None:

@@ -109,10 +109,7 @@ def _read(path: Path, config: str | Mapping[str, Any] | None, overrides: Overrid
         if path.with_name(RESULT).is_file():
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
         log.info("all %d epochs are done; nothing is trained again, only what the end of the run lacks", last.epoch)
-    best = path.with_name("best.pth")
-    if last.metrics is not None and not best.exists():
-        raise InputError(f"{best}: no such file, and last.pth counts on it; put it back or start a new run")
-    return loaded, Resumption(path.parent, last, checkpoint.load(best, mapped=False) if best.exists() else None)
+    return loaded, Resumption(path.parent, last, _load_best(path.with_name("best.pth"), last))
 
 
 def _check_progress(last: Checkpoint, path: Path) -> None:
@@ -148,6 +145,20 @@ def _load_last(path: Path) -> Checkpoint:
             raise
         log.warning("%s; going on from the one saved before it, %s", error, previous(path).name)
         return checkpoint.load(previous(path), mapped=False)
+
+
+def _load_best(path: Path, last: Checkpoint) -> Checkpoint | None:
+    """best.pth; None where there is none and no epoch has ended."""
+    if not path.exists():
+        if last.metrics is not None:
+            raise InputError(f"{path}: no such file, and last.pth counts on it; put it back or start a new run")
+        return None
+    best = checkpoint.load(path, mapped=False)
+    try:
+        SingleLabel(best.classes).check(best.metrics)
+    except ValueError as error:  # pydantic's
+        raise CheckpointError(f"{path}: damaged checkpoint: metrics is missing or of the wrong kind") from error
+    return best
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from tl_trainer.ground.wording import shown
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.optim import Schedule
+
+log = logging.getLogger(__name__)
 
 # An epoch on cached features takes milliseconds, a save with its fsync more. A run that is killed in between resumes
 # from the last save and arrives at the same weights.
@@ -176,6 +179,9 @@ class Saver:
         """Take over the best.pth of the run that is resumed."""
         self.best = best
         self._best_on_disk = best is not None
+        if best is not None and best.epoch > self.state.progress.epoch:
+            log.info("best.pth is of epoch %d, which last.pth has not reached: it is trained again", best.epoch)
+        self._go_by_best()
 
     def save(self) -> None:
         """Write best.pth where it changed, then last.pth, which counts on it.
@@ -183,6 +189,7 @@ class Saver:
         Raises RunError where the weights are no longer finite: the files of before are worth more.
         """
         started = time.monotonic()
+        self._go_by_best()
         resume, progress = {**self.state.resume_data(), "images": self.images}, self.state.progress
         trained = self.state.classifier.trained_state()
         if not all(value.isfinite().all() for value in trained.values()):
@@ -205,6 +212,13 @@ class Saver:
         self._saved_at = time.monotonic()
         # A twentieth of the time at the most goes into saving, however large the weights are.
         self._pause = max(SECONDS_BETWEEN_SAVES, 20 * (self._saved_at - started))
+
+    def _go_by_best(self) -> None:
+        """Count on the epoch that best.pth is of, once it was reached: the weights of another one are lost."""
+        best, progress = self.best, self.state.progress
+        if best is not None and best.epoch != progress.best_epoch and best.epoch <= progress.epoch:
+            log.warning("best.pth is of epoch %d, not %d, so that epoch is the best", best.epoch, progress.best_epoch)
+            progress.best_epoch, progress.best = best.epoch, best.metrics
 
     def finish(self) -> None:
         """Save, with the backbone in best.pth so that the one file is enough."""
