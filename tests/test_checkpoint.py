@@ -99,6 +99,14 @@ def test_another_version_says_what_wrote_it(path: Path, version: int) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_backbone_that_was_removed_says_what_wrote_the_file(path: Path, version: int) -> None:
+    content = content_of(replace(example(), backbone={**example().backbone, "name": "tiny_resnet"}), path)
+    save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "0.1.2"}})
+    with pytest.raises(CheckpointError, match=r"best\.pth: its backbone, tiny_resnet, .* wrote it \('?0\.1\.2'?\)$"):
+        load(path)
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(Checkpoint)])
 def test_a_field_of_the_wrong_kind_is_named(path: Path, name: str) -> None:
     content = content_of(example(), path)

@@ -79,6 +79,22 @@ def test_a_run_that_goes_on_is_not_complete_until_it_has_ended(
     assert not (RUN / "result.json").exists()
 
 
+def test_a_run_of_version_2_is_gone_on_with(tl: Run, colours: Path) -> None:
+    """Its files know neither the width of the head's input nor the size of the images of their backbone."""
+    words = ("--data-dir", colours, "--json", *SMALL)
+    whole = last_json(tl("train", *words, "--epochs", 2))
+    last_json(tl("train", *words, "--epochs", 1))
+    second = RUN.with_name("run-2")
+    for name in ("last.pth", "best.pth"):
+        content = torch.load(second / name, weights_only=True)
+        del content["features"], content["backbone"]["size"]
+        save_sealed(second / name, {**content, "version": 2})
+    resumed = last_json(tl("train", "--resume", second, "--epochs", 2, "--json"))
+    assert resumed["val"] == whole["val"]
+    one, two = (checkpoint.load(run_dir / "last.pth").trained for run_dir in (RUN, second))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_fewer_epochs_end_a_run_where_it_stands(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between epochs best.pth has no backbone; it gets it although nothing is trained any more."""
 

@@ -21,6 +21,7 @@ from tl_trainer.ground.wording import shown
 
 FORMAT = "tl-trainer checkpoint"
 VERSION = 3
+REMOVED = "tiny_resnet"  # the backbone that came along while the format was version 2
 
 
 class BackboneIdentity(TypedDict):
@@ -75,14 +76,16 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
     content = load_plain(path, mapped=mapped)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
-    version = content.get("version")
+    version, backbone = content.get("version"), content.get("backbone")
+    unknown = None
     if version not in (2, VERSION):
+        unknown = f"format version {shown(version)}, this tl-trainer reads 2 and {VERSION}"
+    elif isinstance(backbone, dict) and backbone.get("name") == REMOVED:
+        unknown = f"its backbone, {REMOVED}, is not part of tl-trainer any more"
+    if unknown:
         libraries = content.get("libraries")
         writer = libraries.get("tl-trainer") if isinstance(libraries, dict) else None
-        raise CheckpointError(
-            f"{path}: format version {shown(version)}, this tl-trainer reads 2 and {VERSION}; install the version that "
-            f"wrote it ({shown(writer)})"
-        )
+        raise CheckpointError(f"{path}: {unknown}; install the version that wrote it ({shown(writer)})")
     if not sealed:
         raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
     if version == 2:

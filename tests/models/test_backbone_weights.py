@@ -380,6 +380,14 @@ def test_mnasnets_first_layout_is_refused_by_the_tensor_that_differs() -> None:
         build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", str(saved(state))), "penultimate", 0)
 
 
+def test_mnasnets_second_layout_under_the_version_of_the_first_is_refused() -> None:
+    state: Any = noise("mnasnet0_5")
+    state._metadata[""]["version"] = 1
+    expected = r"weights\.pth: the tensors of mnasnet0_5 are not in the layout of the version .*layers"
+    with pytest.raises(CheckpointError, match=expected):
+        build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", str(saved(state))), "penultimate", 0)
+
+
 def test_densenets_old_names() -> None:
     state = noise("densenet121")
     path = saved({re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): v for key, v in state.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import warnings
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,15 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     known = {key: state[key].to(value.dtype) for key, value in wanted.items()}
     versions = getattr(loaded, "_metadata", {})  # in a file of DataParallel's, behind those of the wrapper
     versions = {re.sub(r"^module(\.|$)", "", module): version for module, version in versions.items()}
-    model.load_state_dict(with_versions(known, model, versions), assign=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's, that such a file works as before
+            model.load_state_dict(with_versions(known, model, versions), assign=True)
+    except RuntimeError as error:  # MNASNet's, which builds its first layout for a file that says it has it
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{path}: the tensors of {name} are not in the layout of the version that the file says: {reason}"
+        ) from error
 
 
 def _modern(key: str) -> str:
