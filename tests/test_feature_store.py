@@ -427,9 +427,10 @@ def test_make_room_removes_what_was_not_used_for_longest_and_never_keep(
 def test_room_is_made_and_the_cache_cleared_without_touching_other_folders(tmp_path: Path) -> None:
     make_stores(tmp_path, dict.fromkeys(STORES, 0))
     (tmp_path / "files.sqlite").write_bytes(b"database")
-    make_stores(tmp_path, {"holiday photos": 99, "A" * 32: 99})
+    nearly = ["A" * 32, "a" * 31, "a" * 33, "g" * 32, f"x{'a' * 32}", f"{'a' * 32}x", f"{'a' * 16} {'a' * 15}"]
+    make_stores(tmp_path, dict.fromkeys(nearly, 99))  # with all that a store has but its name
     make_room(tmp_path, 1, 0, keep=tmp_path / STORES[1])
-    others = {"files.sqlite", "holiday photos", "A" * 32}
+    others = {"files.sqlite", *nearly}
     assert {path.name for path in tmp_path.iterdir()} == {STORES[1], *others}
     assert clear(tmp_path) == 100
     assert {path.name for path in tmp_path.iterdir()} == others

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -346,6 +347,29 @@ def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(split: Split, tm
             {(True, True), (False, False)} if kind == "cuda" else {(False, False)}
         )
         assert ((kind, True, True) in device.copies) == (kind == "cuda")
+
+
+def test_images_are_decoded_while_a_gpu_computes_those_before(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified_split, prefixes, opened, ahead = known(split), Prefixes(), threading.Semaphore(0), []
+    load = Split.open
+
+    def note(self: Split, index: int) -> Image.Image:
+        opened.release()
+        return load(self, index)
+
+    def compute(images: Tensor) -> Tensor:
+        ahead.append(all(opened.acquire(timeout=20) for _ in range(AT_ONCE + 1)) if not ahead else None)
+        return prefixes.prefix(images)
+
+    monkeypatch.setattr(Split, "open", note)
+    monkeypatch.setattr(prefixes, "compute", compute)
+    monkeypatch.setattr(module_under_test, "DECODED_AT_ONCE", AT_ONCE)  # else these few would be decoded at once
+    with FakeDevice():
+        extractor = Extractor(prefixes, IDENTITY, tmp_path, 10**9, torch.device("mps"))
+        assert_right(extractor.features(verified_split, "train", pipeline()))
+    assert ahead == [True, None, None]
 
 
 def test_features_fit_in_memory_up_to_half_of_what_is_free(

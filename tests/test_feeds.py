@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import PIL
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
+from tl_trainer import assembly
 from tl_trainer import network as module_under_test
 from tl_trainer.assembly import _feeds
 from tl_trainer.config.schema import Config, DataSection, FeaturesSection
@@ -232,6 +236,30 @@ def test_other_weights_or_another_precision_or_folder_are_computed_anew(split: S
     again.training(split, FIXED)
     assert again.extractor is not None
     assert again.extractor.computed == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(torchvision, "__version__"), (PIL, "__version__"), (assembly, "CACHE_VERSION"), (assembly, "library_versions")],
+)
+def test_other_versions_are_computed_anew(
+    split: Split, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    feeds_of().training(split, FIXED)
+    monkeypatch.setattr(module, name, (lambda _: ["9.8"]) if name == "library_versions" else "9.8")
+    changed = feeds_of()
+    changed.training(split, FIXED)
+    assert changed.extractor is not None
+    assert changed.extractor.computed == 24
+
+
+def test_another_device_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = feeds_of().extractor
+    monkeypatch.setattr(Network, "device", property(lambda _: torch.device("mps"), lambda *_: None), raising=False)
+    there = feeds_of().extractor
+    assert here is not None
+    assert there is not None
+    assert there.identity == {**here.identity, "device": "mps"}
 
 
 def test_training_from_a_later_stage_uses_the_same_features(split: Split) -> None:

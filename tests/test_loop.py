@@ -347,6 +347,21 @@ def test_a_step_gives_the_loss_before_its_update(scaled: bool) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_gradients_are_those_of_the_scaled_loss() -> None:
+    """Else small ones would vanish in fp16; the scaler takes the scale back out before the update."""
+    found = []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        state = tiny_state(3, EPOCHS, *RECIPES["sgd-plateau"])
+        weight = state.classifier.head[-1].weight
+        weight.register_hook(found.append)
+        torch.manual_seed(0)  # of the dropout
+        make_step(state, functional.cross_entropy, scaler)(first_batch())
+        found.append(weight.detach().clone())
+    plain, after_plain, scaled, after_scaled = found
+    assert torch.equal(scaled, 1024 * plain)
+    assert torch.equal(after_scaled, after_plain)
+
+
 def test_the_loss_of_a_batch_updates_nothing() -> None:
     state = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"])
     step = make_step(state, functional.cross_entropy, state.scaler)

@@ -163,6 +163,15 @@ def test_a_resume_restores_everything_bit_for_bit(tmp_path: Path, optimizer: dic
     assert all(same(found["state"][index], values) for index, values in optimizer_state["state"].items())
 
 
+def test_the_random_state_of_a_gpu_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    place, state, found = torch.device("cuda:1"), make_state(), []
+    monkeypatch.setattr(State, "_device", place)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7, device.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: found.append((value.tolist(), device)))
+    state.restore(state.classifier.trained_state(), state.resume_data())
+    assert found == [([7, 1], place)]
+
+
 def test_a_loss_scale_is_kept(tmp_path: Path) -> None:
     before, after = make_state(), make_state()
     before.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,11 +204,15 @@ def test_trained_state_of_another_classifier_is_refused() -> None:
         small_classifier("high").load_trained_state(small_classifier("all").trained_state())
 
 
-def test_a_pretrained_backbone_with_a_trained_end() -> None:
+def test_a_pretrained_backbone_with_a_trained_end(tmp_path: Path) -> None:
+    weights = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "logits", 1).model.state_dict()
+    torch.save(dict(weights), tmp_path / "weights.pth")
     torch.manual_seed(0)
-    backbone = build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", "none"), "penultimate", 0)
+    pretrained = resolve_weights("mnasnet0_5", str(tmp_path / "weights.pth"))
+    backbone = build_backbone("mnasnet0_5", pretrained, "penultimate", 0)
     classifier = Classifier(backbone, build_head(1280, [], CLASSES, 0.0), "layers.14").train()
     before = copy.deepcopy(classifier.state_dict())
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.model.state_dict().items())
     classifier(torch.randn(4, 3, 32, 32)).square().sum().backward()
     moved = {key for key, value in classifier.state_dict().items() if not torch.equal(value, before[key])}
     assert moved == {
