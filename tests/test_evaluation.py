@@ -66,7 +66,7 @@ def test_why_figures_with_the_temperature_are_withheld(
 
 def test_the_headline_has_no_row_per_class() -> None:
     found = evaluation("test", 2.0, OTHERS)
-    assert found.headline.keys() == found.measured.keys() - {"per_class", "confusion_matrix"}
+    assert found.headline.keys() == found.measured.keys() - {"per_class"}
     assert found.measured is found.measured, "measured twice"
     json.dumps(found.measured, allow_nan=False)
 

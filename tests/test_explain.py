@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from captum.attr import LayerAttribution, LayerGradCam
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -82,6 +84,33 @@ def test_every_chain_with_a_spatial_stage_can_be_explained(backbone: str, traina
     assert 0 <= heat.min() <= heat.max() <= 1
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
+
+
+def test_the_heat_is_captums() -> None:
+    chain = build_backbone("shufflenet_v2_x0_5", resolve_weights("shufflenet_v2_x0_5", "none"), "penultimate", 0)
+    torch.manual_seed(0)
+    classifier = Classifier(chain, build_head(1024, [8], 3, 0.5), "head").eval()
+    images, targets = torch.randn(3, 3, 96, 96), torch.tensor([0, 2, 1])
+    stages = nn.Sequential(*(stage.module for stage in classifier.frozen), nn.Flatten(), classifier.head)
+    last = [stage.name for stage in classifier.frozen].index("conv5.2")
+    found = LayerGradCam(stages, stages[last]).attribute(images.requires_grad_(), targets, relu_attributions=True)
+    large = LayerAttribution.interpolate(found.detach(), (96, 96), "bilinear")[:, 0]
+    assert large.amax() > 0
+    expected = large / large.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(large.dtype).tiny)
+    torch.testing.assert_close(GradCam(classifier).heat(images.detach(), targets), expected)
+
+
+def test_pictures_of_a_batch_are_those_of_each() -> None:
+    pipeline = Pipeline(
+        spell_out("default", Preprocessing(96, 96, (0.5,) * 3, (0.5,) * 3, "bilinear"), train=False), ""
+    )
+    chain = build_backbone("shufflenet_v2_x0_5", resolve_weights("shufflenet_v2_x0_5", "none"), "penultimate", 0)
+    cam = GradCam(Classifier(chain, build_head(1024, [], 2, 0.0), "head"))
+    tensors = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
+    together = cam.pictures(pipeline, tensors, [0, 1, 1])
+    for picture, tensor, target in zip(together, tensors, [0, 1, 1], strict=True):
+        apart = np.asarray(cam.picture(pipeline, tensor, target), dtype=int)
+        assert abs(np.asarray(picture, dtype=int) - apart).max() <= 1  # sums in another order
 
 
 def test_a_backbone_without_a_spatial_stage_is_told() -> None:

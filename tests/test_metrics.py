@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
@@ -26,11 +27,18 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from tl_trainer import metrics
 from tl_trainer.errors import RunError
 from tl_trainer.metrics import (
+    AT_ONCE,
     BINS,
+    HIGHEST,
+    LOWEST,
+    PAIRS,
     Scores,
+    best_classes,
     class_weights,
+    confusion,
     figures,
     fit_temperature,
     measure,
@@ -83,7 +91,8 @@ def test_every_figure_is_scikit_learns(given: Scores) -> None:
         assert found["top1"] == near(accuracy_score(labels, predicted), abs=1e-6)
         assert found["balanced_accuracy"] == near(balanced_accuracy_score(labels, predicted), abs=1e-6)
         assert found["loss"] == near(_nll(given), rel=1e-6, abs=1e-6)
-        assert found["confusion_matrix"] == confusion_matrix(labels, predicted, labels=range(classes)).tolist()
+        expected = confusion_matrix(labels, predicted, labels=range(classes))
+        assert confusion(given, classes).among(torch.arange(classes)).tolist() == expected.tolist()
         for average in ("macro", "weighted"):
             expected = precision_recall_fscore_support(labels, predicted, average=average, zero_division=0)[:3]
             assert list(found[average].values()) == near(list(expected), abs=1e-6)
@@ -182,6 +191,26 @@ def test_the_temperature_minimises_the_cross_entropy() -> None:
     assert temperature == pytest.approx(grid[losses.index(min(losses))], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("count", "classes", "scale"), [(30, 3, 1.0), (500, 4, 3.0), (400, 5, 6.0), (60, 7, 0.5), (900, 102, 2.0)]
+)
+def test_the_temperature_is_scipys(count: int, classes: int, scale: float) -> None:
+    given = scores(count, classes, scale)
+
+    def loss(log_temperature: float) -> float:
+        logits = given.logits.double() / math.exp(log_temperature)
+        return functional.cross_entropy(logits, given.targets, label_smoothing=1 / (count + 2)).item()
+
+    found = minimize_scalar(loss, bounds=(math.log(LOWEST), math.log(HIGHEST)), options={"xatol": 1e-10})
+    assert fit_temperature(given) == pytest.approx(math.exp(found.x), rel=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1e-3, LOWEST), (1e3, HIGHEST), (0.0, 1.0)])
+def test_a_temperature_stays_within_its_bounds(scale: float, expected: float) -> None:
+    """Where the logits say nothing, every temperature is as good as the next."""
+    assert fit_temperature(scores(100, 4, scale)) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(("count", "fitted"), [(1, False), (29, False), (30, True)])
 def test_too_few_images_give_no_temperature(count: int, fitted: bool) -> None:
     assert (fit_temperature(scores(count, 3)) is not None) == fitted
@@ -209,6 +238,38 @@ def test_the_most_confused_pairs_come_first() -> None:
         {"label": "class 0", "predicted": "class 2", "count": 1},
         {"label": "class 1", "predicted": "class 0", "count": 1},
     ]
+
+
+def test_many_classes_need_no_square_of_them() -> None:
+    """A dense matrix would take 3.2 GB."""
+    number, images = 20_000, 60
+    predicted = torch.arange(images)
+    targets = torch.where(predicted % 2 == 0, predicted, number - 1)
+    logits = torch.zeros(images, number).scatter(1, predicted[:, None], 9.0)
+    found = measured(Scores(logits, targets))
+    assert "confusion_matrix" not in found
+    assert found["top1"] == 0.5
+    assert found["most_confused"] == [
+        {"label": "class 19999", "predicted": f"class {index}", "count": 1} for index in range(1, 2 * PAIRS, 2)
+    ]
+    assert [row["class"] for row in found["per_class"] if row["support"]] == [
+        *(f"class {index}" for index in range(0, images, 2)), "class 19999",
+    ]  # fmt: skip
+
+
+def test_figures_do_not_depend_on_how_many_images_are_computed_with_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = scores(250, 7)
+    expected, temperature, rows = measured(given, 2.0), fit_temperature(given), best_classes(given, 2.0, 3)
+    monkeypatch.setattr(metrics, "AT_ONCE", 7 * 8 + 3)
+    assert AT_ONCE > 250 * 7
+    found = measured(given, 2.0)
+    assert found["loss"] == pytest.approx(expected["loss"])
+    assert (found["top1"], found["top5"], found["n"]) == (expected["top1"], expected["top5"], 250)
+    for when in ("before", "after"):
+        assert found["calibration"][when] == pytest.approx(expected["calibration"][when])
+    assert fit_temperature(given) == pytest.approx(temperature)
+    for part, whole in zip(best_classes(given, 2.0, 3), rows, strict=True):
+        torch.testing.assert_close(part, whole)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

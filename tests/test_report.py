@@ -14,7 +14,7 @@ from PIL import Image
 from browser import CHROMIUM, browser, rendered
 from conftest import COLOURS, Run, draw_split, last_json
 from test_end_to_end import SMALL
-from tl_trainer import outcome
+from tl_trainer import outcome, report
 from tl_trainer.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -227,6 +227,21 @@ def test_102_classes_are_written_whole(tl: Run, tmp_path: Path) -> None:
         assert found["rows"] == 102
         assert found["broken"] == found["fetched"] == []
         assert found["top5"] == f"{100 * result['top5']:.1f}%"
+
+
+def test_above_so_many_classes_each_count_has_a_row(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tl, colours, *BARELY)
+    evaluated(tl)
+    square = table(Path("report/confusion_matrix.csv"))
+    monkeypatch.setattr(report, "SQUARE", 2)
+    evaluated(tl)
+    rows = table(Path("report/confusion_matrix.csv"))
+    assert rows == [
+        {"label": row["label"], "predicted": name, "count": row[name]}
+        for row in square
+        for name in sorted(COLOURS)
+        if row[name] != "0"
+    ]
 
 
 PROBE = """

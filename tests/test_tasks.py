@@ -259,7 +259,8 @@ def test_the_name_of_a_curve_is_printable() -> None:
 def test_the_pictures_are_the_confusion_matrix_and_the_reliability() -> None:
     found = TASK.pictures(SCORES)
     assert isinstance(found, Iterator), "each is drawn before it is known whether it can be logged"
-    matrix = confusion_matrix(TARGETS, SAID).tolist()
+    matrix = metrics.confusion(SCORES, 3)
+    assert matrix.among(torch.arange(3)).tolist() == confusion_matrix(TARGETS, SAID).tolist()
     expected = {
         "confusion_matrix": confusion_figure(matrix, CLASSES),
         "reliability": reliability_figure({"as trained": metrics.reliability(SCORES, None)}),

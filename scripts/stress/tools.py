@@ -39,7 +39,7 @@ from tl_trainer.tracking import Tracker
 
 # What the commands import when they need it: here, so that a child does not have to.
 for _name in (
-    "tl_trainer.api", "torchmetrics.functional", "torch.utils.tensorboard", "scipy.optimize",
+    "tl_trainer.api", "torch.utils.tensorboard",
     "tensorboard.backend.event_processing.event_accumulator", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
 ):  # fmt: skip

@@ -18,6 +18,7 @@ from tl_trainer.errors import InputError
 from tl_trainer.evaluate import averaged
 from tl_trainer.ground.files import make_folder
 from tl_trainer.metrics import Scores
+from tl_trainer.plots import png
 from tl_trainer.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -41,21 +42,31 @@ class Evaluation:
     @cached_property
     def measured(self) -> dict[str, Any]:
         """All figures as plain data."""
-        temperature, withheld = self.checkpoint.temperature, None
-        shared = len(set(self.split.contents) & set(self.checkpoint.val_images))
-        if temperature is None:
-            withheld = "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
-        elif shared:
-            withheld = f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
-        elif self.what == "train":
-            withheld = "the network was trained on these images, so its probabilities for them say nothing of others"
         origin = {"split": self.what, "data": self.data, "tta": self.tta}
-        return {**origin, **self.task.measure(self.scores, temperature, withheld)}
+        return {**origin, **self.task.measure(self.scores, self.checkpoint.temperature, self.withheld)}
+
+    @cached_property
+    def withheld(self) -> str | None:
+        """Why the figures with the temperature are not told; None where they are."""
+        shared = len(set(self.split.contents) & set(self.checkpoint.val_images))
+        if self.checkpoint.temperature is None:
+            return "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
+        if shared:
+            return f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
+        if self.what == "train":
+            return "the network was trained on these images, so its probabilities for them say nothing of others"
+        return None
+
+    @cached_property
+    def pictures(self) -> dict[str, bytes]:
+        """The pictures of the figures: PNG files by name."""
+        temperature = self.checkpoint.temperature if self.withheld is None else None
+        return {name: png(figure) for name, figure in self.task.pictures(self.scores, temperature)}
 
     @property
     def headline(self) -> dict[str, Any]:
         """The figures without those that take a row per class."""
-        return {key: value for key, value in self.measured.items() if key not in ("per_class", "confusion_matrix")}
+        return {key: value for key, value in self.measured.items() if key != "per_class"}
 
 
 def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None = None) -> Evaluation:

@@ -1,10 +1,13 @@
-"""Where the evidence for a class is in an image: Grad-CAM (Selvaraju et al., ICCV 2017), computed by captum."""
+"""Where the evidence for a class is in an image: Grad-CAM (Selvaraju et al., ICCV 2017)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
 from tl_trainer.data.transforms import Pipeline
@@ -31,18 +34,17 @@ class GradCam:
 
         images: (N, 3, H, W) as the network takes them, on its device.
         """
-        from captum.attr import LayerAttribution, LayerGradCam
-
         with torch.no_grad():
             if self._cut is None:
                 self._cut = _last_spatial(self.stages, images[:1])
             activations = nn.Sequential(*self.stages[: self._cut])(images)
-        # The gradient is only needed from here on; the identity is the layer whose output captum looks at.
-        rest = nn.Sequential(nn.Identity(), *self.stages[self._cut :], nn.Flatten(), self.classifier.head)
-        activations.requires_grad_()
-        heat: Tensor = LayerGradCam(rest, rest[0]).attribute(activations, target=targets, relu_attributions=True)
-        large: Tensor = LayerAttribution.interpolate(heat.detach(), tuple(images.shape[-2:]), "bilinear")
-        heat = large[:, 0]
+        rest = nn.Sequential(*self.stages[self._cut :], nn.Flatten(), self.classifier.head)
+        with torch.enable_grad():  # the gradient is only needed from here on
+            logits = rest(activations.requires_grad_().clone())  # a copy, since a stage may work in place
+            (slope,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), activations)
+        weights = slope.mean(dim=(2, 3), keepdim=True)
+        small = (weights * activations.detach()).sum(dim=1, keepdim=True).relu()
+        heat = interpolate(small, images.shape[-2:], mode="bilinear")[:, 0]
         return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
     def picture(self, pipeline: Pipeline, tensor: Tensor, target: int) -> Image.Image:
@@ -50,10 +52,14 @@ class GradCam:
 
         tensor: (3, H, W) as `pipeline.image` gives it.
         """
+        return self.pictures(pipeline, tensor[None], [target])[0]
+
+    def pictures(self, pipeline: Pipeline, tensors: Tensor, targets: Sequence[int]) -> list[Image.Image]:
+        """`picture` for images of one size in one batch, (N, 3, H, W)."""
         device = next(self.classifier.parameters()).device
-        inputs = pipeline.batch(tensor[None].to(device))
-        heat = self.heat(inputs, torch.tensor([target], device=device))
-        return overlay(pipeline.denormalise(inputs)[0], heat[0])
+        inputs = pipeline.batch(tensors.to(device))
+        heat = self.heat(inputs, torch.tensor(targets, device=device))
+        return [overlay(*pair) for pair in zip(pipeline.denormalise(inputs), heat, strict=True)]
 
 
 def overlay(picture: Tensor, heat: Tensor) -> Image.Image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ BINS = 15  # of confidence, for the calibration error; what the literature uses 
 PAIRS = 20
 FEWEST = 30  # images from which a temperature can be fitted
 Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile
+AT_ONCE = 1 << 18  # logits that are computed with at a time, so that what comes of them stays in the cache
+LOWEST, HIGHEST = 0.01, 100.0  # temperature
 
 
 Figures = dict[str, float]  # mean cross-entropy in nats as `loss`, the number of images as `n`, and what a task adds
@@ -26,6 +29,37 @@ class Scores(NamedTuple):
 
     logits: Tensor
     targets: Tensor
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and targets, some images at a time."""
+        images = max(1, AT_ONCE // self.logits.shape[1])
+        return zip(torch.split(self.logits, images), torch.split(self.targets, images), strict=True)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The cells of a confusion matrix that are not zero, (cells,) each, ordered by label, then by predicted class."""
+
+    labels: Tensor
+    predicted: Tensor
+    counts: Tensor
+    classes: int
+
+    def among(self, shown: Tensor) -> Tensor:
+        """The counts among the classes `shown`: a row for each as label, a column for each as predicted class."""
+        place = torch.full((self.classes,), -1).scatter(0, shown, torch.arange(len(shown)))
+        rows, columns = place[self.labels], place[self.predicted]
+        inside = (rows >= 0) & (columns >= 0)
+        matrix = torch.zeros(len(shown), len(shown), dtype=torch.int64)
+        matrix[rows[inside], columns[inside]] = self.counts[inside]
+        return matrix
+
+    def worst(self, number: int) -> Tensor:
+        """The `number` classes that most mistakes are about, as label or as predicted class, in index order."""
+        wrong = self.counts * (self.labels != self.predicted)
+        mistakes = torch.zeros(self.classes, dtype=torch.int64)
+        mistakes.index_add_(0, self.labels, wrong).index_add_(0, self.predicted, wrong)
+        return mistakes.sort(descending=True, stable=True).indices[:number].sort().values
 
 
 class Reliability(NamedTuple):
@@ -38,14 +72,16 @@ class Reliability(NamedTuple):
 
 def figures(scores: Scores) -> Figures:
     """Loss, top-1 and top-5. With five classes or fewer, top-5 is 1. Raises AssertionError where there is no image."""
-    logits, targets = scores
-    assert len(targets), "no image to measure"
-    of_label, index = logits.gather(1, targets[:, None]), torch.arange(logits.shape[1])
-    better = (logits > of_label) | ((logits == of_label) & (index < targets[:, None]))
-    rank = better.sum(dim=1)
-    loss = functional.cross_entropy(logits.double(), targets).item()
+    assert len(scores.targets), "no image to measure"
+    index, losses, ranks = torch.arange(scores.logits.shape[1]), [], []
+    for logits, targets in scores.parts():
+        of_label = logits.gather(1, targets[:, None])
+        better = (logits > of_label) | ((logits == of_label) & (index < targets[:, None]))
+        ranks.append(better.sum(dim=1))
+        losses.append(functional.cross_entropy(logits.double(), targets, reduction="none"))
+    loss, rank = torch.cat(losses).mean().item(), torch.cat(ranks)
     top1, top5 = ((rank < k).double().mean().item() for k in (1, 5))
-    return {"loss": loss, "top1": top1, "top5": top5, "n": len(targets)}
+    return {"loss": loss, "top1": top1, "top5": top5, "n": len(scores.targets)}
 
 
 def ranked(logits: Tensor, count: int) -> Tensor:
@@ -58,11 +94,20 @@ def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
     return (logits.double() / (temperature or 1.0)).softmax(dim=1)
 
 
+def best_classes(scores: Scores, temperature: float | None, count: int) -> tuple[Tensor, Tensor]:
+    """The `ranked` classes of each image, and their probabilities, float64."""
+    best, shares = [], []
+    for logits, _ in scores.parts():
+        best.append(ranked(logits, count))
+        shares.append(probabilities(logits, temperature).gather(1, best[-1]))
+    return torch.cat(best), torch.cat(shares)
+
+
 def surest_mistakes(scores: Scores, temperature: float | None, count: int) -> list[int]:
     """The images that are put into a wrong class with the highest probabilities, highest first."""
-    confidence, predicted = probabilities(scores.logits, temperature).max(dim=1)
-    order = confidence.sort(descending=True, stable=True).indices
-    wrong: list[int] = order[predicted[order] != scores.targets[order]].tolist()
+    order = _confidence(scores, temperature).sort(descending=True, stable=True).indices
+    mistaken = scores.logits.argmax(dim=1) != scores.targets
+    wrong: list[int] = order[mistaken[order]].tolist()
     return wrong[:count]
 
 
@@ -89,21 +134,32 @@ def fit_temperature(scores: Scores) -> float | None:
     """
     if len(scores.targets) < FEWEST:
         return None
-    from scipy.optimize import minimize_scalar
+    low, high, scale = 1 / HIGHEST, 1 / LOWEST, 1.0  # of 1 / temperature, in which the cross-entropy is convex
+    for _ in range(100):
+        slope, curvature = _slope(scores, scale)
+        step = scale - slope / curvature if curvature else scale
+        low, high = (scale, high) if slope < 0 else (low, scale)
+        before, scale = scale, step if low <= step <= high else math.sqrt(low * high)  # Newton's, or half of the rest
+        if abs(scale - before) < 1e-5 * scale:  # whose square is what Newton's step is wrong by
+            break
+    return 1 / scale
 
-    logits, smoothing = scores.logits.double(), 1 / (len(scores.targets) + 2)
 
-    def loss(log_temperature: float) -> float:
-        scaled = logits / math.exp(log_temperature)
-        return functional.cross_entropy(scaled, scores.targets, label_smoothing=smoothing).item()
-
-    found = minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-4})
-    return math.exp(found.x)
+def _slope(scores: Scores, scale: float) -> tuple[float, float]:
+    """The first and second derivative of the smoothed cross-entropy of the logits times `scale`, by `scale`."""
+    smoothing, slope, curvature = 1 / (len(scores.targets) + 2), 0.0, 0.0
+    for logits, targets in scores.parts():
+        below = logits - logits.gather(1, targets[:, None])  # the label's is 0
+        weighted = (below * scale).softmax(dim=1).mul_(below)
+        mean = weighted.sum(dim=1)
+        slope += (mean - smoothing * below.mean(dim=1)).double().sum().item()
+        curvature += (weighted.mul_(below).sum(dim=1) - mean.square()).double().sum().item()
+    return slope, curvature
 
 
 def reliability(scores: Scores, temperature: float | None) -> Reliability:
     """How often the first class is right among images of like confidence."""
-    confidence = probabilities(scores.logits, temperature).max(dim=1).values
+    confidence = _confidence(scores, temperature)
     right = (scores.logits.argmax(dim=1) == scores.targets).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     count = torch.bincount(bins, minlength=BINS)
@@ -120,7 +176,6 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
     """
     check_finite(scores.logits)
     found = figures(scores)
-    matrix = confusion(scores, len(classes))
     rows = per_class(scores, classes)
     present = [row for row in rows if row["support"]]
     counted = [row for row in rows if row["support"] or row["predicted"]]
@@ -143,9 +198,8 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
             "before": _calibration(scores, None),
             "after": _calibration(scores, temperature) if withheld is None else None,
         },
-        "most_confused": _most_confused(matrix, classes),
+        "most_confused": _most_confused(confusion(scores, len(classes)), classes),
         "per_class": rows,
-        "confusion_matrix": matrix.tolist(),
         "undefined": undefined,
     }
 
@@ -156,56 +210,59 @@ def check_finite(logits: Tensor) -> None:
         raise RunError("the network's output is not finite; its weights were damaged, or its training went wrong")
 
 
-def confusion(scores: Scores, classes: int) -> Tensor:
-    """(classes, classes) counts: rows are labels, columns predictions."""
-    from torchmetrics.functional import classification  # takes a second to import
-
-    return classification.multiclass_confusion_matrix(scores.logits.argmax(dim=1), scores.targets, classes)
+def confusion(scores: Scores, classes: int) -> Confusion:
+    """The cells of the confusion matrix that are not zero."""
+    cells, counts = torch.unique(scores.targets * classes + scores.logits.argmax(dim=1), return_counts=True)
+    return Confusion(cells // classes, cells % classes, counts, classes)
 
 
 def per_class(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Precision, recall, F1 and numbers of images of each class; None for what is undefined: recall where the split
     has no image of the class, the others where it was not predicted either.
     """
-    from torchmetrics.functional import classification
-
-    predicted, number = scores.logits.argmax(dim=1), len(classes)
-    counts = [torch.bincount(values, minlength=number).tolist() for values in (scores.targets, predicted)]
-    shares = {
-        name: [round(value, 7) for value in function(predicted, scores.targets, number, average=None).tolist()]
-        for name, function in (
-            ("precision", classification.multiclass_precision),
-            ("recall", classification.multiclass_recall),
-            ("f1", classification.multiclass_f1_score),
-        )
-    }
-    rows = []
-    for index, (name, support, times) in enumerate(zip(classes, *counts, strict=True)):
-        defined = {"precision": support or times, "recall": support, "f1": support or times}
-        values = {key: value[index] if defined[key] else None for key, value in shares.items()}
-        rows.append({"class": name, **values, "support": support, "predicted": times})
-    return rows
+    targets, predicted = scores.targets, scores.logits.argmax(dim=1)
+    counts = (torch.bincount(of, minlength=len(classes)) for of in (targets, predicted, targets[targets == predicted]))
+    return [
+        {
+            "class": name,
+            "precision": _share(right, times or support),
+            "recall": _share(right, support),
+            "f1": _share(2 * right, times + support),
+            "support": support,
+            "predicted": times,
+        }
+        for name, support, times, right in zip(classes, *(column.tolist() for column in counts), strict=True)
+    ]
 
 
-def _most_confused(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    wrong = matrix.clone().fill_diagonal_(0).flatten()
-    order = wrong.sort(descending=True, stable=True).indices[:PAIRS].tolist()
-    cells = [(*divmod(cell, len(classes)), int(wrong[cell])) for cell in order]
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 7) if whole else None
+
+
+def _most_confused(matrix: Confusion, classes: Sequence[str]) -> list[dict[str, Any]]:
+    wrong = matrix.labels != matrix.predicted
+    cells = torch.stack([matrix.labels, matrix.predicted, matrix.counts])[:, wrong]
+    order = cells[2].sort(descending=True, stable=True).indices[:PAIRS]
     return [
         {"label": classes[label], "predicted": classes[predicted], "count": count}
-        for label, predicted, count in cells
-        if count
+        for label, predicted, count in cells[:, order].T.tolist()
     ]
+
+
+def _confidence(scores: Scores, temperature: float | None) -> Tensor:
+    """The probability of each image's first class, (N,) float64."""
+    scaled = (logits.double() / (temperature or 1.0) for logits, _ in scores.parts())
+    return torch.cat([(part.amax(dim=1) - part.logsumexp(dim=1)).exp() for part in scaled])
 
 
 def _calibration(scores: Scores, temperature: float | None) -> dict[str, float]:
     """Negative log-likelihood in nats, Brier score (over all classes, 0 to 2) and expected calibration error."""
-    logits = scores.logits.double() / (temperature or 1.0)
-    target = functional.one_hot(scores.targets, logits.shape[1])
-    bins = reliability(scores, temperature)
+    nll = brier = 0.0
+    for logits, targets in scores.parts():
+        logs = (logits.double() / (temperature or 1.0)).log_softmax(dim=1)
+        of_label = logs.gather(1, targets[:, None])
+        nll -= of_label.sum().item()
+        brier += (logs.exp().square().sum() - 2 * of_label.exp().sum() + len(targets)).item()
+    bins, images = reliability(scores, temperature), len(scores.targets)
     gaps = (bins.confidence - bins.accuracy).abs() * bins.images
-    return {
-        "nll": functional.cross_entropy(logits, scores.targets).item(),
-        "brier": (logits.softmax(dim=1) - target).square().sum(dim=1).mean().item(),
-        "ece": (gaps.sum() / len(scores.targets)).item(),
-    }
+    return {"nll": nll / images, "brier": brier / images, "ece": (gaps.sum() / images).item()}

@@ -18,7 +18,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tl_trainer.assembly import Setup
-from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import to_yaml
 from tl_trainer.config.schema import flat
 from tl_trainer.data.dataset import Split
@@ -26,7 +25,6 @@ from tl_trainer.errors import TrainerError
 from tl_trainer.evaluation import Evaluation
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import make_folder, write_text
-from tl_trainer.metrics import Scores
 from tl_trainer.report import write_report
 from tl_trainer.saver import RESULT, Saver
 from tl_trainer.search import Found
@@ -50,6 +48,10 @@ def conclude(
     scores = {"val": saver.best_scores or parts.scores(feeds["val"], "val")}
     if "test" in feeds:
         scores["test"] = parts.scores(feeds["test"], "test")
+    evaluations = {
+        name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), found, saver.best, parts.task)
+        for name, found in scores.items()
+    }
     best = run_dir / "best.pth"
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -64,9 +66,9 @@ def conclude(
     }
     try:
         if parts.config.output.report:
-            result["report"] = str(_report(setup, run_dir, scores, saver.best))
+            result["report"] = str(_report(setup, run_dir, evaluations))
         if parts.config.output.tensorboard:
-            _log(setup, tracker, progress.best_epoch, scores)
+            _log(setup, tracker, progress.best_epoch, evaluations)
         tracker.close()
         result["seconds"] = round(time.perf_counter() - started, 3)
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
@@ -75,29 +77,28 @@ def conclude(
     return result
 
 
-def _report(setup: Setup, run_dir: Path, scores: dict[str, Scores], best: Checkpoint) -> Path:
+def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation]) -> Path:
     """The report on the best checkpoint, on the split that tl-eval would take too."""
-    parts, what = setup.parts, "test" if "test" in scores else "val"
-    evaluation = Evaluation(what, setup.dataset.where, setup.dataset.split(what), scores[what], best, parts.task)
+    parts, what = setup.parts, "test" if "test" in evaluations else "val"
     log.info("writing the report on %s images", what)
     about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
     make_folder(run_dir / "report", "--output")
-    return write_report(run_dir / "report", evaluation, parts.network.classifier, parts.pipeline, about)
+    return write_report(run_dir / "report", evaluations[what], parts.network.classifier, parts.pipeline, about)
 
 
-def _log(setup: Setup, tracker: Tracker, best_epoch: int, scores: dict[str, Scores]) -> None:
+def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:
     """The best epoch's pictures, the final figures, and the features of some validation images."""
-    parts, val = setup.parts, setup.dataset.split("val")
+    parts, val, scores = setup.parts, setup.dataset.split("val"), evaluations["val"].scores
     final = {
         f"final/{name}_{key}": value
-        for name, found in scores.items()
-        for key, value in parts.task.figures(found).items()
+        for name, evaluation in evaluations.items()
+        for key, value in parts.task.figures(evaluation.scores).items()
         if key != "n"
     }
     dumped = parts.config.model_dump(include={"seed", "transforms", "model", "train"})
     settings = {key: value if isinstance(value, (str, float, int)) else str(value) for key, value in flat(dumped)}
-    tracker.finish(best_epoch, scores["val"], final, settings)
-    if mistakes := parts.task.mistakes(scores["val"], MISTAKES_SHOWN):
+    tracker.finish(best_epoch, scores, lambda: evaluations["val"].pictures, final, settings)
+    if mistakes := parts.task.mistakes(scores, MISTAKES_SHOWN):
         captions = [f"{parts.task.caption(val.targets[index])}? {said}" for index, said in mistakes.items()]
         tracker.images("val/mistakes", _thumbnails(val.subset([*mistakes]), MISTAKE), captions, best_epoch)
     sample = val.sample(IMAGES_EMBEDDED)
@@ -107,5 +108,5 @@ def _log(setup: Setup, tracker: Tracker, best_epoch: int, scores: dict[str, Scor
 
 def _thumbnails(split: Split, side: int) -> Tensor:
     """(N, 3, side, side) in [0, 1]: what is in the middle of each image."""
-    pictures = [ImageOps.fit(split.open(index), (side, side)) for index in range(len(split))]
+    pictures = [ImageOps.fit(split.open(index, draft=side), (side, side)) for index in range(len(split))]
     return torch.stack([pil_to_tensor(picture) for picture in pictures]) / 255

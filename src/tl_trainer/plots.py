@@ -7,35 +7,43 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tl_trainer.ground.wording import printable
-from tl_trainer.metrics import BINS, Reliability
+from tl_trainer.metrics import BINS, Confusion, Reliability
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUMBERED = 20  # classes up to which every cell shows its count
-NAMED = 200  # classes up to which the axes show names
+WHOLE = 200  # classes up to which all are shown, and above which only the worst
+WORST = 50
 LONGEST_NAME = 24
 ACROSS = 24  # letters of all names together that fit below the columns
 
 
-def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Counts with a row per label and a column per predicted class, coloured by their share of the row."""
+def confusion_figure(confusion: Confusion, classes: Sequence[str]) -> Figure:
+    """Counts with a row per label and a column per predicted class, coloured by their share of the label's images.
+
+    Of more than WHOLE classes it shows the WORST that most mistakes are about.
+    """
     import numpy as np
+    import torch
     from matplotlib.figure import Figure
 
-    counts, number = np.array(matrix), len(classes)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shown = confusion.worst(len(classes) if len(classes) <= WHOLE else WORST)
+    images = torch.zeros(len(classes), dtype=torch.int64).index_add_(0, confusion.labels, confusion.counts)
+    counts, number = confusion.among(shown).numpy(), len(shown)
+    share = counts / np.maximum(images[shown, None].numpy(), 1)
     side = max(3.2, min(0.55 * number, 7) if number <= NUMBERED else min(0.155 * number, 30))
     figure = Figure(figsize=(side + 2.2, side + 1.6), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="label")
-    if number <= NAMED:
-        names = [_short(name) for name in classes]
-        size = 9 if number <= NUMBERED else 6.5
-        upright = sum(map(len, names)) > ACROSS
-        axes.set_xticks(range(number), names, rotation=90 if upright else 0, fontsize=size, parse_math=False)
-        axes.set_yticks(range(number), names, fontsize=size, parse_math=False)
+    if number < len(classes):
+        axes.set_title(f"the {number} of {len(classes):,} classes with the most mistakes")
+    names = [_short(classes[index]) for index in shown.tolist()]
+    size = 9 if number <= NUMBERED else 6.5
+    upright = sum(map(len, names)) > ACROSS
+    axes.set_xticks(range(number), names, rotation=90 if upright else 0, fontsize=size, parse_math=False)
+    axes.set_yticks(range(number), names, fontsize=size, parse_math=False)
     if number <= NUMBERED:
         for row, column in np.ndindex(counts.shape):
             colour = "white" if share[row, column] > 0.5 else "black"

@@ -7,9 +7,11 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -20,14 +22,14 @@ from tl_trainer.evaluation import Evaluation
 from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import write_bytes, write_text
 from tl_trainer.ground.wording import printable
-from tl_trainer.metrics import probabilities, ranked, reliability, surest_mistakes
+from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.plots import confusion_figure, png, reliability_figure
 
 MISTAKES = 12
 PAIRS_SHOWN = 6
 EXAMPLES = 4
 SIDE = 224  # pixels of the longer side of an example
+SQUARE = 1000  # classes up to which confusion_matrix.csv has a column for each
 
 
 def write_report(
@@ -39,20 +41,12 @@ def write_report(
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
-    curves = {"as trained": reliability(evaluation.scores, None)}
-    if measured["calibration"]["after"] is not None:
-        curves["with temperature"] = reliability(evaluation.scores, evaluation.checkpoint.temperature)
-    pictures = {
-        "confusion_matrix.png": png(confusion_figure(measured["confusion_matrix"], classes)),
-        "reliability.png": png(reliability_figure(curves)),
-    }
+    pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
     predictions = _Predictions(evaluation)
-    figures = {key: value for key, value in measured.items() if key != "confusion_matrix"}
-    rows = [[name, *counts] for name, counts in zip(classes, measured["confusion_matrix"], strict=True)]
     texts = {
-        "metrics.json": json.dumps(figures, indent=1, allow_nan=False) + "\n",
+        "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
         "per_class.csv": _table(measured["per_class"][0], (row.values() for row in measured["per_class"])),
-        "confusion_matrix.csv": _table(["label", *classes], rows),
+        "confusion_matrix.csv": _confusion_table(evaluation.scores, classes),
         "predictions.csv": _table(predictions.columns(), predictions.rows()),
         "report.html": _template().render(
             measured=measured,
@@ -75,10 +69,7 @@ class _Predictions:
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
-        self.best = ranked(evaluation.scores.logits, 5)
-        self.probability = probabilities(evaluation.scores.logits, evaluation.checkpoint.temperature).gather(
-            1, self.best
-        )
+        self.best, self.probability = best_classes(evaluation.scores, evaluation.checkpoint.temperature, 5)
         self.wrong = surest_mistakes(evaluation.scores, evaluation.checkpoint.temperature, len(self.best))
 
     def columns(self) -> list[str]:
@@ -109,14 +100,13 @@ class _Predictions:
 def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterator[dict[str, Any]]:
     """The most-confused pairs, each with photographs that were taken for the other class."""
     index = {name: number for number, name in enumerate(evaluation.checkpoint.classes)}
+    targets, said = evaluation.split.targets, predictions.best[:, 0].tolist()
     for pair in evaluation.measured["most_confused"][:PAIRS_SHOWN]:
         cell = index[pair["label"]], index[pair["predicted"]]
-        examples = [
-            image
-            for image in predictions.wrong
-            if (evaluation.split.targets[image], int(predictions.best[image, 0])) == cell
-        ][:EXAMPLES]
-        pictures = [{"image": _thumbnail(evaluation.split.open(i)), **predictions.caption(i)} for i in examples]
+        examples = [image for image in predictions.wrong if (targets[image], said[image]) == cell][:EXAMPLES]
+        pictures = [
+            {"image": _thumbnail(evaluation.split.open(i, draft=SIDE)), **predictions.caption(i)} for i in examples
+        ]
         yield {**pair, "examples": pictures}
 
 
@@ -124,16 +114,30 @@ def _mistakes(
     evaluation: Evaluation, predictions: _Predictions, classifier: Classifier, pipeline: Pipeline
 ) -> list[dict[str, Any]]:
     """The mistakes that the classifier is surest of, as it saw them, each beside the evidence for what it said."""
-    cam, shown = GradCam(classifier), []
-    for index in predictions.wrong[:MISTAKES]:
-        tensor = pipeline.image(evaluation.split.open(index))
+    cam, shown, indices = GradCam(classifier), [], predictions.wrong[:MISTAKES]
+    images = ((index, pipeline.image(evaluation.split.open(index))) for index in indices)
+    for _, group in groupby(images, lambda image: image[1].shape):  # one batch, unless the transforms fix no size
+        numbers, tensors = zip(*group, strict=True)
+        batch, explained = torch.stack(tensors), True
         try:
-            picture, explained = cam.picture(pipeline, tensor, int(predictions.best[index, 0])), True
+            pictures = cam.pictures(pipeline, batch, predictions.best[list(numbers), 0].tolist())
         except InputError:  # a backbone without a spatial stage
-            picture = functional.to_pil_image(pipeline.denormalise(pipeline.batch(tensor[None]))[0])
+            pictures = [*map(functional.to_pil_image, pipeline.denormalise(pipeline.batch(batch)))]
             explained = False
-        shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
+        for index, picture in zip(numbers, pictures, strict=True):
+            shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
     return shown
+
+
+def _confusion_table(scores: Scores, classes: list[str]) -> str:
+    """A row per label and a column per predicted class; of more than SQUARE classes, a row per cell that is not 0."""
+    matrix = confusion(scores, len(classes))
+    if len(classes) <= SQUARE:
+        counts = matrix.among(torch.arange(len(classes))).tolist()
+        return _table(["label", *classes], ([name, *row] for name, row in zip(classes, counts, strict=True)))
+    cells = zip(matrix.labels.tolist(), matrix.predicted.tolist(), matrix.counts.tolist(), strict=True)
+    rows = ([classes[label], classes[predicted], count] for label, predicted, count in cells)
+    return _table(["label", "predicted", "count"], rows)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -134,11 +134,13 @@ class SingleLabel:
         rows = metrics.per_class(scores, self.classes)
         return {f"f1/{printable(row['class'])}": row["f1"] for row in rows if row["f1"] is not None}
 
-    def pictures(self, scores: Scores) -> Iterator[tuple[str, Figure]]:
-        """The pictures for TensorBoard, by tag."""
-        matrix = metrics.confusion(scores, len(self.classes)).tolist()
-        yield "confusion_matrix", confusion_figure(matrix, self.classes)
-        yield "reliability", reliability_figure({"as trained": metrics.reliability(scores, None)})
+    def pictures(self, scores: Scores, temperature: float | None = None) -> Iterator[tuple[str, Figure]]:
+        """The pictures of an evaluation, by name; `temperature` is shown beside what was trained, if given."""
+        yield "confusion_matrix", confusion_figure(metrics.confusion(scores, len(self.classes)), self.classes)
+        curves = {"as trained": metrics.reliability(scores, None)}
+        if temperature is not None:
+            curves["with temperature"] = metrics.reliability(scores, temperature)
+        yield "reliability", reliability_figure(curves)
 
     def precision_recall(self, scores: Scores) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each class, unless they are too many: its name, the images of it (N,), their probabilities of it (N,)."""

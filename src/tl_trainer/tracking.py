@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 
 Logged = ParamSpec("Logged")
 Graph = list[tuple[str, str, bool]]
+Pictures = Callable[[], dict[str, bytes]]  # PNG files by name, drawn when they are asked for
 LEFT_OUT = "TensorBoard cannot be written, and is left out from here on: %s"
 CAPTION_HEIGHT = 14
 GAP = 4
-SECONDS_BETWEEN_DRAWINGS = 10.0  # an epoch on cached features takes less than a picture of its figures
+SECONDS_BETWEEN_DRAWINGS = 10.0  # and before the first: the pictures take longer than a short run, and come at its end
 PROJECTOR = "projector"  # the folder that add_embedding makes, which it names after a step
 COMPONENTS = 128  # of the features, for the projector, whose own methods reduce them further
 
@@ -71,7 +72,7 @@ class Tracker:
         self.task = task
         self.epochs = epochs
         self._done = done
-        self._drawn_at, self._drawn_epoch = float("-inf"), 0
+        self._drawn_at, self._drawn_epoch = time.monotonic(), 0
         columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([columns, *_rows(self.path)[:done]])
@@ -113,18 +114,24 @@ class Tracker:
         """Log what is worth knowing of the best epoch so far: figures of each class, and from time to time pictures."""
         self._scalars(self.task.curves(scores), epoch)
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
-            self._draw(epoch, scores)
+            self._draw(epoch, scores, lambda: {name: png(figure) for name, figure in self.task.pictures(scores)})
 
     @_on_tensorboard
     def finish(
-        self, best_epoch: int, scores: Scores, figures: dict[str, float], settings: dict[str, str | float | bool]
+        self,
+        best_epoch: int,
+        scores: Scores,
+        pictures: Pictures,
+        figures: dict[str, float],
+        settings: dict[str, str | float | bool],
     ) -> None:
         """Log the pictures of the best epoch, unless they are there, and the final figures beside the settings.
 
-        These are a step behind the last epoch, which a resumed run drops: there is one end, and one of each figure.
+        The figures are a step behind the last epoch, which a resumed run drops: there is one end, and one of each
+        figure.
         """
         if self._drawn_epoch != best_epoch:
-            self._draw(best_epoch, scores)
+            self._draw(best_epoch, scores, pictures)
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
@@ -134,21 +141,26 @@ class Tracker:
     @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
         """Log features for the projector. features: (N, D); thumbnails: (N, 3, S, S) in [0, 1]."""
-        features = features.flatten(1).float()
+        features = features.flatten(1).double()
         rank = min(COMPONENTS, *features.shape)
         centred = features - features.mean(dim=0)
-        components = torch.linalg.svd(centred, full_matrices=False).Vh[:rank]
+        squares, axes = torch.linalg.eigh(centred @ centred.T)  # (N, N); a singular value decomposition takes seconds
+        components = (axes * squares.clamp(min=0).sqrt()).flip(1)[:, :rank].float()
         folder = Path(self.writer.log_dir)
         shutil.rmtree(folder / PROJECTOR, ignore_errors=True)  # of before a resume
         (folder / "projector_config.pbtxt").unlink(missing_ok=True)
-        reduced = pad(centred @ components.T, (0, max(0, 2 - rank)))  # the projector shows no table of one column
+        reduced = pad(components, (0, max(0, 2 - rank)))  # the projector shows no table of one column
         names = [printable(label) for label in labels]
         self.writer.add_embedding(reduced, names, thumbnails, PROJECTOR, "features")
 
-    def _draw(self, epoch: int, scores: Scores) -> None:
-        for tag, figure in self.task.pictures(scores):
-            picture = Image.open(io.BytesIO(png(figure))).convert("RGB")
-            self.writer.add_image(f"val/{tag}", pil_to_tensor(picture), epoch)
+    def _draw(self, epoch: int, scores: Scores, pictures: Pictures) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for name, data in pictures().items():
+            width, height = Image.open(io.BytesIO(data)).size
+            image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=data)
+            value = Summary.Value(tag=f"val/{name}", image=image)
+            self.writer._get_file_writer().add_summary(Summary(value=[value]), epoch)
         for name, labels, shares in self.task.precision_recall(scores):
             self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels, shares, epoch)
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch

@@ -215,7 +215,7 @@ def test_the_kinds_of_images_are_alike(tmp_path: Path) -> None:
         picture, digest = images.load(1)
         assert (picture.mode, picture.size, len(digest)) == ("RGB", (4, 4), 32)
         assert images.load(1)[1] == digest != images.load(2)[1]
-        assert images.load(1, draft=True)[1] == digest
+        assert images.load(1, draft=1)[1] == digest
     stamp = files.stamp(0)
     assert stamp is not None
     assert (stamp.size, stamp.path) == ((tmp_path / files.name(0)).stat().st_size, bytes(tmp_path / files.name(0)))

@@ -62,7 +62,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """What is decoded, likewise."""
     found, decode = Reads(), images.decode
 
-    def counted(data: bytes, name: Path, *, draft: bool = False) -> Image.Image:
+    def counted(data: bytes, name: Path, *, draft: int = 0) -> Image.Image:
         found.append(name.name)
         return decode(data, name, draft=draft)
 
@@ -593,7 +593,7 @@ class Shards:
     def name(self, index: int) -> str:
         return f"shard 0, {index}"
 
-    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         if index % 2:
             raise ImageError(f"{self.name(index)}: out of reach")
         return Image.new("RGB", (4, 4), (index, index, index)), bytes([index]) * 32

@@ -41,11 +41,12 @@ class Images(Protocol):
     def name(self, index: int) -> str:
         """What predictions and split.csv call the image."""
 
-    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """The image as upright RGB, and the SHA-256 of its content.
 
-        expected: the hash that it must have, if given. draft: every byte is read, but the picture may be smaller, which
-        is enough to find a damaged file. Raises ImageError, naming the image, where it cannot be read or is another.
+        expected: the hash that it must have, if given. draft: every byte is read, but the picture may be smaller, with
+        sides of at least so many pixels; 1 is enough to find a damaged file. Raises ImageError, naming the image,
+        where it cannot be read or is another.
         """
 
     def stamp(self, index: int) -> Stamp | None:
@@ -66,7 +67,7 @@ class Files:
         """As given."""
         return self.names[index]
 
-    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """Read the file once, hash its bytes, decode them."""
         path = self.paths[index]
         data = images.read(path)
@@ -96,7 +97,7 @@ class Pictures:
         """The index as text."""
         return str(index)
 
-    def load(self, index: int, expected: bytes = b"", *, draft: bool = False) -> tuple[Image.Image, bytes]:
+    def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """The picture and the hash of its size and pixels."""
         picture = images.to_rgb(self.dataset[index][0])
         digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
@@ -132,9 +133,12 @@ class Split:
         """What the image is called."""
         return self.images.name(self.rows[index])
 
-    def open(self, index: int) -> Image.Image:
-        """The image as upright RGB. ImageError, naming it, where it cannot be read or is not the verified one."""
-        return self.images.load(self.rows[index], self.hashes[index] if self.hashes else b"")[0]
+    def open(self, index: int, *, draft: int = 0) -> Image.Image:
+        """The image as upright RGB. ImageError, naming it, where it cannot be read or is not the verified one.
+
+        draft: for a thumbnail of so many pixels, a picture that is at least as large and sooner there.
+        """
+        return self.images.load(self.rows[index], self.hashes[index] if self.hashes else b"", draft=draft)[0]
 
     def subset(self, indices: Sequence[int]) -> Split:
         """The images at `indices`, in that order."""

@@ -64,17 +64,17 @@ def _open_ordinary(path: str, flags: int) -> int:
     raise ImageError(f"{printable(path)}: not an ordinary file; remove it from the dataset")
 
 
-def decode(data: bytes, name: object, *, draft: bool = False) -> Image.Image:
+def decode(data: bytes, name: object, *, draft: int = 0) -> Image.Image:
     """The image in a file's bytes as an upright RGB image; `name` is what an error calls it.
 
-    `draft` reads every byte but lets the JPEG decoder make an image of an eighth of the size, which is enough to find a
-    truncated file and is several times faster.
+    draft: every byte is read, but a JPEG may be decoded to as little as an eighth of its size, which is several times
+    faster, with sides of at least so many pixels; 0 for the whole image.
     """
     name = printable(str(name))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if draft:
-                image.draft("RGB", (1, 1))
+                image.draft("RGB", (draft, draft))
             return upright_rgb(image)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None

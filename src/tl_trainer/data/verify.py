@@ -70,7 +70,7 @@ def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[by
     """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL."""
 
     def digest(index: int) -> bytes:
-        return split.images.load(split.rows[index], draft=True)[1]
+        return split.images.load(split.rows[index], draft=1)[1]
 
     with ThreadPoolExecutor(cores()) as pool:
         for first in range(0, len(indices), _CHUNK):
