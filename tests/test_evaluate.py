@@ -23,6 +23,17 @@ def test_scores_are_of_all_images_of_all_batches(sizes: list[int]) -> None:
     assert torch.equal(found.targets, targets)
 
 
+def test_each_batch_leaves_the_device_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (moved.append(len(tensor)), cpu(tensor))[1])
+    batches = [
+        Batch(torch.randn(count, 4), torch.zeros(count, dtype=torch.int64), torch.arange(count)) for count in (5, 2)
+    ]
+    evaluate(nn.Identity(), batches)
+    assert moved == [5, 5, 2, 2]
+
+
 def test_logits_of_lower_precision_become_float32() -> None:
     batch = Batch(torch.randn(3, 4).bfloat16(), torch.zeros(3, dtype=torch.int64), torch.arange(3))
     assert evaluate(nn.Identity(), [batch]).logits.dtype == torch.float32

@@ -43,7 +43,7 @@ SHARED = [*OTHERS[:2], b"\xcd" * 32]
         ("test", 2.0, OTHERS, None),
         ("val", 2.0, OTHERS, None),  # of another dataset
         ("all", 2.0, OTHERS, None),
-        ("test", None, OTHERS, "this checkpoint has no temperature: it is a last.pth, or its validation images"),
+        ("test", None, OTHERS, "this checkpoint has no temperature: it is a last.pth, its run has not ended, or its"),
         ("val", None, SHARED, "this checkpoint has no temperature"),
         ("val", 2.0, SHARED, "the temperature was fitted on 1 of these images"),
         ("test", 2.0, SHARED, "the temperature was fitted on 1 of these images"),  # whatever the split is called

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import Run, last_json
+from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
 from tl_trainer import checkpoint, run, saver
 from tl_trainer.ground.locks import sole_use
@@ -112,6 +112,32 @@ def test_fewer_epochs_end_a_run_where_it_stands(tl: Run, colours: Path, monkeypa
     assert checkpoint.load(RUN / "best.pth").frozen
     with (RUN / "metrics.csv").open(newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["epoch", "1", "2"]
+
+
+def test_a_killed_run_gets_the_temperature_that_a_whole_one_has(
+    tl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no later epoch is better, so that the best epoch's scores are those of an earlier session."""
+    draw_split(tmp_path / "data" / "train", 8)
+    draw_split(tmp_path / "data" / "val", 10)
+    words = ("train", "--data-dir", tmp_path / "data", "--epochs", 2, *SMALL, "train.optimizer.lr=1.0e-30")
+    last_json(tl(*words, "--json"))
+    expected = checkpoint.load(RUN / "best.pth").temperature
+
+    def killed(self: saver.Saver) -> None:
+        if self.state.progress.epoch == 1:
+            self.save()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saver.Saver, "save_if_due", killed)
+        assert tl(*words).returncode == 130
+    second = RUN.with_name("run-2")
+    assert checkpoint.load(second / "best.pth").temperature is None
+    told = tl("eval", "--checkpoint", second, "--json")
+    assert "its run has not ended" in last_json(told)["undefined"]["calibration.after"]
+    last_json(tl("train", "--resume", second, "--json"))
+    assert checkpoint.load(second / "best.pth").temperature == expected is not None
 
 
 def test_a_run_that_another_process_trains_is_not_even_read(

@@ -32,7 +32,7 @@ from tl_trainer.config.schema import Config, ModelSection
 from tl_trainer.errors import CheckpointError, InputError, Interrupted, RunError
 from tl_trainer.ground.files import previous
 from tl_trainer.ground.signals import StopRequest
-from tl_trainer.metrics import Figures
+from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
@@ -247,6 +247,45 @@ def test_the_backbone_is_written_once_at_the_end(tmp_path: Path) -> None:
     assert same({**best.frozen, **best.trained}, state.classifier.state_dict())
     assert {key.split(".")[2] for key in best.frozen} == {"0", "1"}
     assert last.frozen is None
+
+
+def test_the_temperature_is_fitted_once_at_the_end(tmp_path: Path) -> None:
+    asked: list[Scores] = []
+
+    def calibrate(scores: Scores) -> float:
+        asked.append(scores)
+        return 1.5
+
+    state = make_state()
+    saver = Saver(tmp_path, tiny_template(), state, calibrate=calibrate)
+    state.progress.epoch_ended(FIGURES, BETTER)
+    saver.improved(SCORES)
+    saver.save()
+    assert load(tmp_path / "best.pth").temperature is None
+    saver.finish()
+    assert load(tmp_path / "best.pth").temperature == 1.5
+    saver.finish()
+    assert asked == [SCORES]
+
+
+@pytest.mark.parametrize(("temperature", "written"), [(1.5, True), (None, False)])
+def test_a_temperature_that_a_killed_run_lacks_is_made_up(
+    tmp_path: Path, temperature: float | None, written: bool
+) -> None:
+    state = make_state()
+    killed = make_saver(tmp_path, state)
+    state.progress.epoch_ended(FIGURES, BETTER)
+    killed.improved(SCORES)
+    killed.save()
+    resumed = Saver(tmp_path, tiny_template(), state, calibrate=lambda _: temperature)
+    resumed.adopt(load(tmp_path / "best.pth"))
+    resumed.finish()
+    assert load(tmp_path / "best.pth").temperature is None  # no scores: an earlier session had them
+    (tmp_path / "best.pth").unlink()
+    resumed.calibrate_best(SCORES)
+    assert (tmp_path / "best.pth").exists() == written
+    assert resumed.best is not None
+    assert resumed.best.temperature == temperature
 
 
 def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ class Checkpoint:
     out. backbone: which one, and its weights. features: the size of the head's input. trained: the tensors that
     training changed. frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation
     figures of these weights. val_names: the validation split, where the run drew it. val_images: the contents of its
-    images. temperature: fitted on these, None where they are too few, and in last.pth. resume: the optimizer and so
-    on, only in last.pth.
+    images. temperature: fitted on these when the run ends, None before, where they are too few, and in last.pth.
+    resume: the optimizer and so on, only in last.pth.
     """
 
     config: dict[str, Any]

@@ -18,10 +18,10 @@ def evaluate(
     parts = []
     for batch in batches:
         with torch.inference_mode():
-            parts.append((forward(batch.inputs).float(), batch.targets))
+            parts.append((forward(batch.inputs).float().cpu(), batch.targets.cpu()))
         after_batch()
     assert parts, "no batch to evaluate"
-    return Scores(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def averaged(views: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,8 @@ class Evaluation:
         """Why the figures with the temperature are not told; None where they are."""
         shared = len(set(self.split.contents) & set(self.checkpoint.val_images))
         if self.checkpoint.temperature is None:
-            return "this checkpoint has no temperature: it is a last.pth, or its validation images were too few"
+            why = "it is a last.pth, its run has not ended, or its validation images were too few"
+            return f"this checkpoint has no temperature: {why}"
         if shared:
             return f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
         if self.what == "train":

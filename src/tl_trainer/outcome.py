@@ -48,10 +48,6 @@ def conclude(
     scores = {"val": saver.best_scores or parts.scores(feeds["val"], "val")}
     if "test" in feeds:
         scores["test"] = parts.scores(feeds["test"], "test")
-    evaluations = {
-        name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), found, saver.best, parts.task)
-        for name, found in scores.items()
-    }
     best = run_dir / "best.pth"
     result: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -65,6 +61,11 @@ def conclude(
         "seconds": round(time.perf_counter() - started, 3),
     }
     try:
+        saver.calibrate_best(scores["val"])
+        evaluations = {
+            name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), found, saver.best, parts.task)
+            for name, found in scores.items()
+        }
         if parts.config.output.report:
             result["report"] = str(_report(setup, run_dir, evaluations))
         if parts.config.output.tensorboard:

@@ -201,8 +201,6 @@ class Saver:
                 "lower the rate with --lr or set train.schedule.warmup_epochs"
             )
         if self.best is not None and not self._best_on_disk:
-            if self.best_scores is not None:
-                self.best = replace(self.best, temperature=self.calibrate(self.best_scores))
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True
         self.flush()
@@ -221,8 +219,16 @@ class Saver:
             progress.best_epoch, progress.best = best.epoch, best.metrics
 
     def finish(self) -> None:
-        """Save, with the backbone in best.pth so that the one file is enough."""
+        """Save, with the temperature in best.pth, and with the backbone, so that the one file is enough."""
         if self.best is not None and self.best.frozen is None:
-            self.best = replace(self.best, frozen=self.state.classifier.frozen_state())
+            temperature = self.calibrate(self.best_scores) if self.best_scores is not None else None
+            self.best = replace(self.best, frozen=self.state.classifier.frozen_state(), temperature=temperature)
             self._best_on_disk = False
         self.save()
+
+    def calibrate_best(self, scores: Scores) -> None:
+        """Write the temperature into a best.pth that lacks it, as one does that an earlier, killed session wrote."""
+        assert self.best is not None
+        if self.best.temperature is None and (temperature := self.calibrate(scores)) is not None:
+            self.best = replace(self.best, temperature=temperature)
+            save(self.best, self.run_dir / "best.pth")

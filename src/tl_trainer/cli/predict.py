@@ -63,7 +63,10 @@ def _predict(args: argparse.Namespace) -> int:
 
     model = api.load(path, progress=not args.quiet, **overrides)
     if model.temperature is None:
-        log.info("the probabilities are not calibrated (a last.pth, or too few validation images) and often too high")
+        log.info(
+            "the probabilities are not calibrated (a last.pth, a run that has not ended, or too few validation images) "
+            "and often too high"
+        )
     rows = model.rows(
         expand_inputs(paths, sys.stdin),
         topk=args.topk,
