@@ -200,14 +200,16 @@ def test_two_threads_cannot_go_on_with_one_run(colours: Path) -> None:
     assert results[0]["epochs"] == 4
 
 
-def test_the_newest_unfinished_run_is_found(colours: Path) -> None:
-    with pytest.raises(tl_trainer.InputError, match="no unfinished run of this configuration under runs"):
+def test_the_newest_run_is_found(colours: Path) -> None:
+    with pytest.raises(tl_trainer.InputError, match="no run of this configuration under runs"):
         trained(colours, resume=True)
     stop = tl_trainer.StopRequest()
     stop.signal = signal.SIGINT
     with pytest.raises(tl_trainer.Interrupted):
         trained(colours, stop=stop)
-    assert trained(colours, resume=True)["epochs"] == 2
+    result = trained(colours, resume=True)
+    assert result["epochs"] == 2
+    assert trained(colours, resume=True) == result
 
 
 def test_progress_is_shown_to_who_asks(colours: Path, tl: Run, monkeypatch: pytest.MonkeyPatch) -> None:

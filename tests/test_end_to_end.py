@@ -452,7 +452,7 @@ def test_quiet_draws_no_bar(colours: Path) -> None:
         (["train", "train.epochs=0"], "the command line: train.epochs: should be greater than or equal to 1, not 0"),
         (["train", "--device", "cuda:7"], "CUDA devices; use --device cpu"),
         (["train", "--resume", "nowhere"], "--resume nowhere: no such file; give a run directory or its last.pth"),
-        (["train", "--resume"], "no unfinished run of this configuration under runs"),
+        (["train", "--resume"], "no run of this configuration under runs"),
         (
             ["train", "--config", "demo", "--data-dir", "colours"],
             "the command line: data.root: --data-dir has no effect on the demo",

@@ -58,9 +58,41 @@ def test_a_run_that_was_killed_behind_its_last_save_gets_its_figures_and_its_rep
     after = checkpoint.load(RUN / "last.pth").trained
     assert all(torch.equal(after[key], weights[key]) for key in weights)
     assert final_figures() == figures
-    again = tl("train", "--resume", RUN) if named else tl("train", *words, "--resume")
-    assert again.returncode == 2
-    assert ("all 2 epochs are done; set train.epochs" if named else "no unfinished run of this") in again.stderr
+
+
+def test_a_bare_resume_of_a_complete_run_gives_its_result(tl: Run, colours: Path) -> None:
+    """So that a loop which restarts a run until it ends with 0 ends, also where the last kill came behind all."""
+    words = ("--data-dir", colours, "--epochs", 1, *SMALL)
+    result = last_json(tl("train", *words, "--json"))
+    kept = {path.name: path.read_bytes() for path in RUN.iterdir() if path.is_file()}
+    again = tl("train", *words, "--json", "--resume")
+    assert last_json(again) == result
+    assert f"{RUN} is complete; nothing was left to do" in again.stderr
+    assert "best epoch 1 of 1" in tl("train", *words, "--resume").stdout
+    assert {path.name: path.read_bytes() for path in RUN.iterdir() if path.is_file()} == kept
+    named = tl("train", "--resume", RUN)
+    assert named.returncode == 2
+    assert "all 1 epochs are done; set train.epochs higher" in named.stderr
+    assert tl("train", *words, "--resume", "--print-config").returncode == 0
+
+
+def test_the_newest_run_decides_though_an_older_one_is_unfinished(tl: Run, colours: Path) -> None:
+    words = ("train", "--data-dir", colours, "--epochs", 1, *SMALL)
+    for _ in range(2):
+        last_json(tl(*words, "--json"))
+    (RUN / "result.json").unlink()
+    assert last_json(tl(*words, "--resume", "--json"))["run_dir"] == str(RUN.with_name("run-2"))
+    assert not (RUN / "result.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_result_is_named(tl: Run, colours: Path, content: str) -> None:
+    words = ("train", "--data-dir", colours, "--epochs", 1, *SMALL)
+    last_json(tl(*words, "--json"))
+    (RUN / "result.json").write_text(content)
+    refused = tl(*words, "--resume")
+    assert refused.returncode == 2
+    assert f"{RUN / 'result.json'}: damaged; remove it, and --resume writes it again" in refused.stderr
 
 
 def test_a_run_that_goes_on_behind_its_end_has_one_end(tl: Run, colours: Path) -> None:

@@ -7,6 +7,7 @@ commands say goes to the logger `tl_trainer`. What is wrong is raised as a Train
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from tl_trainer.predict import Predictor, Row, Source, embed, explain
 from tl_trainer.report import write_report
 from tl_trainer.resume import Resumption
 
+log = logging.getLogger(__name__)
+
 Location = str | os.PathLike[str]
 Configuration = Location | Mapping[str, Any] | None
 
@@ -47,14 +50,17 @@ def train(
     """Train a classifier; what the run's result.json holds, such as `run_dir`, `checkpoint` and the figures of `val`.
 
     config: a YAML file, the name of a bundled configuration, or a mapping; None for the defaults. resume: a run to go
-    on with; True for the newest unfinished one of this configuration. progress: whether bars are drawn on stderr.
-    stop: setting its `signal` to a signal's number ends the run after the next batch, saved. overrides: keys of the
-    configuration, dots as double underscores: `train__epochs=5`.
+    on with; True for the newest one of this configuration, whose result is given where it is complete. progress:
+    whether bars are drawn on stderr. stop: setting its `signal` to a signal's number ends the run after the next batch,
+    saved. overrides: keys of the configuration, dots as double underscores: `train__epochs=5`.
 
     Raises a TrainerError: InputError for what is wrong with configuration or data, RunError for a run that failed,
     Interrupted for one that `stop` ended.
     """
     with _called(progress), _started(config, resume, overrides, hold=True) as (loaded, resumption):
+        if resumption and resumption.result:
+            log.info("%s is complete; nothing was left to do", resumption.run_dir)
+            return resumption.result
         return run.train(loaded, resumption, stop or StopRequest())
 
 

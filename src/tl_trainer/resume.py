@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,11 +41,15 @@ CHANGEABLE = (
 
 @dataclass
 class Resumption:
-    """A run to go on with: its folder, its last.pth and its best.pth (None where no epoch has ended)."""
+    """A run to go on with: its folder, its last.pth and its best.pth (None where no epoch has ended).
+
+    result: what its result.json holds, where it is complete and there is nothing to go on with.
+    """
 
     run_dir: Path
     last: Checkpoint
     best: Checkpoint | None
+    result: dict[str, Any] | None = None
 
     def require_same(self, template: Checkpoint, images: str, where: str) -> None:
         """Raise DataError where the run began with other weights or images; `images` is their fingerprint."""
@@ -75,41 +80,59 @@ class Resumption:
 def resume(
     target: str | None, config: str | Mapping[str, Any] | None, overrides: Overrides, *, hold: bool = True
 ) -> Iterator[tuple[Loaded, Resumption]]:
-    """The run at `target` (a run directory or its last.pth), or the newest unfinished one of the configuration.
+    """The run at `target` (a run directory or its last.pth), or the newest one of the configuration.
 
     hold: whether it will be written to. Then its folder is this process's within the block, and before last.pth is
     read, since another process would soon write a newer one; what a killed one has half written is removed.
-    Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, or where the
-    configuration differs in more than CHANGEABLE.
+    Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, which of a run
+    that is named includes that it is complete, or where the configuration differs in more than CHANGEABLE.
     """
     overrides = list(overrides)
     if target is None:
         loaded = load(config, overrides)
-        path = _newest_unfinished(loaded)
+        path = _newest(loaded)
     else:
         path = Path(target).expanduser()
         path = path / "last.pth" if path.is_dir() else path
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
     with sole_use(path.parent) if hold else contextlib.nullcontext(False) as held:
-        found = _read(path, config, overrides)
+        found = _read(path, config, overrides, named=target is not None)
         if held:
             remove_unfinished(path.parent, path.parent / "report")
         yield found
 
 
-def _read(path: Path, config: str | Mapping[str, Any] | None, overrides: Overrides) -> tuple[Loaded, Resumption]:
+def _read(
+    path: Path, config: str | Mapping[str, Any] | None, overrides: Overrides, *, named: bool
+) -> tuple[Loaded, Resumption]:
     last = _load_last(path)
     if last.resume is None:
         raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
     _check_progress(last, path)
     loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
     _compare(loaded, last, path)
+    result = None
     if last.epoch >= loaded.config.train.epochs:
-        if path.with_name(RESULT).is_file():
+        result = _result(path.with_name(RESULT))
+        if result and named:
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
-        log.info("all %d epochs are done; nothing is trained again, only what the end of the run lacks", last.epoch)
-    return loaded, Resumption(path.parent, last, _load_best(path.with_name("best.pth"), last))
+        if not result:
+            log.info("all %d epochs are done; nothing is trained again, only what the end of the run lacks", last.epoch)
+    return loaded, Resumption(path.parent, last, _load_best(path.with_name("best.pth"), last), result)
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    """What a complete run's result.json holds; None where it is missing."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not found or not isinstance(found, dict):
+        raise InputError(f"{path}: damaged; remove it, and --resume writes it again")
+    return found
 
 
 def _check_progress(last: Checkpoint, path: Path) -> None:
@@ -123,17 +146,16 @@ def _check_progress(last: Checkpoint, path: Path) -> None:
         raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind") from error
 
 
-def _newest_unfinished(loaded: Loaded) -> Path:
+def _newest(loaded: Loaded) -> Path:
     output, wanted = expand(loaded.config.output.dir), to_yaml(loaded.config)
     newest = sorted(output.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         description = path.with_name("config.yaml")
-        same = description.is_file() and description.read_text("utf-8", "surrogateescape") == wanted
-        if same and (not path.with_name(RESULT).is_file() or _load_last(path).epoch < loaded.config.train.epochs):
+        if description.is_file() and description.read_text("utf-8", "surrogateescape") == wanted:
             return path
     others = ", ".join(str(path.parent) for path in newest[:3])
     hint = f"\nThe newest runs there are {others}; to go on with one, give it: --resume RUN" if others else ""
-    raise InputError(f"no unfinished run of this configuration under {output}; start one without --resume{hint}")
+    raise InputError(f"no run of this configuration under {output}; start one without --resume{hint}")
 
 
 def _load_last(path: Path) -> Checkpoint:

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="seed of everything random (seed)")
     add("--output", type=given, metavar="DIR", help="where run directories are made (output.dir)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run directory, or with the newest "
-        "unfinished run of the same configuration")  # fmt: skip
+        "one of the same configuration")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
