@@ -134,15 +134,37 @@ def test_views_of_a_random_transform(tl: Run, pictures: Path, case: str) -> None
     assert torch.equal(losses(longer)[:4], losses(cold))
 
 
+def test_without_a_word_each_epoch_has_its_view_and_another_run_computes_nothing(tl: Run, pictures: Path) -> None:
+    cold, said = train(tl, pictures, RANDOM, "train.epochs=3")
+    assert computed(said) == {"train": 3 * 24, "val": 12}
+    warm, said_warm = train(tl, pictures, RANDOM, "train.epochs=3")
+    assert computed(said_warm) == {"train": 0, "val": 0}
+    assert_identical(weights(warm), weights(cold))
+    for text in (said, said_warm):
+        assert "features.views: auto keeps 3 random views of each training image" in text
+
+
+def test_a_longer_resumed_run_is_the_longer_run_bit_for_bit(tl: Run, pictures: Path) -> None:
+    """Ten views are kept at most, so the eleventh epoch takes the first again."""
+    words = (RANDOM, "model.head.dropout=0.3")
+    whole, _ = train(tl, pictures, *words, "train.epochs=12")
+    shorter, _ = train(tl, pictures, *words, "train.epochs=4", "features.dir=another")
+    resumed = tl("train", "--resume", shorter["run_dir"], "--json", "train.epochs=12")
+    assert torch.equal(losses(last_json(resumed)), losses(whole))
+    assert_identical(weights(shorter, "last.pth"), weights(whole, "last.pth"))
+    assert computed(resumed.stderr) == {"train": 6 * 24, "val": 0}
+
+
 def test_without_views_a_random_transform_is_drawn_anew_each_epoch(tl: Run, pictures: Path) -> None:
-    _, said = train(tl, pictures, RANDOM, "train.epochs=1")
+    _, said = train(tl, pictures, RANDOM, "train.epochs=1", "features.views=1")
     assert computed(said) == {"val": 12}
+    assert "features.views is 1 and transforms.train random: every epoch computes the frozen stages again" in said
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["features.views=2"], "transforms.train has nothing random, so all views are the same; set it to 1"),
+        (["features.views=2"], "transforms.train has nothing random, so all views are the same; set it to auto"),
         ([RANDOM, "features.views=2", "model.trainable=all"], "model.trainable is all, so there are no frozen"),
     ],
 )

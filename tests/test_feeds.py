@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import PIL
 import pytest
@@ -25,6 +25,7 @@ from tl_trainer.data.folders import open_folders
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
+from tl_trainer.errors import InputError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Batches, Feed, Feeds
 from tl_trainer.models.backbones import build_backbone, resolve_weights
@@ -82,6 +83,11 @@ def order(batches: Batches, epoch: int = 0) -> list[list[int]]:
         ({}, FIXED, 1, True),
         ({}, RANDOM, 1, False),
         ({}, RANDOM, 2, True),
+        ({}, RANDOM, "auto", True),
+        ({}, FIXED, "auto", True),
+        ({"limit_gb": 1e-9}, RANDOM, "auto", False),
+        ({"trainable": "all"}, RANDOM, "auto", False),
+        ({"cache": "off"}, RANDOM, "auto", False),
         ({"trainable": "stage2"}, FIXED, 1, True),
         ({"trainable": "stage2"}, RANDOM, 1, False),
         ({"trainable": "all"}, FIXED, 1, False),
@@ -90,16 +96,49 @@ def order(batches: Batches, epoch: int = 0) -> list[list[int]]:
     ],
 )
 def test_when_training_is_on_cached_features(
-    split: Split, options: dict[str, Any], pipeline: Pipeline, views: int, cached: bool
+    split: Split, options: dict[str, Any], pipeline: Pipeline, views: int | Literal["auto"], cached: bool
 ) -> None:
     net = feeds_of(**options)
     feed = net.training(split, pipeline, views)
     assert isinstance(feed.batches, FeatureBatches if cached else ImageBatches)
     assert (feed.logits == net.network.logits) == cached
-    assert Path("cache").exists() == cached
+    assert bool(list(Path("cache").rglob("*.rows"))) == cached
     assert logits(feed).shape == (24, 3)
     if not cached:
         assert net.extractor is None or net.extractor.computed == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "kept", "said"),
+    [
+        ({}, 1, 1, "auto keeps a random view of each training image"),
+        ({}, 4, 4, "auto keeps 4 random views of each training image"),
+        ({}, 40, 10, "auto keeps 10 random views of each training image"),
+        ({"trainable": "stage2", "limit_gb": 24 * 4 * 24 * 64 * 4 / 1e9}, 4, 4, "auto keeps 4 random views"),
+        (
+            {"trainable": "stage2", "limit_gb": 24 * 4 * 24 * 64 * 4 / 1e9 - 1e-9},
+            4,
+            0,
+            "auto keeps none, so every epoch",
+        ),
+        ({"trainable": "all"}, 4, 0, "auto keeps nothing, since model.trainable is all"),
+    ],
+)
+def test_auto_keeps_a_view_for_each_epoch_and_says_so_in_a_line(
+    split: Split, caplog: pytest.LogCaptureFixture, options: dict[str, Any], epochs: int, kept: int, said: str
+) -> None:
+    net = feeds_of(**options)
+    caplog.set_level(logging.INFO, "tl_trainer.feeds")
+    feed = net.training(split, RANDOM, "auto", epochs)
+    assert [record.message for record in caplog.records if said in record.message] == caplog.messages[-1:]
+    assert len([record for record in caplog.records if record.name == "tl_trainer.feeds"]) == 1
+    assert (len(feed.batches.features.keys) if isinstance(feed.batches, FeatureBatches) else 0) == kept
+
+
+def test_views_that_were_asked_for_by_number_and_do_not_fit_are_refused(split: Split) -> None:
+    for pipeline, views in ((RANDOM, 2), (FIXED, "auto")):
+        with pytest.raises(InputError, match=r"more than features\.limit_gb .*; raise it"):
+            feeds_of(limit_gb=1e-9).training(split, pipeline, views)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,9 @@ class Setup:
 
     def feeds(self) -> dict[str, Feed]:
         """The batches of each split; what is frozen is computed here where it is not in the cache."""
-        parts, views = self.parts, self.parts.config.features.views
+        parts, config = self.parts, self.parts.config
         return {
-            name: parts.feeds.training(split, self.train_pipeline, views)
+            name: parts.feeds.training(split, self.train_pipeline, config.features.views, config.train.epochs)
             if name == "train"
             else parts.feeds.evaluation(split, name, parts.pipeline)
             for name, split in self.dataset.splits.items()
@@ -274,13 +274,16 @@ def _check_stages(config: Config) -> None:
 
 
 def _check_views(config: Config, pipeline: Pipeline) -> None:
-    if config.features.views > 1 and pipeline.deterministic:
+    views = config.features.views
+    if views == "auto" or views == 1:
+        return
+    if pipeline.deterministic:
         raise SettingError(
-            "features.views", "transforms.train has nothing random, so all views are the same; set it to 1"
+            "features.views", "transforms.train has nothing random, so all views are the same; set it to auto"
         )
-    if config.features.views > 1 and config.model.trainable == "all":
+    if config.model.trainable == "all":
         raise SettingError(
-            "features.views", "model.trainable is all, so there are no frozen features to keep; set it to 1"
+            "features.views", "model.trainable is all, so there are no frozen features to keep; set it to auto"
         )
 
 

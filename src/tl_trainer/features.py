@@ -39,6 +39,14 @@ DECODED_AT_ONCE = 64  # where decoding and computing take turns: enough for all 
 EVALUATED_AT_ONCE = 1024
 
 
+class NoRoom(InputError):
+    """The features are more than `features.limit_gb`. `fact` is the message without its remedy."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"{fact}; raise it, tap a later stage, or set features.cache: off")
+        self.fact = fact
+
+
 class Missing(NamedTuple):
     """A row to compute: its key, and which image of the split it is of."""
 
@@ -64,7 +72,7 @@ class Extractor:
         """The features of every image of the split, from the cache where they are there.
 
         what: what messages call the split; nothing is said where it is empty. With random transforms, `views` of each
-        image are drawn, each from (seed, view, image). Raises ImageError for an image that changed meanwhile.
+        image are drawn, each from (seed, view, image). Raises ImageError for an image that changed meanwhile, NoRoom.
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         make_folder(self.folder, "features.dir")
@@ -106,9 +114,9 @@ class Extractor:
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
         needed = rows[0].numel() * rows.element_size() * count
         if needed > self.limit:
-            raise InputError(
+            raise NoRoom(
                 f"the features of {count:,} images take {needed / 1e9:.3g} GB, more than features.limit_gb "
-                f"({self.limit / 1e9:g}); raise it, tap a later stage, or set features.cache: off"
+                f"({self.limit / 1e9:g})"
             )
         make_room(self.folder, needed, self.limit, keep=store.folder)
 

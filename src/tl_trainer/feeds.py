@@ -1,11 +1,11 @@
-"""Splits -> batches for the network: cached features where something is frozen and nothing random, else images."""
+"""Splits -> batches for the network: cached features where something is frozen and can be kept, else images."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +14,15 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, ImageBatches
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.evaluate import evaluate
-from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches
+from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches, NoRoom
 from tl_trainer.network import Network
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]
+
+# The most views that `features.views: auto` keeps of an image.
+AUTO_VIEWS = 10
 
 
 class Batches(Protocol):
@@ -55,31 +58,42 @@ class Feeds:
     workers: int
     seed: int
 
-    def training(self, split: Split, pipeline: Pipeline, views: int = 1) -> Feed:
-        """Shuffled batches: cached features where the transform is not random or views are kept."""
+    def training(self, split: Split, pipeline: Pipeline, views: int | Literal["auto"] = 1, epochs: int = 1) -> Feed:
+        """Shuffled batches: cached features where the transform is not random or views are kept.
+
+        views: as `features.views`; auto goes without them where they do not fit. epochs: how many auto is for.
+        """
         # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
         smallest = 2 if self.network.classifier.trains_batch_norm else 1
-        if self.extractor is not None and (pipeline.deterministic or views > 1):
-            features = self.extractor.features(split, "train", pipeline, views, self.seed)
-            return self._of_features(
-                FeatureBatches(features, batch_size=self.batch_size, seed=self.seed, shuffle=True, smallest=smallest)
-            )
-        if self.extractor is not None:
-            log.info(
-                "transforms.train is random, so every epoch computes the frozen stages again; to compute them once, "
-                "set transforms.train=eval, or features.views to the number of random views to keep"
-            )
-        return self._of_images(
-            ImageBatches(
-                split,
-                pipeline,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                seed=self.seed,
-                shuffle=True,
-                smallest=smallest,
-            )
-        )
+        order: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": True,
+            "smallest": smallest,
+        }
+        images = ImageBatches(split, pipeline, workers=self.workers, **order)
+        auto = views == "auto" and not pipeline.deterministic
+        if self.extractor is None or (views == 1 and not pipeline.deterministic):
+            if self.extractor is not None:
+                log.info(
+                    "features.views is 1 and transforms.train random: every epoch computes the frozen stages again"
+                )
+            elif auto and not self.network.classifier.frozen:
+                log.info("features.views: auto keeps nothing, since model.trainable is all and nothing is frozen")
+            return self._of_images(images)
+        # Epoch e takes view e mod AUTO_VIEWS, however many epochs there are: --resume may change their number.
+        count = 1 if pipeline.deterministic else min(epochs, AUTO_VIEWS) if views == "auto" else views
+        try:
+            features = self.extractor.features(split, "train", pipeline, count, self.seed)
+        except NoRoom as error:
+            if not auto:
+                raise
+            log.info("features.views: auto keeps none, so every epoch computes the frozen stages: %s", error.fact)
+            return self._of_images(images)
+        if auto:
+            number = "a random view" if count == 1 else f"{count} random views"
+            log.info("features.views: auto keeps %s of each training image", number)
+        return self._of_features(FeatureBatches(features, **order))
 
     def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
         """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""

@@ -143,13 +143,12 @@ class FeaturesSection(Section):
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto computes what the frozen backbone makes of an image once and keeps it, wherever the "
-        "transform is not random or views is above 1; off never does.",
+        "transform is not random or views are kept; off never does.",
     )
-    views: int = Field(
-        1,
-        ge=1,
-        le=1000,
-        description="How many random views of each training image are kept; epoch e uses view e mod views.",
+    views: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = Field(
+        "auto",
+        description="How many random views of each training image are kept; epoch e uses view e mod views. auto is one "
+        "per epoch, at most 10, and none where they would not fit into limit_gb; 1 draws anew in every epoch.",
     )
     dir: str | None = Field(None, description="The cache folder; null is the user's own.")
     limit_gb: float = Field(20.0, gt=0, description="The size of the cache in GB; what was not used for longest goes.")
