@@ -3,10 +3,13 @@ often it was interrupted, by whomever it was computed, and wherever it is kept."
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,12 +26,12 @@ from torch import Tensor, nn
 from tiny import FakeDevice, files_of, paths_of
 from tl_trainer import features as module_under_test
 from tl_trainer.config.schema import DataSection, FeaturesSection
-from tl_trainer.data.dataset import Pictures, Split
+from tl_trainer.data.dataset import Files, Pictures, Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
-from tl_trainer.errors import DataError, ImageError, InputError
-from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, features_folder
+from tl_trainer.errors import DataError, ImageError, InputError, RunError
+from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, Missing, features_folder
 from tl_trainer.models.chain import Stage
 from tl_trainer.models.prefix import FrozenPrefix
 
@@ -274,6 +277,76 @@ def test_views_are_the_same_in_every_run_and_order(cache: Cache, split: Split, t
         assert torch.equal(rows_of(warm, view), rows_of(first, view))
         assert torch.equal(rows_of(cold, view), rows_of(first, view))
         torch.testing.assert_close(rows_of(reordered, view), rows_of(first, view)[order], rtol=0, atol=1e-5)
+
+
+forks = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="a patch reaches forked processes only")
+FLOWERS = [
+    {"RandomRotation": 45},
+    {"CenterCrop": 12},
+    {"ColorJitter": {"brightness": 0.2, "hue": 0.1}},
+    {"RandomApply": {"transforms": [{"GaussianBlur": 3}], "p": 0.5}},
+    "RandAugment",
+]
+
+
+@forks
+@pytest.mark.parametrize("items", [RANDOM, FLOWERS])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_processes_draw_what_one_thread_draws_and_open_each_image_once(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: list[Any], overlap: bool
+) -> None:
+    opened, steps, known_split = tmp_path / "opened", pipeline(items), known(split)
+    keys = [
+        hashlib.sha256(digest + f"0 {view}".encode()).digest() for digest in known_split.hashes for view in (0, 1, 2)
+    ]
+    wanted = [steps.draw(split.open(number // 3), int.from_bytes(key[:8], "little")) for number, key in enumerate(keys)]
+    load = Files.load
+
+    def counted(self: Files, index: int, expected: bytes = b"", **options: Any) -> Any:
+        with opened.open("a") as file:
+            file.write(f"{index} {os.getpid()}\n")
+        return load(self, index, expected, **options)
+
+    monkeypatch.setattr(Files, "load", counted)
+    missing = [Missing(number, keys[3 * number : 3 * number + 3]) for number in range(COUNT)]
+    before = torch.get_rng_state()
+    with module_under_test._reading(known_split, steps, workers=2) as read:
+        found = list(module_under_test._drawn(missing, read, 7, overlap=overlap))
+    assert [key for key, _ in found] == keys
+    assert all(torch.equal(image, expected) for (_, image), expected in zip(found, wanted, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    lines = [line.split() for line in opened.read_text().splitlines()]
+    assert sorted(int(index) for index, _ in lines) == list(range(COUNT))
+    assert len({process for _, process in lines} - {str(os.getpid())}) == 2
+
+
+def test_views_are_the_same_with_any_number_of_processes(cache: Cache, split: Split, tmp_path: Path) -> None:
+    _, alone = cache.run(split, RANDOM, views=2)
+    extractor = Extractor(Prefixes(), IDENTITY, tmp_path / "another", cache.limit, CPU, workers=2)
+    found = extractor.features(known(split), "train", pipeline(RANDOM), views=2)
+    assert extractor.computed == 2 * COUNT
+    assert all(torch.equal(rows_of(found, view), rows_of(alone, view)) for view in (0, 1))
+
+
+def test_an_image_that_changed_is_named_by_the_process_that_reads_it(
+    cache: Cache, split: Split, tmp_path: Path
+) -> None:
+    extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU, workers=2)
+    checked = known(split)
+    (tmp_path / "images" / "20.png").write_bytes(b"another")
+    with pytest.raises(ImageError, match=r"20\.png: has changed"):
+        extractor.features(checked, "train", pipeline(RANDOM), views=2)
+
+
+@forks
+def test_a_process_that_is_killed_is_a_sentence(
+    cache: Cache, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Files, "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    checked = Split(split.images, split.targets, split.rows, [bytes([index]) * 32 for index in range(COUNT)])
+    extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU, workers=1)
+    with pytest.raises(RunError, match="a process that loads images was killed"):
+        extractor.features(checked, "train", pipeline(RANDOM), views=2)
 
 
 def test_views_depend_on_the_seed_and_more_of_them_keep_the_first(cache: Cache, split: Split) -> None:

@@ -337,7 +337,7 @@ def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
 
 
 def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feeds:
-    extractor, name = None, backbone["name"]
+    extractor, name, workers = None, backbone["name"], worker_count(config.data.workers)
     if network.classifier.frozen and config.features.cache == "auto":
         extractor = Extractor(
             make_prefix=network.prefix,
@@ -357,5 +357,6 @@ def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feed
             folder=features_folder(config.features),
             limit=int(config.features.limit_gb * 1e9),
             device=network.device,
+            workers=workers,
         )
-    return Feeds(network, extractor, config.train.batch_size, worker_count(config.data.workers), config.seed)
+    return Feeds(network, extractor, config.train.batch_size, workers, config.seed)

@@ -10,13 +10,19 @@ import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +30,9 @@ from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, batch_starts, stacked
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import InputError
+from tl_trainer.errors import InputError, RunError
 from tl_trainer.feature_store import FeatureStore, make_room
+from tl_trainer.ground.failures import WORKER_KILLED
 from tl_trainer.ground.files import cache_folder, make_folder
 from tl_trainer.ground.machine import cores, free_memory
 from tl_trainer.ground.progress import bar
@@ -35,7 +42,9 @@ log = logging.getLogger(__name__)
 
 # Small enough for the activations to stay in a processor's caches, large enough for a GPU to be busy.
 IMAGES_AT_ONCE = {"cpu": 16, "cuda": 128}
-DECODED_AT_ONCE = 64  # where decoding and computing take turns: enough for all threads to end at about the same time
+# Rows that are read before they are computed, where the cores take turns: enough for all to end at about the same time.
+READ_AT_ONCE = 64
+IMAGES_READ_AT_ONCE = 16  # however many views there are of each
 EVALUATED_AT_ONCE = 1024
 
 
@@ -48,17 +57,22 @@ class NoRoom(InputError):
 
 
 class Missing(NamedTuple):
-    """A row to compute: its key, and which image of the split it is of."""
+    """An image of the split whose rows of these keys, one for each view, are to be computed."""
 
-    key: bytes
     image: int
+    keys: list[bytes]
+
+
+Views = list[np.ndarray[Any, Any]]  # of one image, each (3, H, W)
+Row = tuple[bytes, Tensor]
 
 
 @dataclass
 class Extractor:
     """Computes and keeps the features of verified splits. `make_prefix(n)` gives the network that computes n rows.
 
-    identity: what decides a feature's value besides the image, as plain data. computed: rows computed so far.
+    identity: what decides a feature's value besides the image, as plain data. workers: processes that draw random
+    views, 0 for none. computed: rows computed so far.
     """
 
     make_prefix: Callable[[int], FrozenPrefix]
@@ -66,6 +80,7 @@ class Extractor:
     folder: Path
     limit: int
     device: torch.device
+    workers: int = 0
     computed: int = field(default=0, init=False)
 
     def features(self, split: Split, what: str, pipeline: Pipeline, views: int = 1, seed: int = 0) -> Features:
@@ -79,11 +94,14 @@ class Extractor:
         store = self._store(pipeline)
         keys = [[_key(digest, tag) for digest in split.hashes] for tag in tags]
         wanted = {key: index for index, views_of_one in enumerate(zip(*keys, strict=True)) for key in views_of_one}
-        missing = [Missing(key, wanted[key]) for key in store.find(wanted)]
+        missing: dict[int, list[bytes]] = {}
+        for key in store.find(wanted):
+            missing.setdefault(wanted[key], []).append(key)
+        before = self.computed
         if missing:
-            self._compute(split, what, pipeline, store, missing)
-        level = logging.INFO if what else logging.DEBUG
-        log.log(level, "features of %s: %d computed, %d cached", what, len(missing), len(wanted) - len(missing))
+            self._compute(split, what, pipeline, store, [Missing(*item) for item in missing.items()])
+        level, computed = logging.INFO if what else logging.DEBUG, self.computed - before
+        log.log(level, "features of %s: %d computed, %d cached", what, computed, len(wanted) - computed)
         return Features(store, keys, split)
 
     def _store(self, pipeline: Pipeline) -> FeatureStore:
@@ -96,19 +114,22 @@ class Extractor:
         self, split: Split, what: str, pipeline: Pipeline, store: FeatureStore, missing: Sequence[Missing]
     ) -> None:
         """Compute the missing rows and append them to the store."""
-        prefix, roomy = self.make_prefix(len(missing)), False
-        size = IMAGES_AT_ONCE.get(self.device.type, 16)
-        with contextlib.closing(store), ThreadPoolExecutor(cores()) as pool:
-            chunks = _decoded(split, pipeline, missing, size, pool, overlap=self.device.type != "cpu")
-            for chunk, decoded in bar(chunks, f"{what} features", -(-len(missing) // size)):
-                batch, pinned = stacked(decoded), self.device.type == "cuda"
+        count = sum(len(image.keys) for image in missing)
+        prefix, roomy = self.make_prefix(count), False
+        size, overlap = IMAGES_AT_ONCE.get(self.device.type, 16), self.device.type != "cpu"
+        block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
+        workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save
+        with contextlib.closing(store), _reading(split, pipeline, workers) as read:
+            chunks = _chunks(_drawn(missing, read, block, overlap=overlap), size)
+            for chunk in bar(chunks, f"{what} features", -(-count // size)):
+                batch, pinned = stacked([image for _, image in chunk]), self.device.type == "cuda"
                 if pinned:
                     batch = batch.pin_memory()
                 rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=pinned)))
                 if not roomy:
-                    self._check_room(store, rows, len(missing))
+                    self._check_room(store, rows, count)
                     roomy = True
-                store.append([row.key for row in chunk], rows)
+                store.append([key for key, _ in chunk], rows)
                 self.computed += len(chunk)
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
@@ -179,32 +200,75 @@ def _key(digest: bytes, tag: bytes) -> bytes:
     return hashlib.sha256(digest + tag).digest() if tag else digest
 
 
-def _decoded(
-    split: Split, pipeline: Pipeline, missing: Sequence[Missing], size: int, pool: Executor, *, overlap: bool
-) -> Iterator[tuple[Sequence[Missing], list[Tensor]]]:
-    """Chunks of the missing rows and their images, decoded by threads.
+def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk
 
-    overlap: decode while what came before is computed. Where the cores do both, taking turns is faster: a thread of
+
+def _drawn(
+    images: Sequence[Missing], read: Callable[[Missing], Future[Views]], size: int, *, overlap: bool
+) -> Iterator[Row]:
+    """The missing rows, each its key and its image, read in blocks of `size` images.
+
+    overlap: read while what came before is computed. Where the cores do both, taking turns is faster: a thread of
     the network that has to share its core holds up all the others.
     """
-
-    def decode(row: Missing) -> Any:
-        picture = split.open(row.image)
-        return pipeline.image(picture) if pipeline.deterministic else picture
-
-    blocks = list(_chunks(missing, size if overlap else DECODED_AT_ONCE))
-    ahead: list[Future[Any]] = []
+    blocks = [images[first : first + size] for first in range(0, len(images), size)]
+    ahead: list[Future[Views]] = []
     for number, block in enumerate(blocks):
-        decoded = [future.result() for future in ahead or [pool.submit(decode, row) for row in block]]
-        ahead = [pool.submit(decode, row) for row in blocks[number + 1]] if overlap and number + 1 < len(blocks) else []
-        if not pipeline.deterministic:  # torch has one generator for all threads, so the drawing is done in this one
-            decoded = [
-                pipeline.draw(picture, int.from_bytes(row.key[:8], "little"))
-                for picture, row in zip(decoded, block, strict=True)
-            ]
-        for first in range(0, len(block), size):
-            yield block[first : first + size], decoded[first : first + size]
+        try:
+            views = [future.result() for future in ahead or [read(image) for image in block]]
+            ahead = [read(image) for image in blocks[number + 1]] if overlap and number + 1 < len(blocks) else []
+        except BrokenExecutor as error:
+            raise RunError(WORKER_KILLED) from error
+        for image, arrays in zip(block, views, strict=True):
+            yield from zip(image.keys, map(torch.from_numpy, arrays), strict=True)
 
 
-def _chunks(rows: Sequence[Missing], size: int) -> Iterator[Sequence[Missing]]:
-    return (rows[first : first + size] for first in range(0, len(rows), size))
+@contextlib.contextmanager
+def _reading(split: Split, pipeline: Pipeline, workers: int) -> Iterator[Callable[[Missing], Future[Views]]]:
+    """What starts to read an image: in threads, or where drawing is random in `workers` processes (0: in one thread).
+
+    torchvision's transforms draw from torch's one generator, and two threads draw no faster than one, for too much of
+    the work holds Python's lock.
+    """
+    pool: Executor
+    read: Callable[[Missing], Views]
+    if pipeline.deterministic or not workers:
+        pool, read = ThreadPoolExecutor(cores() if pipeline.deterministic else 1), partial(_views, split, pipeline)
+    else:
+        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(split, pipeline))
+        read = _views_in_worker
+    try:
+        yield lambda missing: pool.submit(read, missing)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _views(split: Split, pipeline: Pipeline, missing: Missing) -> Views:
+    """The missing views of an image, each drawn from its key, as arrays: these reach another process without files."""
+    picture = split.open(missing.image)
+    return [pipeline.draw(picture, int.from_bytes(key[:8], "little")).numpy() for key in missing.keys]
+
+
+def _start_worker(split: Split, pipeline: Pipeline) -> None:
+    """What each process does first. Ctrl-C is for the main process to handle, and where that dies so does this one."""
+    _worker.append((split, pipeline))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_worker: list[tuple[Split, Pipeline]] = []  # of a worker process, set when it starts
+
+
+def _views_in_worker(missing: Missing) -> Views:
+    return _views(*_worker[0], missing)

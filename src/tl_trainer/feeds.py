@@ -65,12 +65,7 @@ class Feeds:
         """
         # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
         smallest = 2 if self.network.classifier.trains_batch_norm else 1
-        order: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "shuffle": True,
-            "smallest": smallest,
-        }
+        order: dict[str, Any] = dict(batch_size=self.batch_size, seed=self.seed, shuffle=True, smallest=smallest)
         images = ImageBatches(split, pipeline, workers=self.workers, **order)
         auto = views == "auto" and not pipeline.deterministic
         if self.extractor is None or (views == 1 and not pipeline.deterministic):
