@@ -417,10 +417,10 @@ def test_make_room_removes_what_was_not_used_for_longest_and_never_keep(
 ) -> None:
     caplog.set_level(logging.INFO)
     make_stores(tmp_path, {STORES[0]: 10, STORES[1]: 30, STORES[2]: 20})
-    make_room(tmp_path, needed, 350, keep=tmp_path / STORES[1])
+    make_room(tmp_path, needed, 350, keep={tmp_path / STORES[1]})
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == left
     assert len(caplog.records) == 3 - len(left)
-    make_room(tmp_path, 10_000, 350, keep=tmp_path / STORES[1])
+    make_room(tmp_path, 10_000, 350, keep={tmp_path / STORES[1]})
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [STORES[1]]
 
 
@@ -429,7 +429,7 @@ def test_room_is_made_and_the_cache_cleared_without_touching_other_folders(tmp_p
     (tmp_path / "files.sqlite").write_bytes(b"database")
     nearly = ["A" * 32, "a" * 31, "a" * 33, "g" * 32, f"x{'a' * 32}", f"{'a' * 32}x", f"{'a' * 16} {'a' * 15}"]
     make_stores(tmp_path, dict.fromkeys(nearly, 99))  # with all that a store has but its name
-    make_room(tmp_path, 1, 0, keep=tmp_path / STORES[1])
+    make_room(tmp_path, 1, 0, keep={tmp_path / STORES[1]})
     others = {"files.sqlite", *nearly}
     assert {path.name for path in tmp_path.iterdir()} == {STORES[1], *others}
     assert clear(tmp_path) == 100
@@ -444,7 +444,7 @@ def test_a_folder_that_only_has_a_stores_name_is_never_touched(tmp_path: Path, d
     (folder / "thesis.txt").write_text("years of work")
     if described is not None:
         (folder / "store.json").write_text(described)
-    make_room(tmp_path, 10**9, 0, keep=tmp_path / "other")
+    make_room(tmp_path, 10**9, 0, keep={tmp_path / "other"})
     assert clear(tmp_path) == 0
     assert (folder / "thesis.txt").read_text() == "years of work"
 

@@ -466,7 +466,9 @@ def test_too_many_features_for_the_limit_are_refused(tmp_path: Path, split: Spli
 def test_the_limit_holds_for_every_split(tmp_path: Path, split: Split) -> None:
     extractor = Extractor(Prefixes(), IDENTITY, tmp_path / "features", 20 * 72, CPU)
     extractor.features(known(split.subset(range(5))), "train", pipeline())
-    with pytest.raises(InputError, match=r"features of 35 images take 2\.52e-06 GB, more than features\.limit_gb"):
+    with pytest.raises(
+        InputError, match=r"features of 35 images, each view counted, take 2\.52e-06 GB, more than features\.limit_gb"
+    ):
         extractor.features(known(split), "val", pipeline())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,7 +101,7 @@ def test_when_training_is_on_cached_features(
     split: Split, options: dict[str, Any], pipeline: Pipeline, views: int | Literal["auto"], cached: bool
 ) -> None:
     net = feeds_of(**options)
-    feed = net.training(split, pipeline, views)
+    feed = net.of_run({"train": split}, pipeline, FIXED, views, 2)["train"]
     assert isinstance(feed.batches, FeatureBatches if cached else ImageBatches)
     assert (feed.logits == net.network.logits) == cached
     assert bool(list(Path("cache").rglob("*.rows"))) == cached
@@ -129,7 +131,7 @@ def test_auto_keeps_a_view_for_each_epoch_and_says_so_in_a_line(
 ) -> None:
     net = feeds_of(**options)
     caplog.set_level(logging.INFO, "tl_trainer.feeds")
-    feed = net.training(split, RANDOM, "auto", epochs)
+    feed = net.of_run({"train": split}, RANDOM, FIXED, "auto", epochs)["train"]
     assert [record.message for record in caplog.records if said in record.message] == caplog.messages[-1:]
     assert len([record for record in caplog.records if record.name == "tl_trainer.feeds"]) == 1
     assert (len(feed.batches.features.keys) if isinstance(feed.batches, FeatureBatches) else 0) == kept
@@ -138,7 +140,46 @@ def test_auto_keeps_a_view_for_each_epoch_and_says_so_in_a_line(
 def test_views_that_were_asked_for_by_number_and_do_not_fit_are_refused(split: Split) -> None:
     for pipeline, views in ((RANDOM, 2), (FIXED, "auto")):
         with pytest.raises(InputError, match=r"more than features\.limit_gb .*; raise it"):
-            feeds_of(limit_gb=1e-9).training(split, pipeline, views)  # type: ignore[arg-type]
+            feeds_of(limit_gb=1e-9).of_run({"train": split}, pipeline, FIXED, views, 2)  # type: ignore[arg-type]
+
+
+ROW = 24 * 8 * 8 * 4  # bytes of a feature
+
+
+def test_the_splits_of_a_run_do_not_make_room_for_each_other(split: Split) -> None:
+    """Another run's features go, though those of val were not used for longer."""
+    splits, limit = {"val": split.subset(range(20)), "train": split.subset(range(20, 24))}, 40 * ROW / 1e9
+    assert all(isinstance(f.batches, FeatureBatches) for f in feeds_of().of_run(splits, RANDOM, FIXED, 2, 2).values())
+    feeds_of(seed=1).evaluation(split.subset(range(20)), "val", FIXED)
+    for number, folder in enumerate(sorted(Path("cache/features").iterdir(), key=lambda store: store.stat().st_mtime)):
+        os.utime(folder, (number, number))
+    more = {**splits, "train": split.subset(range(19, 24))}
+    again = feeds_of(limit_gb=limit)
+    again.of_run(more, RANDOM, FIXED, 2, 2)
+    assert again.extractor is not None
+    assert again.extractor.computed == 2
+
+
+def test_a_run_whose_splits_do_not_fit_together_is_refused_before_anything_is_computed(split: Split) -> None:
+    splits = {"train": split.subset(range(12)), "val": split.subset(range(12, 24))}
+    for limit, number in ((36, 0), (35, 1)):
+        net = feeds_of(limit_gb=limit * ROW / 1e9)
+        if number:
+            match = r"^the features of 36 images, each view counted, take 0\.000221 GB, more than features\.limit_gb"
+            with pytest.raises(InputError, match=match):
+                net.of_run(splits, RANDOM, FIXED, 2, 2)
+        else:
+            net.of_run(splits, RANDOM, FIXED, 2, 2)
+        assert net.extractor is not None
+        assert net.extractor.computed == (0 if number else 36)
+        shutil.rmtree("cache")
+
+
+def test_where_auto_keeps_no_views_the_other_splits_are_kept(split: Split) -> None:
+    splits = {"train": split.subset(range(12)), "val": split.subset(range(12, 24))}
+    feeds = feeds_of(limit_gb=12 * ROW / 1e9).of_run(splits, RANDOM, FIXED, "auto", 2)
+    assert isinstance(feeds["train"].batches, ImageBatches)
+    assert isinstance(feeds["val"].batches, FeatureBatches)
 
 
 @pytest.mark.parametrize(

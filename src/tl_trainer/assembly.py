@@ -109,12 +109,9 @@ class Setup:
     def feeds(self) -> dict[str, Feed]:
         """The batches of each split; what is frozen is computed here where it is not in the cache."""
         parts, config = self.parts, self.parts.config
-        return {
-            name: parts.feeds.training(split, self.train_pipeline, config.features.views, config.train.epochs)
-            if name == "train"
-            else parts.feeds.evaluation(split, name, parts.pipeline)
-            for name, split in self.dataset.splits.items()
-        }
+        return parts.feeds.of_run(
+            self.dataset.splits, self.train_pipeline, parts.pipeline, config.features.views, config.train.epochs
+        )
 
     def new_state(self, batches: int) -> State:
         """The optimizer and all that changes with it, at the beginning; `batches` is their number in an epoch."""

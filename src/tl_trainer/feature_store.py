@@ -16,7 +16,7 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,13 +263,13 @@ def clear(root: Path) -> int:
     return sum(_remove(store) for store in _stores(root))
 
 
-def make_room(root: Path, needed: int, limit: int, keep: Path) -> None:
+def make_room(root: Path, needed: int, limit: int, keep: Collection[Path]) -> None:
     """Remove the stores under `root` that were not used for longest until `needed` more bytes stay within `limit`."""
     total = folder_size(root)
     for store in sorted(_stores(root), key=_last_used):
         if total + needed <= limit:
             return
-        if store != keep:
+        if store not in keep:
             log.info("removing cached features that were not used lately: %s", store)
             total -= _remove(store)
 

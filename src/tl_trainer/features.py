@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +82,15 @@ class Extractor:
     device: torch.device
     workers: int = 0
     computed: int = field(default=0, init=False)
+    _planned: int = field(default=0, init=False)
+    _kept: set[Path] = field(default_factory=set, init=False)
+
+    def plan(self, rows: int, pipelines: Iterable[Pipeline]) -> None:
+        """Tell, before its first split, what a run keeps: so many rows, in the stores of these pipelines.
+
+        All of them must fit into the limit together, and none of these stores makes room for another.
+        """
+        self._planned, self._kept = rows, {self._folder(pipeline) for pipeline in pipelines}
 
     def features(self, split: Split, what: str, pipeline: Pipeline, views: int = 1, seed: int = 0) -> Features:
         """The features of every image of the split, from the cache where they are there.
@@ -104,9 +113,12 @@ class Extractor:
         log.log(level, "features of %s: %d computed, %d cached", what, computed, len(wanted) - computed)
         return Features(store, keys, split)
 
-    def _store(self, pipeline: Pipeline) -> FeatureStore:
+    def _folder(self, pipeline: Pipeline) -> Path:
         identity = json.dumps({**self.identity, "preprocessing": pipeline.steps}, sort_keys=True)
-        store = FeatureStore(self.folder / hashlib.sha256(identity.encode()).hexdigest()[:32])
+        return self.folder / hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+    def _store(self, pipeline: Pipeline) -> FeatureStore:
+        store = FeatureStore(self._folder(pipeline))
         os.utime(store.folder)  # when it was used last, for make_room
         return store
 
@@ -133,13 +145,14 @@ class Extractor:
                 self.computed += len(chunk)
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
-        needed = rows[0].numel() * rows.element_size() * count
-        if needed > self.limit:
+        size, planned = rows[0].numel() * rows.element_size(), max(count, self._planned)
+        if planned * size > self.limit:
             raise NoRoom(
-                f"the features of {count:,} images take {needed / 1e9:.3g} GB, more than features.limit_gb "
-                f"({self.limit / 1e9:g})"
+                f"the features of {planned:,} images, each view counted, take {planned * size / 1e9:.3g} GB, more than "
+                f"features.limit_gb ({self.limit / 1e9:g})"
             )
-        make_room(self.folder, needed, self.limit, keep=store.folder)
+        self._planned = 0  # once: another split's rows may be of another size
+        make_room(self.folder, count * size, self.limit, keep={store.folder, *self._kept})
 
 
 class Features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -58,37 +58,62 @@ class Feeds:
     workers: int
     seed: int
 
-    def training(self, split: Split, pipeline: Pipeline, views: int | Literal["auto"] = 1, epochs: int = 1) -> Feed:
-        """Shuffled batches: cached features where the transform is not random or views are kept.
+    def of_run(
+        self,
+        splits: Mapping[str, Split],
+        train_pipeline: Pipeline,
+        pipeline: Pipeline,
+        views: int | Literal["auto"],
+        epochs: int,
+    ) -> dict[str, Feed]:
+        """The feeds of a run's splits; what is frozen is computed here where it is not in the cache.
 
-        views: as `features.views`; auto goes without them where they do not fit. epochs: how many auto is for.
+        views: as `features.views`; auto goes without them where the run's features would not fit into the cache.
         """
-        # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
-        smallest = 2 if self.network.classifier.trains_batch_norm else 1
-        order: dict[str, Any] = dict(batch_size=self.batch_size, seed=self.seed, shuffle=True, smallest=smallest)
-        images = ImageBatches(split, pipeline, workers=self.workers, **order)
-        auto = views == "auto" and not pipeline.deterministic
-        if self.extractor is None or (views == 1 and not pipeline.deterministic):
-            if self.extractor is not None:
-                log.info(
-                    "features.views is 1 and transforms.train random: every epoch computes the frozen stages again"
-                )
-            elif auto and not self.network.classifier.frozen:
-                log.info("features.views: auto keeps nothing, since model.trainable is all and nothing is frozen")
-            return self._of_images(images)
-        # Epoch e takes view e mod AUTO_VIEWS, however many epochs there are: --resume may change their number.
-        count = 1 if pipeline.deterministic else min(epochs, AUTO_VIEWS) if views == "auto" else views
+        auto = views == "auto" and not train_pipeline.deterministic
+        kept = 1 if train_pipeline.deterministic else _views_kept(views, epochs)
+        others = {name: split for name, split in splits.items() if name != "train"}
+        rows = sum(len({*split.hashes}) for split in others.values())
+        if self.extractor is not None:
+            self.extractor.plan(rows + kept * len({*splits["train"].hashes}), (train_pipeline, pipeline))
         try:
-            features = self.extractor.features(split, "train", pipeline, count, self.seed)
+            train = self.training(splits["train"], train_pipeline, kept)
+            if not train_pipeline.deterministic:
+                self._say(kept, auto=auto)
         except NoRoom as error:
-            if not auto:
+            if not auto or self.extractor is None:
                 raise
             log.info("features.views: auto keeps none, so every epoch computes the frozen stages: %s", error.fact)
-            return self._of_images(images)
-        if auto:
-            number = "a random view" if count == 1 else f"{count} random views"
+            self.extractor.plan(rows, (pipeline,))
+            train = self.training(splits["train"], train_pipeline, 0)
+        return {
+            name: self.evaluation(split, name, pipeline) if name in others else train for name, split in splits.items()
+        }
+
+    def _say(self, kept: int, *, auto: bool) -> None:
+        """Say in a line what is kept of a random transform."""
+        if auto and not self.network.classifier.frozen:
+            log.info("features.views: auto keeps nothing, since model.trainable is all and nothing is frozen")
+        elif auto and self.extractor is not None:
+            number = "a random view" if kept == 1 else f"{kept} random views"
             log.info("features.views: auto keeps %s of each training image", number)
-        return self._of_features(FeatureBatches(features, **order))
+        elif not kept and self.extractor is not None:
+            log.info("features.views is 1 and transforms.train random: every epoch computes the frozen stages again")
+
+    def training(self, split: Split, pipeline: Pipeline, views: int = 1) -> Feed:
+        """Shuffled batches: cached features of as many views, images where that is 0 or there is no cache."""
+        # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
+        smallest = 2 if self.network.classifier.trains_batch_norm else 1
+        order: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "smallest": smallest,
+            "shuffle": True,
+        }
+        if self.extractor is not None and views:
+            features = self.extractor.features(split, "train", pipeline, views, self.seed)
+            return self._of_features(FeatureBatches(features, **order))
+        return self._of_images(ImageBatches(split, pipeline, workers=self.workers, **order))
 
     def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
         """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""
@@ -114,3 +139,11 @@ class Feeds:
             lambda images: network.logits(network.features(images)),
             lambda images: network.embed(network.features(images)),
         )
+
+
+def _views_kept(views: int | Literal["auto"], epochs: int) -> int:
+    """How many views of a random transform are kept; 1 is the number that keeps none and draws anew in every epoch.
+
+    With auto epoch e takes view e mod AUTO_VIEWS, however many epochs there are: --resume may change their number.
+    """
+    return min(epochs, AUTO_VIEWS) if views == "auto" else views if views > 1 else 0
