@@ -90,7 +90,7 @@ def files_of(paths: Sequence[Path], targets: Sequence[int] | None = None) -> Spl
 def paths_of(split: Split) -> list[Path]:
     """The files of a split, in its order."""
     assert isinstance(split.images, Files)
-    return [split.images.paths[row] for row in split.rows]
+    return [Path(split.images.paths[row]) for row in split.rows]
 
 
 def tiny_template() -> Checkpoint:

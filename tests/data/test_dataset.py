@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import draw_split
+from tiny import paths_of
 from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, fingerprint, with_validation
 from tl_trainer.data.folders import open_folders
 from tl_trainer.errors import DataError, ImageError
@@ -157,7 +158,7 @@ def test_no_file_is_copied(tmp_path: Path) -> None:
     dataset = _divided(open_folders(tmp_path / "root", None), 0.2, 0)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     splits = dataset.splits.values()
-    paths = [split.images.paths[row] for split in splits if isinstance(split.images, Files) for row in split.rows]
+    paths = [path for split in splits for path in paths_of(split)]
     assert len(paths) == 15
     assert set(paths) < set(before)
 

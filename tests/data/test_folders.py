@@ -228,6 +228,17 @@ def test_of_two_links_to_a_folder_the_first_counts(
     assert walk(tmp_path / "ant") == [tmp_path / "ant" / "1.jpg", tmp_path / "ant" / "a" / "0.jpg"]
 
 
+def test_files_come_in_the_order_of_their_paths_which_is_not_that_of_their_text(tmp_path: Path) -> None:
+    names = ["a/b/2.jpg", "a/b-c/1.jpg", "a/b.jpg", "a/b/\u00e9.JPG", "a/b c/0.png", "z/1.jpg"]
+    _touch(*(tmp_path / name for name in names))
+    paths = sorted(tmp_path / name for name in names)
+    assert walk(tmp_path) == paths
+    split = open_folders(tmp_path, None).split("all")
+    assert paths_of(split) == paths
+    assert split.names == [path.relative_to(tmp_path).as_posix() for path in paths]
+    assert paths != [tmp_path / name for name in sorted(names)]
+
+
 def test_the_real_photographs(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = open_dataset(DataSection(root=str(photos)))
     assert dataset.classes == ["ants", "bees"]

@@ -365,6 +365,24 @@ def test_a_database_in_use_is_gone_without_and_kept(
     assert reads == []
 
 
+def test_the_database_is_asked_once_however_many_images_there_are(
+    split: Split, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, asked, connect = split.subset([*range(COUNT)] * 300), [], sqlite3.connect
+    hashes(split)
+    reads.clear()
+
+    def traced(path: Path, timeout: float) -> sqlite3.Connection:
+        connection = connect(path, timeout=timeout)
+        connection.set_trace_callback(lambda statement: asked.append(statement.startswith("SELECT")))
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    assert hashes(many) == expected(split) * 300
+    assert reads == []
+    assert sum(asked) == 1
+
+
 def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
     hashes(split)
     with contextlib.closing(sqlite3.connect("memory.sqlite")) as connection, connection:

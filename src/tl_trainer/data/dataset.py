@@ -55,9 +55,9 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Images that are files, called `names`."""
+    """Images that are files, called `names`. A path may be text: there may be millions, and few are opened at once."""
 
-    paths: Sequence[Path]
+    paths: Sequence[str | Path]
     names: Sequence[str]
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class Files:
 
     def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """Read the file once, hash its bytes, decode them."""
-        path = self.paths[index]
+        path = Path(self.paths[index])
         data = images.read(path)
         digest = hashlib.sha256(data).digest()
         _require(expected in (b"", digest), str(path))
@@ -77,11 +77,13 @@ class Files:
 
     def stamp(self, index: int) -> Stamp | None:
         """None for a file that is not there. A name may be no text, so the path is bytes."""
+        path = self.paths[index]
         try:
-            found = self.paths[index].stat()
+            found = os.stat(path)  # noqa: PTH116
         except (OSError, ValueError):  # gone, or a NUL in the path: `load` says so
             return None
-        return Stamp(os.fsencode(self.paths[index].absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
+        return Stamp(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True)

@@ -74,31 +74,39 @@ def _class_names(folder: Path) -> list[str]:
 
 def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> Split:
     """All images below the class folders, in sorted order; what has another ending goes into `left_out`."""
-    paths: list[Path] = []
+    paths: list[str] = []
+    names: list[str] = []
     targets: list[int] = []
     for label, name in enumerate(classes):
-        before = len(paths)
-        for path in walk(folder / name):
-            if path.suffix.lower() in IMG_EXTENSIONS:
+        before, top = len(paths), str(folder / name)
+        inside = (folder / name).relative_to(root).as_posix()
+        for path in _walk(top):  # text: a Path for each of a million files would take longer than all the rest
+            relative = inside + path[len(top) :].replace(os.sep, "/")
+            if os.path.splitext(path)[1].lower() in IMG_EXTENSIONS:  # noqa: PTH122
                 paths.append(path)
+                names.append(relative)
                 targets.append(label)
             else:
-                left_out.append(str(path.relative_to(root)))
+                left_out.append(relative)
         if len(paths) == before:
             raise DataError(f"{folder / name}: no images in this class folder; add some or remove it from every split")
-    files = Files(paths, [path.relative_to(root).as_posix() for path in paths])
-    return Split(files, targets, range(len(paths)))
+    return Split(Files(paths, names), targets, range(len(paths)))
 
 
 def walk(folder: Path) -> list[Path]:
     """All files below `folder`, sorted, following links but never round a loop."""
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    return [Path(path) for path in _walk(str(folder))]
+
+
+def _walk(top: str) -> list[str]:
+    found: list[str] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(top, followlinks=True):
         place = os.path.realpath(parent)
         if place in seen:
             folders.clear()
             continue
         seen.add(place)
         folders.sort()  # the same order everywhere, so that of two links to a folder the same one counts
-        found += [Path(parent, name) for name in files]
-    return sorted(found)
+        found += [os.path.join(parent, name) for name in files]  # noqa: PTH118
+    return sorted(found, key=lambda path: os.path.normcase(path).split(os.sep))  # noqa: PTH206  (the order of Paths)
