@@ -104,16 +104,11 @@ class Feeds:
         """Shuffled batches: cached features of as many views, images where that is 0 or there is no cache."""
         # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
         smallest = 2 if self.network.classifier.trains_batch_norm else 1
-        order: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "smallest": smallest,
-            "shuffle": True,
-        }
+        order: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "smallest": smallest}
         if self.extractor is not None and views:
             features = self.extractor.features(split, "train", pipeline, views, self.seed)
-            return self._of_features(FeatureBatches(features, **order))
-        return self._of_images(ImageBatches(split, pipeline, workers=self.workers, **order))
+            return self._of_features(FeatureBatches(features, shuffle=True, **order))
+        return self._of_images(ImageBatches(split, pipeline, workers=self.workers, shuffle=True, **order))
 
     def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
         """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""
