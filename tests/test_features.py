@@ -342,7 +342,7 @@ def test_an_image_that_changed_is_named_by_the_process_that_reads_it(
 def test_a_process_that_is_killed_is_a_sentence(
     cache: Cache, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Files, "load", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(Files, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     checked = Split(split.images, split.targets, split.rows, [bytes([index]) * 32 for index in range(COUNT)])
     extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU, workers=1)
     with pytest.raises(RunError, match="a process that loads images was killed"):
@@ -438,7 +438,7 @@ def test_images_are_decoded_while_a_gpu_computes_those_before(
 
     monkeypatch.setattr(Split, "open", note)
     monkeypatch.setattr(prefixes, "compute", compute)
-    monkeypatch.setattr(module_under_test, "DECODED_AT_ONCE", AT_ONCE)  # else these few would be decoded at once
+    monkeypatch.setattr(module_under_test, "READ_AT_ONCE", AT_ONCE)  # else these few would be decoded at once
     with FakeDevice():
         extractor = Extractor(prefixes, IDENTITY, tmp_path, 10**9, torch.device("mps"))
         assert_right(extractor.features(verified_split, "train", pipeline()))
