@@ -142,8 +142,12 @@ def config(colours: Path) -> dict[str, object]:
 
 
 def test_a_run_that_says_nothing_of_training_finds_its_head(config: dict[str, object]) -> None:
-    result = train(config)
+    result = train(config, output__report=True)
     run_dir = Path(result["run_dir"])
+    page = (run_dir / "report" / "report.html").read_text()
+    assert "How the head was found" in page
+    assert f"{result['search']['candidates']} heads were compared" in page
+    assert (run_dir / "report" / "search.png").read_bytes().startswith(b"\x89PNG")
     with (run_dir / "search.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == result["search"]["candidates"] > 3 * 6

@@ -25,6 +25,7 @@ from tl_trainer.errors import TrainerError
 from tl_trainer.evaluation import Evaluation
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import make_folder, write_text
+from tl_trainer.plots import png, strengths_figure
 from tl_trainer.report import write_report
 from tl_trainer.saver import RESULT, Saver
 from tl_trainer.search import Found
@@ -63,11 +64,11 @@ def conclude(
     try:
         saver.calibrate_best(scores["val"])
         evaluations = {
-            name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), found, saver.best, parts.task)
-            for name, found in scores.items()
+            name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), of_split, saver.best, parts.task)
+            for name, of_split in scores.items()
         }
         if parts.config.output.report:
-            result["report"] = str(_report(setup, run_dir, evaluations))
+            result["report"] = str(_report(setup, run_dir, evaluations, found))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
         tracker.close()
@@ -78,11 +79,19 @@ def conclude(
     return result
 
 
-def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation]) -> Path:
+def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], found: Found | None) -> Path:
     """The report on the best checkpoint, on the split that tl-eval would take too."""
     parts, what = setup.parts, "test" if "test" in evaluations else "val"
     log.info("writing the report on %s images", what)
-    about = {"name": run_dir.name, "checkpoint": str(run_dir / "best.pth"), "config": to_yaml(parts.config)}
+    about: dict[str, Any] = {
+        "name": run_dir.name,
+        "checkpoint": str(run_dir / "best.pth"),
+        "config": to_yaml(parts.config),
+    }
+    if found is not None:
+        about["search"] = {
+            **found.summary(), "shown": found.shown(), "picture": png(strengths_figure(found.curves()))
+        }  # fmt: skip
     make_folder(run_dir / "report", "--output")
     return write_report(run_dir / "report", evaluations[what], parts.network.classifier, parts.pipeline, about)
 

@@ -74,6 +74,22 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
     return figure
 
 
+def strengths_figure(curves: dict[str, list[tuple[float, float, float]]]) -> Figure:
+    """Log loss and top-1 against the strength of L2: (strength, log loss, top-1) of each scaling of the features."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, points in curves.items():
+        strengths, losses, top1 = zip(*points, strict=True)
+        left.plot(strengths, losses, linewidth=1.2, label=name)
+        right.plot(strengths, [100 * share for share in top1], linewidth=1.2)
+    left.set(xscale="log", xlabel="strength of L2", ylabel="log loss")
+    right.set(xscale="log", xlabel="strength of L2", ylabel="top-1 in %")
+    left.legend(fontsize=8, title="features", title_fontsize=8)
+    return figure
+
+
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as a PNG file. A character that no font has is drawn as a box, without a warning for each."""
     import warnings

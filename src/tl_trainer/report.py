@@ -33,15 +33,18 @@ SQUARE = 1000  # classes up to which confusion_matrix.csv has a column for each
 
 
 def write_report(
-    folder: Path, evaluation: Evaluation, classifier: Classifier, pipeline: Pipeline, about: dict[str, str]
+    folder: Path, evaluation: Evaluation, classifier: Classifier, pipeline: Pipeline, about: dict[str, Any]
 ) -> Path:
     """Write every file of the report into `folder`, which is there; the path of its page.
 
-    about: what the page tells of its origin: `name`, `checkpoint`, and the configuration as YAML under `config`.
+    about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`, and of a
+    head that was found `search`: what `search.Found.summary` gives, the rows `shown`, and a PNG `picture`.
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
     pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
+    if "search" in about:
+        pictures["search.png"] = about["search"]["picture"]
     predictions = _Predictions(evaluation)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",

@@ -74,6 +74,27 @@ class Found:
         """What result.json says of the search."""
         return {**asdict(self.best), "candidates": len(self.rows), "judged_by": self.judged}
 
+    def curves(self) -> dict[str, list[tuple[float, float, float]]]:
+        """(strength, log loss, top-1) of the linear candidates, by how their features are scaled."""
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for row in self.rows:
+            if row.loss is not None:
+                found.setdefault(row.scaling, []).append((row.strength, row.loss, row.top1))
+        return found
+
+    def shown(self, count: int = 8) -> list[Row]:
+        """The choice, the linear candidates of the lowest log loss, and the best of each other method."""
+        linear = sorted((row for row in self.rows if row.loss is not None), key=lambda row: row.loss or 0)
+        others: dict[str, Row] = {}
+        for row in self.rows:
+            if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
+                others[row.method] = row
+        return [
+            self.best,
+            *[row for row in linear if row is not self.best][: count - 1 - len(others)],
+            *others.values(),
+        ]
+
     def table(self) -> str:
         """All candidates as CSV."""
         table = io.StringIO()
@@ -277,17 +298,11 @@ def _labels(table: Table) -> Tensor:
     return functional.one_hot(table.targets, table.soft.shape[1]).to(table.features)
 
 
-def best_lines(found: Found, count: int = 8) -> list[str]:
-    """The best candidates as lines of a table: the logistic ones by log loss, then the best of each other method."""
-    logistic = sorted((row for row in found.rows if row.loss), key=lambda row: (row is not found.best, row.loss))
-    others: dict[str, Row] = {}
-    for row in found.rows:
-        if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
-            others[row.method] = row
-    shown: Sequence[Row] = [*logistic[: count - len(others)], *others.values()]
-    head = f"  {'head':20}  {'features':12}  {'strength':>8}  {'log loss':>8}  top-1"
-    return [head] + [
+def best_lines(found: Found) -> list[str]:
+    """The candidates worth seeing, as lines of a table."""
+    heading = f"  {'head':20}  {'features':12}  {'strength':>8}  {'log loss':>8}  top-1"
+    return [heading] + [
         f"{'>' if row is found.best else ' '} {row.method:20}  {row.scaling:12}  {row.strength:8.2g}  "
         f"{'' if row.loss is None else format(row.loss, '8.4f'):>8}  {row.top1:.1%}"
-        for row in shown
+        for row in found.shown()
     ]
