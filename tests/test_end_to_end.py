@@ -24,6 +24,7 @@ from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
 from tl_trainer import assembly, checkpoint, outcome, predict
+from tl_trainer.data.images import Decoding
 from tl_trainer.feature_store import FeatureStore
 from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models import prefix
@@ -288,11 +289,31 @@ def test_the_frozen_prefix_is_made_before_threads_decode(
     """torch.fx replaces the call of every module while it traces, also of those that transform the next images."""
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
     happened, load, folded = [], predict.images.load, prefix._folded
-    monkeypatch.setattr(predict.images, "load", lambda path: (happened.append("image"), load(path))[1])
+    monkeypatch.setattr(predict.images, "load", lambda *given: (happened.append("image"), load(*given))[1])
     monkeypatch.setattr(prefix, "_folded", lambda stages: (happened.append("prefix"), folded(stages))[1])
     result = tl("predict", colours / "val", "--batch-size", 2)
     assert result.returncode == 0, result.stderr
     assert happened == ["prefix"] + 12 * ["image"]
+
+
+def test_an_image_that_would_become_huge_is_a_bad_image_to_every_command(tl: Run, colours: Path) -> None:
+    words = ("--data-dir", colours, "--epochs", 1, *SMALL, "transforms.eval=[{Resize: 64}, {CenterCrop: 64}]")
+    last_json(tl("train", *words, "--json"))
+    strip = colours / "val" / "red" / "strip.png"
+    Image.new("RGB", (100_000, 1)).save(strip)
+    complaint = f"{strip}: 100,000 x 1 pixels would be resized to 6,400,000 x 64, more than data.max_megapixels (89.5)"
+    for command in (("train", *words), ("eval", "--checkpoint", "runs/run-1")):
+        result = tl(*command)
+        assert result.returncode == 2
+        assert "1 of 13 val images cannot be used" in result.stderr
+        assert complaint in result.stderr
+    skipped = last_json(tl("eval", "--checkpoint", "runs/run-1", "--on-bad-image", "skip", "--json"))
+    assert skipped["n"] == 12
+    predicted = tl("predict", strip, colours / "val" / "blue" / "00.jpg", "--format", "jsonl")
+    assert predicted.returncode == 1
+    bad, good = map(json.loads, predicted.stdout.splitlines())
+    assert bad["error"].startswith(complaint)
+    assert good["error"] is None
 
 
 def test_keys_are_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
@@ -399,9 +420,9 @@ def test_a_file_that_has_gone_by_then_still_gets_its_picture(
     words = ("predict", colours / "val", "--batch-size", 5, "--format", "jsonl", "--explain")
     whole, opened, load = tl(*words, "whole"), list[Path](), predict.images.load
 
-    def once(path: Path) -> Image.Image:
+    def once(path: Path, decoding: Decoding) -> Image.Image:
         opened.append(path)
-        picture = load(path)
+        picture = load(path, decoding)
         path.unlink()
         return picture
 

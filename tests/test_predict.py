@@ -16,6 +16,7 @@ from tiny import CLASSES, tiny_classifier, tiny_template
 from tl_trainer.assembly import Parts
 from tl_trainer.config.load import load
 from tl_trainer.data import images
+from tl_trainer.data.images import Decoding
 from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta_pipelines
 from tl_trainer.errors import InputError
 from tl_trainer.feeds import Feeds
@@ -166,15 +167,23 @@ def test_pictures_in_memory_are_images_too(paths: list[str]) -> None:
     assert from_picture == Row("image 2", from_file.predictions)
 
 
+def test_a_picture_in_memory_that_would_become_huge_is_a_row_too(paths: list[str]) -> None:
+    strip = Image.new("L", (1_000_000, 1))
+    bad, good = predictor().rows([strip, paths[1]], 4)
+    assert bad.error is not None
+    assert bad.error.startswith("the picture: 1,000,000 x 1 pixels would be resized to 12,000,000 x 12, more than ")
+    assert good.error is None
+
+
 def test_nothing_is_opened_a_second_time_for_its_evidence(
     paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     load_ = images.load
 
-    def once(path: Path) -> Image.Image:
+    def once(path: Path, decoding: Decoding) -> Image.Image:
         opened.append(str(path))
-        picture = load_(path)
+        picture = load_(path, decoding)
         path.unlink()  # it would be gone by then
         return picture
 

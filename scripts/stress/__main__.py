@@ -39,6 +39,7 @@ ROWS: dict[str, tuple[Row, int]] = {
     "killed-worker": (runs.killed_worker, 10),
     "small-shm": (hosts.small_shm, 40),
     "out-of-memory": (hosts.out_of_memory, 60),
+    "extreme-shapes": (hosts.extreme_shapes, 6),
     "malicious": (checkpoints.malicious, 154),
     "mutated-checkpoints": (checkpoints.mutated_checkpoints, 10_000),
     "mutated-images": (inputs.mutated_images, 20_000),

@@ -1,4 +1,4 @@
-"""Rows about the machine: in which order it writes, little shared memory, no memory."""
+"""Rows about the machine: in which order it writes, little shared memory, no memory, images that ask for much of it."""
 
 from __future__ import annotations
 
@@ -174,6 +174,34 @@ def out_of_memory(count: int, folder: Path, rng: random.Random) -> Outcome:
         problem = ended_with_reason(child, "the GPU is out of memory", "--batch-size") or broken(folder)
         outcome.count(f"GPU, {phase}: {problem or child.code}" if problem or child.code != 1 else None)
     outcome.notes.append(f"the limit was high enough for {enough}")
+    return outcome
+
+
+SHAPES = ((6000, 1), (1, 6000), (100_000, 1), (1, 100_000), (200_000, 2), (2, 30_000))
+
+
+def extreme_shapes(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """A PNG of some hundred bytes that a resize of its short side would make gigabytes of: named, in 800 MB."""
+    outcome, data = Outcome(), draw(folder / "data")
+    words = ("--data-dir", data, "--output", folder / "runs", *RECIPES["cached"], "train.epochs=1",
+             "transforms.eval=[{Resize: 256}, {CenterCrop: 32}]")  # fmt: skip
+    assert command("train", *words, logs=folder / "trained").wait() == 0
+    best = folder / "runs" / "run-1" / "best.pth"
+    for number, (width, height) in enumerate(SHAPES[:count]):
+        place, strip = folder / str(number), data / "val" / "red" / "strip.png"
+        Image.new("RGB", (width, height)).save(strip)
+        commands: dict[tuple[Any, ...], int] = {
+            ("train", *words): 2,
+            ("train", *words, "data.on_bad_image=skip"): 0,
+            ("eval", "--checkpoint", best): 2,
+            ("predict", data, "--checkpoint", best): 1,
+        }
+        for index, ((name, *arguments), expected) in enumerate(commands.items()):
+            child = command(name, *arguments, logs=place / str(index), prepare=_limited(800))
+            code = child.wait()
+            named = f"{width:,} x {height:,} pixels would be resized" in child.said() + child.out.read_text()
+            right = code == expected and named
+            outcome.count(None if right else f"{name}, {width} x {height}: exit {code}: {child.said()[-300:]!r}")
     return outcome
 
 

@@ -24,6 +24,7 @@ from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, fr
 from tl_trainer.config.schema import Config, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
+from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import check_root, open_dataset
 from tl_trainer.data.transforms import Pipeline
@@ -78,6 +79,11 @@ class Parts:
     def config(self) -> Config:
         """The resolved configuration."""
         return self.loaded.config
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded in evaluation and prediction."""
+        return Decoding(resizes=(self.pipeline.sizes,))
 
     def take_head(self, weight: Tensor, bias: Tensor, *, unit: bool) -> None:
         """Put another linear head, (classes, features) and (classes,), into the classifier and the configuration."""
@@ -136,7 +142,8 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
         train_pipeline, pipeline = _pipelines(config, weights)
         _check_views(config, train_pipeline)
-        dataset = open_dataset(config.data, resumed.classes if resumed else None)
+        decoding = Decoding(resizes=(train_pipeline.sizes, pipeline.sizes))
+        dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
             raise DataError(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "

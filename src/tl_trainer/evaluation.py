@@ -79,7 +79,7 @@ def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None =
     saved, config = parts.saved, parts.config
     assert saved is not None
     pipelines = tta_pipelines(saved.preprocessing, tta)
-    dataset = open_dataset(config.data, saved.classes)
+    dataset = open_dataset(config.data, saved.classes, parts.decoding)
     what = what or _default_split(dataset, saved.val_names)
     if what in ("train", "val") and saved.val_names is not None:
         dataset = with_val(config, dataset, parts.task, saved)

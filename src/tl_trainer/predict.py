@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tl_trainer.assembly import Parts
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
+from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
@@ -102,7 +103,7 @@ class Predictor:
 
     def _decode(self, source: Source) -> Views:
         """The image's views, and last, where it is to be explained, all of it as in evaluation."""
-        picture = _opened(source)
+        picture = _opened(source, self.parts.decoding)
         explained = [self.parts.pipeline] if self.explanations is not None else []
         return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)]
 
@@ -153,7 +154,8 @@ def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
     """The input of the head for each image, (N, features) float32 on the CPU. Raises ImageError."""
     network, pipeline, rows = parts.network, parts.pipeline, [torch.empty(0, parts.features)]
     for chunk in _chunks(inputs, batch_size):
-        batch = pipeline.batch(stacked([pipeline.image(_opened(source)) for source in chunk]).to(network.device))
+        pictures = [pipeline.image(_opened(source, parts.decoding)) for source in chunk]
+        batch = pipeline.batch(stacked(pictures).to(network.device))
         rows.append(network.embed(network.features(batch)).cpu())
     return torch.cat(rows)
 
@@ -161,7 +163,7 @@ def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
 def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
     """The image beside the evidence for class `target`, None for the predicted one. Raises ImageError, InputError."""
     network, pipeline = parts.network, parts.pipeline
-    view = pipeline.image(_opened(source))
+    view = pipeline.image(_opened(source, parts.decoding))
     if target is None:
         with torch.inference_mode():
             batch = pipeline.batch(view[None].to(network.device))
@@ -169,8 +171,11 @@ def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
     return GradCam(network.classifier).picture(pipeline, view, target)
 
 
-def _opened(source: Source) -> Image.Image:
-    return images.upright_rgb(source) if isinstance(source, Image.Image) else images.load(Path(source))
+def _opened(source: Source, decoding: Decoding) -> Image.Image:
+    if isinstance(source, Image.Image):
+        decoding.check(source.size, "the picture")
+        return images.upright_rgb(source)
+    return images.load(Path(source), decoding)
 
 
 def _chunks(items: Iterable[Source], size: int) -> Iterator[list[Source]]:

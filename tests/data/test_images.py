@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tl_trainer.data.images import FORMATS, decode, load, to_rgb
+from tl_trainer.data.images import FORMATS, Decoding, decode, load, to_rgb
 from tl_trainer.errors import ImageError
 from tl_trainer.ground import machine
 
@@ -319,21 +317,62 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize("width", [11, 30], ids=["Pillow warns", "Pillow raises"])
-def test_a_decompression_bomb_is_refused(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert decode(encode(Image.new("RGB", (10, 10)), "PNG"), "photo").size == (10, 10)
-    with pytest.raises(ImageError, match=r"^photo: too many pixels to be a photograph: "):
-        decode(encode(Image.new("RGB", (width, 10)), "PNG"), "photo")
-
-
-def test_pillows_bomb_warning_is_an_error_even_where_warnings_are_ignored() -> None:
-    Path("photo.png").write_bytes(png_of(10_000, 10_000))
-    code = "from pathlib import Path; from tl_trainer.data.images import load; load(Path('photo.png'))"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1].startswith(
-        "tl_trainer.errors.ImageError: photo.png: too many pixels to be a photograph: "
+@pytest.mark.parametrize("size", [(9_000, 10_000), (20_000, 10_000)], ids=["Pillow warns", "Pillow raises"])
+def test_a_decompression_bomb_is_refused(size: tuple[int, int]) -> None:
+    """Whatever the process has set for Pillow, and its warnings."""
+    width, height = size
+    with pytest.raises(ImageError) as caught:
+        decode(png_of(width, height), "photo")
+    assert str(caught.value) == (
+        f"photo: {width:,} x {height:,} pixels are too many ({width * height / 1e6:.3g} megapixels); scale it down, or "
+        "raise data.max_megapixels (89.5) if it is a photograph"
     )
+
+
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("format", sorted({*FORMATS} - {"TIFF"}))
+def test_the_limit_is_that_of_the_call_and_not_pillows(
+    format: str, draft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(SCENE, format)  # of 1,536 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    assert decode(data, "photo", draft=draft).mode == "RGB"
+    with pytest.raises(ImageError, match=r"^photo: 48 x 32 pixels are too many \(0\.00154 megapixels\)"):
+        decode(data, "photo", Decoding(max_megapixels=0.0015), draft=draft)
+
+
+@pytest.mark.parametrize("format", ["WEBP", "TIFF"])
+def test_where_pillow_has_a_limit_of_its_own_that_is_said(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its decoders of some formats check it once more."""
+    data = encode(SCENE, format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ImageError, match=r"^photo: more pixels than Pillow decodes of its format; scale it down"):
+        decode(data, "photo")
+
+
+EXTREME = [(6000, 1), (1, 6000), (100_000, 1), (1, 100_000)]
+BY_SHORT_SIDE = Decoding(resizes=(lambda size: [(size[0] * 256 / min(size), size[1] * 256 / min(size))],))
+
+
+@pytest.mark.parametrize("size", EXTREME)
+@pytest.mark.parametrize("draft", [False, True])
+def test_an_image_that_a_resize_would_make_huge_is_refused_by_name(size: tuple[int, int], draft: bool) -> None:
+    data = encode(Image.new("RGB", size), "PNG")
+    assert decode(data, "strip", draft=draft).size == size
+    with pytest.raises(ImageError) as caught:
+        decode(data, "strip", BY_SHORT_SIDE, draft=draft)
+    resized = " x ".join(f"{side * 256:,}" for side in size)
+    assert str(caught.value) == (
+        f"strip: {size[0]:,} x {size[1]:,} pixels would be resized to {resized}, more than data.max_megapixels (89.5); "
+        "crop it, or give Resize both sides"
+    )
+    assert decode(encode(Image.new("RGB", (1000, 10)), "PNG"), "panorama", BY_SHORT_SIDE).size == (1000, 10)
+
+
+def test_an_image_that_a_resize_would_make_nothing_of_is_refused_by_name() -> None:
+    by_long_side = Decoding(resizes=(lambda size: [(size[0] * 60 / max(size), size[1] * 60 / max(size))],))
+    with pytest.raises(ImageError, match=r"^strip: 300 x 3 pixels would be resized to 60 x 0, nothing; crop it,"):
+        decode(encode(Image.new("RGB", (300, 3)), "PNG"), "strip", by_long_side)
 
 
 def test_draft_makes_a_small_image_of_a_jpeg() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -392,3 +393,65 @@ def test_a_wrong_item_is_named_by_its_key(item: Any, complaint: str) -> None:
 @pytest.mark.parametrize("items", ["default", "eval", [], ["ToTensor"], [{"RandomApply": ["ToTensor"]}]])
 def test_what_is_right_passes_the_check(items: str | list[Any]) -> None:
     check(items, "transforms.train")
+
+
+# How large an image becomes
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        "default",
+        [{"Resize": 48}],
+        [{"Resize": [48]}],
+        [{"Resize": 48}, {"Resize": 20}],
+        [{"Resize": {"size": 48, "max_size": 60}}],
+        [{"Resize": {"size": None, "max_size": 60}}],
+        [{"Compose": ["RandomInvert", {"Resize": 48}]}],
+        [{"RandomShortestSize": [[20, 60]]}],
+        [{"RandomShortestSize": {"min_size": [20, 60], "max_size": 100}}],
+        [{"RandomResize": [59, 60]}],
+        [{"RandomApply": [{"Resize": 48}]}],
+        [{"RandomChoice": [{"Resize": 20}, {"Resize": 48}]}],
+        [{"RandomRotation": {"degrees": [45, 45], "expand": True}}],
+        [{"RandomRotation": 45}],
+        ["RandomInvert"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(90, 70), (10, 400), (300, 9)])
+def test_how_large_an_image_becomes_on_the_way_to_its_crop(
+    items: str | list[Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never larger than foretold, and in a number of draws about as large. Measured where torchvision resizes."""
+    made, call = [size], v2.Transform._call_kernel
+
+    def measured(transform: v2.Transform, function: Any, *arguments: Any, **options: Any) -> Any:
+        picture = call(transform, function, *arguments, **options)
+        if function in (v2.functional.resize, v2.functional.rotate):
+            made.append(picture.size)
+        return picture
+
+    monkeypatch.setattr(v2.Transform, "_call_kernel", measured)
+    pipeline = Pipeline(spell_out(items, PRESET, train=False), "transforms.train")
+    for seed in range(20):
+        pipeline.draw(_picture(*size), seed)
+    foretold, largest = (max(sizes, key=math.prod) for sizes in ([size, *pipeline.sizes(size)], made))
+    assert math.prod(largest) <= math.prod(foretold) * 1.1
+    assert math.prod(foretold) <= math.prod(largest) * 1.1 + sum(largest) * 2
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{"RandomResizedCrop": 24}],
+        [{"Resize": [48, 30]}, {"Resize": 1000}],
+        [{"CenterCrop": 24}, {"Resize": 48}],
+        [{"RandomCrop": {"size": 24, "pad_if_needed": True}}, {"Resize": 48}],
+    ],
+    ids=str,
+)
+def test_what_is_resized_to_a_size_of_its_own_becomes_no_larger_for_its_shape(items: list[Any]) -> None:
+    pipeline = Pipeline(spell_out(items, PRESET, train=True), "transforms.train")
+    assert set(pipeline.sizes((6000, 1))) <= {(6000, 1)}
+    assert max(pipeline.image(_picture(6000, 1)).shape[-2:]) <= 1600

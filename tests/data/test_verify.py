@@ -26,6 +26,7 @@ from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images, verify
 from tl_trainer.data.dataset import Pictures, Split, Stamp
 from tl_trainer.data.folders import open_folders
+from tl_trainer.data.images import Decoding
 from tl_trainer.data.verify import SETTLED_SECONDS, verified
 from tl_trainer.errors import DataError, ImageError
 
@@ -62,9 +63,9 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """What is decoded, likewise."""
     found, decode = Reads(), images.decode
 
-    def counted(data: bytes, name: Path, *, draft: int = 0) -> Image.Image:
+    def counted(data: bytes, name: Path, *settings: Decoding, draft: int = 0) -> Image.Image:
         found.append(name.name)
-        return decode(data, name, draft=draft)
+        return decode(data, name, *settings, draft=draft)
 
     monkeypatch.setattr(images, "decode", counted)
     return found
@@ -483,7 +484,7 @@ def test_no_image_is_bad_because_memory_ran_out(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images.Image, "open", fail)
+    monkeypatch.setattr(images, "upright_rgb", fail)
     with pytest.raises(MemoryError):
         verified(split, "train", DataSection(on_bad_image=on_bad_image), None)
 

@@ -30,6 +30,7 @@ COUNTS = {
     "killed-worker": 1,
     "small-shm": 2,
     "out-of-memory": 3,
+    "extreme-shapes": 1,
     "malicious": 8,
     "mutated-checkpoints": 150,
     "mutated-images": 400,

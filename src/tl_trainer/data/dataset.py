@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from tl_trainer.data import images
+from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.wording import printable
 
@@ -52,6 +53,9 @@ class Images(Protocol):
     def stamp(self, index: int) -> Stamp | None:
         """What tells without reading the image that it is still the same; None where nothing does."""
 
+    def decoded(self, decoding: Decoding) -> Images:
+        """The same images, decoded so."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -59,6 +63,7 @@ class Files:
 
     paths: Sequence[str | Path]
     names: Sequence[str]
+    decoding: Decoding = STANDARD
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,7 +78,7 @@ class Files:
         data = images.read(path)
         digest = hashlib.sha256(data).digest()
         _require(expected in (b"", digest), str(path))
-        return images.decode(data, path, draft=draft), digest
+        return images.decode(data, path, self.decoding, draft=draft), digest
 
     def stamp(self, index: int) -> Stamp | None:
         """None for a file that is not there. A name may be no text, so the path is bytes."""
@@ -85,12 +90,17 @@ class Files:
         absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
         return Stamp(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    def decoded(self, decoding: Decoding) -> Files:
+        """The same files."""
+        return replace(self, decoding=decoding)
+
 
 @dataclass(frozen=True)
 class Pictures:
     """A dataset of (picture, label) that holds its pictures in memory, as torchvision's CIFAR10; named by number."""
 
     dataset: Any
+    decoding: Decoding = STANDARD
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -102,6 +112,7 @@ class Pictures:
     def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """The picture and the hash of its size and pixels."""
         picture = images.to_rgb(self.dataset[index][0])
+        self.decoding.check(picture.size, f"picture {index}")
         digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
         _require(expected in (b"", digest), f"picture {index}")
         return picture, digest
@@ -109,6 +120,10 @@ class Pictures:
     def stamp(self, index: int) -> Stamp | None:
         """None: it is in memory, and hashing it is cheap."""
         return None
+
+    def decoded(self, decoding: Decoding) -> Pictures:
+        """The same pictures."""
+        return replace(self, decoding=decoding)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
 from tl_trainer.errors import ImageError
 from tl_trainer.ground.machine import is_out_of_memory, memory_is_short
@@ -29,14 +31,50 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns above 89 megapixels and raises above 179. Both mean that a small file asks for gigabytes, so both are
-# refused. The filter is global because `warnings.catch_warnings` is not safe in the threads that decode.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+Size = tuple[float, float]  # width, height in pixels
 
 
-def load(path: Path) -> Image.Image:
+@dataclass(frozen=True)
+class Decoding:
+    """How images are decoded, and which are too large: a file of a hundred bytes may ask for gigabytes.
+
+    max_megapixels: of an image as it is stored, and after each resize. resizes: for each transforms pipeline, what
+    gives the sizes that its resizes make of (width, height).
+    """
+
+    max_megapixels: float = 89.5
+    resizes: tuple[Callable[[Size], Iterable[Size]], ...] = ()
+
+    def check(self, size: Size, name: str) -> None:
+        """Raise ImageError, naming the image, for one that is too large or would become so."""
+        if _megapixels(size) > self.max_megapixels:
+            raise ImageError(
+                f"{name}: {_in_words(size)} pixels are too many ({_megapixels(size):.3g} megapixels); scale it down, "
+                f"or raise data.max_megapixels ({self.max_megapixels:g}) if it is a photograph"
+            )
+        for resized in (resized for sizes in self.resizes for resized in sizes(size)):
+            if _megapixels(resized) > self.max_megapixels or min(resized) < 1:
+                fault = "nothing" if min(resized) < 1 else f"more than data.max_megapixels ({self.max_megapixels:g})"
+                raise ImageError(
+                    f"{name}: {_in_words(size)} pixels would be resized to {_in_words(resized)}, {fault}; crop it, or "
+                    "give Resize both sides"
+                )
+
+
+def _megapixels(size: Size) -> float:
+    return size[0] * size[1] / 1e6
+
+
+def _in_words(size: Size) -> str:
+    return " x ".join(f"{int(side):,}" for side in size)
+
+
+STANDARD = Decoding()
+
+
+def load(path: Path, decoding: Decoding = STANDARD) -> Image.Image:
     """The image in a file as an upright RGB image with values in [0, 255]. Raises ImageError, naming the file."""
-    return decode(read(path), path)
+    return decode(read(path), path, decoding)
 
 
 def read(path: Path) -> bytes:
@@ -64,7 +102,7 @@ def _open_ordinary(path: str, flags: int) -> int:
     raise ImageError(f"{printable(path)}: not an ordinary file; remove it from the dataset")
 
 
-def decode(data: bytes, name: object, *, draft: int = 0) -> Image.Image:
+def decode(data: bytes, name: object, decoding: Decoding = STANDARD, *, draft: int = 0) -> Image.Image:
     """The image in a file's bytes as an upright RGB image; `name` is what an error calls it.
 
     draft: every byte is read, but a JPEG may be decoded to as little as an eighth of its size, which is several times
@@ -72,18 +110,42 @@ def decode(data: bytes, name: object, *, draft: int = 0) -> Image.Image:
     """
     name = printable(str(name))
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image = _opened(data)
+        if image is None:
+            raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}")
+        with image:
+            decoding.check(image.size, name)
             if draft:
                 image.draft("RGB", (draft, draft))
             return upright_rgb(image)
-    except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: too many pixels to be a photograph: {error}") from None
+    except ImageError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(
+            f"{name}: more pixels than Pillow decodes of its format; scale it down, or make a JPEG or PNG of it"
+        ) from None
     except Exception as error:  # a decoder fed with broken bytes raises anything from OSError to IndexError
         if is_out_of_memory(error) or memory_is_short():  # decoders have no words of their own for it
             raise MemoryError(f"{name}: {error}") from error
         raise ImageError(f"{name}: damaged image: {error or type(error).__name__}") from error
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile | None:
+    """The image whose header has been read; None where no format fits.
+
+    As Pillow's `Image.open` does it, which also has a limit on pixels, but one for the whole process.
+    """
+    Image.preinit()
+    for form in FORMATS:
+        if form not in Image.OPEN:
+            Image.init()
+        factory, accept = Image.OPEN[form]
+        if accept is None or accept(data[:16]) is True:
+            try:
+                return factory(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue
+    return None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

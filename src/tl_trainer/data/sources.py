@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tl_trainer.config.schema import DataSection, expand
 from tl_trainer.data.csv_table import open_csv
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
+from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.errors import SettingError
 
 
-def open_dataset(data: DataSection, classes: list[str] | None = None) -> Dataset:
+def open_dataset(data: DataSection, classes: list[str] | None = None, decoding: Decoding = STANDARD) -> Dataset:
     """The dataset that the configuration's `data` section names; where it has no splits of its own, one called `all`.
 
-    `classes` is a checkpoint's class list: the dataset must have exactly these. Raises DataError.
+    `classes` is a checkpoint's class list: the dataset must have exactly these. `decoding` is for its images. Raises
+    DataError.
     """
+    dataset = _opened(data, classes)
+    splits = {name: replace(split, images=split.images.decoded(decoding)) for name, split in dataset.splits.items()}
+    return replace(dataset, splits=splits)
+
+
+def _opened(data: DataSection, classes: list[str] | None) -> Dataset:
     root = expand(data.root)
     if data.source == "demo":
         return open_folders(demo_folder(), classes)

@@ -7,7 +7,8 @@ so that a checkpoint can carry it and prediction cannot preprocess differently f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from tl_trainer.data.images import Size
 from tl_trainer.errors import InputError, SettingError
 from tl_trainer.ground.wording import unknown
 
@@ -75,6 +77,19 @@ class Pipeline:
         self.batch: Callable[[Tensor], Tensor] = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
         self.mean, self.std = _normalisation(named)
         self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
+        self._transforms = built
+
+    def sizes(self, size: Size) -> Iterator[Size]:
+        """The size after each resize before the first crop, of an image of `size` and at most.
+
+        Resizing the short side to 256 makes 1,536,000 x 256 pixels of 6000 x 1.
+        """
+        for transform in self._transforms:
+            if len(getattr(transform, "size", None) or ()) == 2:  # from here on every image is of this size
+                return
+            for leaf in _leaves(transform):
+                size = _resized(leaf, *size)
+                yield size
 
     def draw(self, picture: Image.Image, seed: int) -> Tensor:
         """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""
@@ -91,6 +106,32 @@ class Pipeline:
         """The batch as it was before Normalize, clipped to [0, 1], for pictures. (N, 3, H, W) float."""
         mean, std = (torch.tensor(values, device=batch.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return (batch * std + mean).clamp(0, 1)
+
+
+def _leaves(transform: v2.Transform) -> Iterator[v2.Transform]:
+    """The transform, or all those in a container: chance decides which are applied."""
+    if not hasattr(transform, "transforms"):
+        yield transform
+        return
+    for inner in transform.transforms:
+        yield from _leaves(inner)
+
+
+def _resized(transform: v2.Transform, width: float, height: float) -> Size:
+    """The largest size that the transform may give an image of that size."""
+    short, long = min(width, height), max(width, height)
+    if isinstance(transform, v2.RandomRotation) and transform.expand:  # by 45 degrees
+        return (width + height) / math.sqrt(2), (width + height) / math.sqrt(2)
+    if isinstance(transform, v2.RandomShortestSize):
+        side, limit = max(transform.min_size), transform.max_size
+    elif isinstance(transform, v2.RandomResize):
+        side, limit = transform.max_size, None
+    elif isinstance(transform, v2.Resize) and len(transform.size or [0]) == 1:
+        side, limit = (transform.size or [math.inf])[0], transform.max_size
+    else:
+        return width, height
+    scale = min(side / short, limit / long) if limit else side / short
+    return width * scale, height * scale
 
 
 def spell_out(items: str | Sequence[Any], preprocessing: Preprocessing, *, train: bool) -> PlainSteps:
