@@ -15,7 +15,7 @@ from conftest import Run, last_json
 from test_end_to_end import SMALL
 from tiny import tiny_template
 from tl_trainer import checkpoint
-from tl_trainer.assembly import NOT_TAKEN, SETTABLE, restore, set_up
+from tl_trainer.assembly import FIXED, NOT_TAKEN, SETTABLE, restore, set_up
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config, flat
@@ -168,13 +168,14 @@ def test_a_checkpoint_decides_no_folder_and_no_limit(tl: Run, colours: Path, tmp
 def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
     best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
     wrong: list[tuple[str, Any]] = [("model.tap", "pooled"), ("seed", 3), ("train.epochs", 9), ("output.dir", "x")]
+    wrong.append(("data.value_range", 255.0))
     for key, value in wrong:
         with pytest.raises(ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; what can be set"):
             restore(best, [(key, value)])
     with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
         restore(best, [("train.batchsize", 3)])
     for key, value in flat(Config().model_dump()):
-        if key.startswith(SETTABLE):
+        if key.startswith(SETTABLE) and key not in FIXED:
             restore(best, [(key, value)])
 
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -314,6 +316,48 @@ def test_an_image_that_would_become_huge_is_a_bad_image_to_every_command(tl: Run
     bad, good = map(json.loads, predicted.stdout.splitlines())
     assert bad["error"].startswith(complaint)
     assert good["error"] is None
+
+
+def test_the_range_of_grey_values_is_the_same_from_training_to_prediction(tl: Run, tmp_path: Path) -> None:
+    """A cached feature of another range is not taken, and nothing on top of a checkpoint changes it."""
+    generator = np.random.default_rng(0)
+    for split, name, index in itertools.product(("train", "val"), ("dark", "light"), range(4)):
+        folder = tmp_path / "scans" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 1500, (64, 64)) + 2500 * (name == "light")
+        Image.fromarray(pixels.astype(np.uint16)).save(folder / f"{index}.png")
+    words = ("--data-dir", "scans", "--epochs", 3, "--json", *SMALL)
+    dim = tl("train", *words)
+    assert "8 of 8 train images leave three quarters of their grey values unused" in dim.stderr
+    ranged = tl("train", *words, "data.value_range=4095")
+    assert "unused" not in ranged.stderr
+    assert "features of train: 8 computed, 0 cached" in ranged.stderr
+    rows = {}
+    for run, warned in (("run-1", True), ("run-2", False)):
+        predicted = tl("predict", "scans/val", "--checkpoint", f"runs/{run}", "--format", "jsonl")
+        assert ("8 of 8 images leave three quarters" in predicted.stderr) == warned
+        assert last_json(tl("eval", "--checkpoint", f"runs/{run}", "--json"))["loss"] == pytest.approx(
+            last_json(dim if warned else ranged)["val"]["loss"], abs=1e-5
+        )
+        rows[run] = predicted.stdout
+    assert rows["run-1"] != rows["run-2"]
+    refused = tl("predict", "scans/val", "--checkpoint", "runs/run-2", "data.value_range=255")
+    assert refused.returncode == 2
+    assert "data.value_range: fixed by the checkpoint" in refused.stderr
+
+
+def test_how_large_an_image_may_be_is_the_checkpoints_unless_it_is_set(tl: Run, colours: Path) -> None:
+    words = ("--data-dir", colours, "--epochs", 1, *SMALL)
+    small = tl("train", *words, "data.max_megapixels=0.0016")
+    assert small.returncode == 2
+    assert "21 of 24 train images cannot be used" in small.stderr
+    last_json(tl("train", *words, "data.max_megapixels=0.0019", "--json"))
+    Image.new("RGB", (48, 40)).save("large.png")
+    refused = tl("predict", "large.png")
+    assert refused.returncode == 1
+    assert "large.png: 48 x 40 pixels are too many (0.00192 megapixels); scale it down, or raise " in refused.stdout
+    assert "data.max_megapixels (0.0019) if it is a photograph" in refused.stdout
+    assert tl("predict", "large.png", "data.max_megapixels=120").returncode == 0
 
 
 def test_keys_are_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:

@@ -29,6 +29,18 @@ def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "seconds": 0}
 
 
+def test_a_run_of_an_older_version_that_lacks_a_key_goes_on(tl: Run, colours: Path) -> None:
+    """With its default, whether the configuration is given or the run's own is taken."""
+    words = ("--data-dir", colours, "--epochs", 1, "--json", *SMALL)
+    last_json(tl("train", *words))
+    for number, more in enumerate([words, ("--json",)], 2):
+        last = checkpoint.load(RUN / "last.pth")
+        for key in ("max_megapixels", "value_range"):
+            del last.config["data"][key]
+        checkpoint.save(last, RUN / "last.pth")
+        assert last_json(tl("train", *more, "--resume", RUN, "--epochs", number))["epochs"] == number
+
+
 def final_figures() -> dict[str, list[float]]:
     """TensorBoard's, in the order in which they were logged."""
     events = EventAccumulator(str(RUN))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, FeaturesSection, HeadSection, flat
+from tl_trainer.config.schema import Config, DataSection, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.images import Decoding
@@ -56,6 +56,7 @@ MEMORY = "files.sqlite"  # what `data.verify` remembers, in the folder of the fe
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
 SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
+FIXED = ("data.value_range",)  # of these: it changes the pixels
 # What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get.
 NOT_TAKEN: tuple[Override, ...] = (
     ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
@@ -83,7 +84,7 @@ class Parts:
     @property
     def decoding(self) -> Decoding:
         """How images are decoded in evaluation and prediction."""
-        return Decoding(resizes=(self.pipeline.sizes,))
+        return _decoding(self.config.data, self.pipeline)
 
     def take_head(self, weight: Tensor, bias: Tensor, *, unit: bool) -> None:
         """Put another linear head, (classes, features) and (classes,), into the classifier and the configuration."""
@@ -142,7 +143,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
         train_pipeline, pipeline = _pipelines(config, weights)
         _check_views(config, train_pipeline)
-        decoding = Decoding(resizes=(train_pipeline.sizes, pipeline.sizes))
+        decoding = _decoding(config.data, train_pipeline, pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
             raise DataError(
@@ -224,8 +225,8 @@ def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | N
 
 def _check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
     """Raise ConfigError for an override of what the checkpoint has decided."""
-    valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE)]
-    wrong = [key for key, _ in overrides if not key.startswith(SETTABLE)]
+    valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
+    wrong = [key for key, _ in overrides if not key.startswith(SETTABLE) or key in FIXED]
     if wrong:
         fixed = "fixed by the checkpoint; what can be set on top of one"
         raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
@@ -340,6 +341,10 @@ def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
     return classifier
 
 
+def _decoding(data: DataSection, *pipelines: Pipeline) -> Decoding:
+    return Decoding(data.max_megapixels, data.value_range, tuple(pipeline.sizes for pipeline in pipelines))
+
+
 def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feeds:
     extractor, name, workers = None, backbone["name"], worker_count(config.data.workers)
     if network.classifier.frozen and config.features.cache == "auto":
@@ -351,6 +356,7 @@ def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feed
                 "stages": [stage.name for stage in network.classifier.frozen],
                 "precision": network.precision,
                 "device": network.device.type,
+                "value_range": config.data.value_range,
                 "versions": [
                     CACHE_VERSION,
                     torchvision.__version__,

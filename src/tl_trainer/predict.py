@@ -6,6 +6,7 @@ import csv
 import glob
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction
+
+log = logging.getLogger(__name__)
 
 THREADS = 4
 Source = str | Path | Image.Image
@@ -91,6 +94,7 @@ class Predictor:
             parts.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
         self.cam = GradCam(parts.network.classifier)
         self.number = 0
+        self.dim: dict[str, float] = {}
 
     def rows(self, inputs: Iterable[Source], batch_size: int = 16) -> Iterator[Row]:
         """A row per image, in order. A batch is decoded while the one before is computed."""
@@ -100,10 +104,14 @@ class Predictor:
                 decoded = [(source, pool.submit(self._decode, source)) for source in chunk]
                 yield from self._rows(waiting)
                 waiting = decoded
+        if self.dim:
+            log.warning("%s", images.dim_in_words(self.dim, f"{self.number} images"))
 
     def _decode(self, source: Source) -> Views:
         """The image's views, and last, where it is to be explained, all of it as in evaluation."""
         picture = _opened(source, self.parts.decoding)
+        if largest := images.dim(picture):
+            self.dim["a picture" if isinstance(source, Image.Image) else str(source)] = largest
         explained = [self.parts.pipeline] if self.explanations is not None else []
         return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)]
 
@@ -174,7 +182,7 @@ def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
 def _opened(source: Source, decoding: Decoding) -> Image.Image:
     if isinstance(source, Image.Image):
         decoding.check(source.size, "the picture")
-        return images.upright_rgb(source)
+        return images.upright_rgb(source, decoding.value_range)
     return images.load(Path(source), decoding)
 
 

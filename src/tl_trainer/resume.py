@@ -13,7 +13,7 @@ from typing import Any
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
-from tl_trainer.config.schema import expand, flat
+from tl_trainer.config.schema import Config, expand, flat
 from tl_trainer.errors import CheckpointError, DataError, InputError
 from tl_trainer.ground.files import previous, remove_unfinished
 from tl_trainer.ground.locks import sole_use
@@ -29,6 +29,7 @@ CHANGEABLE = (
     "device",
     "data.root",
     "data.download",
+    "data.max_megapixels",
     "data.workers",
     "output.dir",
     "output.tensorboard",
@@ -184,7 +185,8 @@ def _load_best(path: Path, last: Checkpoint) -> Checkpoint | None:
 
 
 def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:
-    before, now = dict(flat(last.config)), dict(flat(loaded.config.model_dump()))
+    before, now = (dict(flat(config)) for config in (Config().model_dump(), loaded.config.model_dump()))
+    before |= dict(flat(last.config))  # a run of an older version has not every key
     if now["model.head.normalise"] == "auto":  # what a search has decided, it decides again
         del now["model.head.normalise"]
     changes = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]

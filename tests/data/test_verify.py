@@ -14,9 +14,11 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -263,6 +265,40 @@ def test_a_file_that_was_remembered_and_then_damaged_is_found(
         assert reads.taken() == ["3.jpg"]
     path.write_bytes(noise("PNG"))
     assert hashes(split) == whole
+
+
+def test_images_that_leave_their_range_unused_are_counted_and_named_in_every_run(
+    split: Split, reads: Reads, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, though the files do not change, until the range is set; then they are remembered as others are."""
+    for index, largest in ((1, 4095), (4, 1000)):
+        Image.fromarray(np.full((8, 8), largest, dtype=np.uint16)).save(path := paths_of(split)[index], "PNG")
+        os.utime(path, (time.time() - 60,) * 2)
+    for again in (split.names, ["1.jpg", "4.jpg"]):
+        caplog.clear()
+        hashes(split)
+        assert reads.taken() == again
+        [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert warning == (
+            "2 of 6 train images leave three quarters of their grey values unused and become nearly black, e.g. 1.jpg, "
+            "whose largest is 4095; set data.value_range to what is white in them, such as 4095"
+        )
+    ranged = replace(split, images=split.images.decoded(Decoding(value_range=4095.0)))
+    caplog.clear()
+    assert hashes(ranged) == hashes(ranged) == expected(split)
+    assert reads.taken() == split.names
+    assert not caplog.records
+
+
+def test_a_file_that_was_read_under_another_limit_is_read_again(split: Split, reads: Reads) -> None:
+    write(paths_of(split)[2], 1, size=100)
+    large, small = (
+        replace(split, images=split.images.decoded(Decoding(max_megapixels=limit))) for limit in (0.01, 0.001)
+    )
+    assert hashes(large) == hashes(large) == expected(split)
+    assert reads.taken() == split.names
+    with pytest.raises(DataError, match=r"2\.jpg: 100 x 100 pixels are too many \(0\.01 megapixels\); scale it down"):
+        hashes(small)
 
 
 def test_what_is_no_file_any_more_is_said_in_its_place(split: Split, reads: Reads) -> None:

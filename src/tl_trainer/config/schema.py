@@ -79,6 +79,18 @@ class DataSection(Section):
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
     )
+    max_megapixels: float = Field(
+        89.5,
+        gt=0,
+        description="The largest image that can be used, in megapixels, as it is stored and after each resize.",
+    )
+    value_range: float | None = Field(
+        None,
+        gt=0,
+        description="The value that becomes white in grey images of more than 8 bits, and all above it, such as 4095 "
+        "for 12 bits in a 16-bit PNG; null is 65535, of 32 bits and of floats the smallest of 1, 255, 65535 and "
+        "2^32 - 1 that holds all of an image's.",
+    )
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
         "auto", description="Processes that load images; 0 loads in the main process."
     )

@@ -25,7 +25,10 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test
 
 
 class Stamp(NamedTuple):
-    """What changes whenever a file does: its path, size in bytes, and times of modification and change in ns."""
+    """What changes whenever a file does, or the settings it is read with, which stand behind its path.
+
+    Size in bytes, times of modification and change in ns.
+    """
 
     path: bytes
     size: int
@@ -87,7 +90,9 @@ class Files:
             found = os.stat(path)  # noqa: PTH116
         except (OSError, ValueError):  # gone, or a NUL in the path: `load` says so
             return None
+        settings = self.decoding.settings
         absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
+        absolute += b"" if settings == STANDARD.settings else b"\0" + settings
         return Stamp(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def decoded(self, decoding: Decoding) -> Files:
@@ -111,7 +116,7 @@ class Pictures:
 
     def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """The picture and the hash of its size and pixels."""
-        picture = images.to_rgb(self.dataset[index][0])
+        picture = images.to_rgb(self.dataset[index][0], self.decoding.value_range)
         self.decoding.check(picture.size, f"picture {index}")
         digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
         _require(expected in (b"", digest), f"picture {index}")

@@ -6,13 +6,14 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
+from tl_trainer.config.schema import DataSection
 from tl_trainer.errors import ImageError
 from tl_trainer.ground.machine import is_out_of_memory, memory_is_short
 from tl_trainer.ground.wording import printable
@@ -31,6 +32,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_DIM = "largest grey value"  # in a picture's `info`
 Size = tuple[float, float]  # width, height in pixels
 
 
@@ -38,12 +40,18 @@ Size = tuple[float, float]  # width, height in pixels
 class Decoding:
     """How images are decoded, and which are too large: a file of a hundred bytes may ask for gigabytes.
 
-    max_megapixels: of an image as it is stored, and after each resize. resizes: for each transforms pipeline, what
+    max_megapixels, value_range: as in the configuration's `data` section. resizes: for each transforms pipeline, what
     gives the sizes that its resizes make of (width, height).
     """
 
-    max_megapixels: float = 89.5
+    max_megapixels: float = DataSection().max_megapixels
+    value_range: float | None = None
     resizes: tuple[Callable[[Size], Iterable[Size]], ...] = ()
+
+    @property
+    def settings(self) -> bytes:
+        """What of this decides whether and how a file can be read, whatever is made of it afterwards."""
+        return f"{self.max_megapixels:g} {self.value_range}".encode()
 
     def check(self, size: Size, name: str) -> None:
         """Raise ImageError, naming the image, for one that is too large or would become so."""
@@ -117,7 +125,7 @@ def decode(data: bytes, name: object, decoding: Decoding = STANDARD, *, draft: i
             decoding.check(image.size, name)
             if draft:
                 image.draft("RGB", (draft, draft))
-            return upright_rgb(image)
+            return upright_rgb(image, decoding.value_range)
     except ImageError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -148,9 +156,9 @@ def _opened(data: bytes) -> ImageFile.ImageFile | None:
     return None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
     """The image as RGB, turned as its EXIF orientation says; not converted again where it is both."""
-    return to_rgb(_upright(image))
+    return to_rgb(_upright(image), value_range)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -164,20 +172,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
     """An image of any mode as RGB with values in [0, 255]; what is transparent becomes white.
 
-    Modes without a nominal range (I and F) are scaled by the smallest of 1 (F only), 255, 65535 and 2^32 - 1 that
-    holds their largest value.
+    value_range: the value that is white in grey images of more than 8 bits. None: 65535 for 16 bits; modes without a
+    nominal range (I and F) are scaled by the smallest of 1 (F only), 255, 65535 and 2^32 - 1 that holds their largest.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16"):
-        return _from_grey(np.asarray(image), 65535)
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        ceilings = [1, 255, 65535] if image.mode == "F" else [255, 65535]
-        return _from_grey(values, next((limit for limit in ceilings if values.max() <= limit), 2**32 - 1))
+    if image.mode.startswith("I"):
+        floor = 65535 if image.mode.startswith("I;16") else 255
+        return _from_grey(np.asarray(image), value_range, floor)
+    if image.mode == "F":
+        return _from_grey(np.nan_to_num(np.asarray(image, dtype=np.float64)), value_range, 1)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
@@ -186,7 +193,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_grey(values: np.ndarray, ceiling: int) -> Image.Image:
-    """Grey values in [0, ceiling] -> RGB; 65535 maps to 255 by dividing by 257, so 16-bit ramps keep 256 levels."""
-    grey = np.clip(np.rint(values.astype(np.float64) * (255 / ceiling)), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey, "L").convert("RGB")
+def _from_grey(values: np.ndarray, white: float | None, least: int) -> Image.Image:
+    """Grey values in [0, white] -> RGB; white is None: the smallest range from `least` on that holds them.
+
+    65535 maps to 255 by dividing by 257, so 16-bit ramps keep 256 levels.
+    """
+    largest, found = float(values.max()), white
+    if found is None:
+        found = next((limit for limit in (1, 255, 65535) if limit >= least and largest <= limit), 2**32 - 1)
+    grey = np.clip(np.rint(values.astype(np.float64) * (255 / found)), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(grey, "L").convert("RGB")
+    if white is None and found > 1 and 0 < largest < found / 4:
+        picture.info[_DIM] = largest
+    return picture
+
+
+def dim(picture: Image.Image) -> float:
+    """The largest value of a grey image that leaves three quarters of its range unused; 0 for every other image."""
+    return float(picture.info.get(_DIM, 0))
+
+
+def dim_in_words(found: Mapping[str, float], of: str) -> str:
+    """What is to be said of images that `dim` has found: their names with their largest values."""
+    name, largest = next(iter(found.items()))
+    likely = 2 ** int(max(found.values())).bit_length() - 1
+    return (
+        f"{len(found)} of {of} leave three quarters of their grey values unused and become nearly black, e.g. "
+        f"{printable(name)}, whose largest is {largest:g}; set data.value_range to what is white in them, such as "
+        f"{likely}"
+    )

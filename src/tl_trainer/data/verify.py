@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_trainer.config.schema import DataSection
+from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
@@ -39,16 +40,22 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None) ->
     stamps = [split.images.stamp(row) for row in split.rows]
     hashes: dict[int, bytes] = _recalled(memory, stamps)
     bad: dict[int, ImageError] = {}
+    dim: dict[int, float] = {}  # not remembered, since they are named in every run
     unread = [index for index in range(len(split)) if index not in hashes]
     for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
         try:
-            hashes[index] = reading.result()
+            hashes[index], largest = reading.result()
         except ImageError as error:
             bad[index] = error
+        else:
+            if largest:
+                dim[index] = largest
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-    found = [(stamps[index], hashes[index]) for index in unread if index in hashes]
+    found = [(stamps[index], hashes[index]) for index in unread if index in hashes and index not in dim]
     _remember(memory, [(*stamp, digest) for stamp, digest in found if stamp and stamp.modified < settled])
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
+    if dim:
+        log.warning("%s", images.dim_in_words({split.name(i): dim[i] for i in dim}, f"{len(split)} {what} images"))
     good = [index for index in range(len(split)) if index not in bad]
     if bad:
         _report(bad, f"{len(split)} {what} images", data)
@@ -57,21 +64,25 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None) ->
     return replace(split.subset(good), hashes=[hashes[index] for index in good])
 
 
-def _report(bad: dict[int, ImageError], images: str, data: DataSection) -> None:
+def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     listing = "\n".join(str(bad[index]) for index in sorted(bad)[:2])
     if data.on_bad_image == "error":
         raise DataError(
-            f"{len(bad)} of {images} cannot be used; replace or remove them, or set data.on_bad_image: skip "
+            f"{len(bad)} of {of} cannot be used; replace or remove them, or set data.on_bad_image: skip "
             f"(tl-eval: --on-bad-image skip)\n{listing}"
         )
-    log.warning("skipped %d of %s that cannot be read, e.g.\n%s", len(bad), images, listing)
+    log.warning("skipped %d of %s that cannot be read, e.g.\n%s", len(bad), of, listing)
 
 
-def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[bytes]]]:
-    """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL."""
+def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[tuple[bytes, float]]]]:
+    """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL.
 
-    def digest(index: int) -> bytes:
-        return split.images.load(split.rows[index], draft=1)[1]
+    A reading is the hash of the image's content, and what `images.dim` says of it.
+    """
+
+    def digest(index: int) -> tuple[bytes, float]:
+        picture, found = split.images.load(split.rows[index], draft=1)
+        return found, images.dim(picture)
 
     with ThreadPoolExecutor(cores()) as pool:
         for first in range(0, len(indices), _CHUNK):
