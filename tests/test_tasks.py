@@ -66,10 +66,27 @@ def test_the_seed_alone_says_which_are_held_out() -> None:
     assert TASK.hold_out(targets, 0.2, 7) != TASK.hold_out(targets, 0.2, 8)
 
 
-@pytest.mark.parametrize(("targets", "count"), [([0, 0, 2, 2], 0), ([0, 0, 1, 2, 2], 1)])
-def test_a_class_of_which_none_would_be_left_is_named(targets: list[int], count: int) -> None:
-    with pytest.raises(DataError, match=rf"^class 'bee' has {count} image\(s\); a val split needs at least 2 of each$"):
-        TASK.hold_out(targets, 0.2, 0)
+@pytest.mark.parametrize(
+    ("targets", "listing"),
+    [
+        ([0, 0, 2, 2], "'bee' (none)"),
+        ([0, 0, 1, 2, 2], "'bee' (2.jpg)"),
+        ([0, 2, 2], "'ant' (0.jpg), 'bee' (none)"),
+        ([1, 1], "'ant' (none), 'a $name$ <b>' (none)"),
+    ],
+)
+def test_every_class_of_which_none_would_be_left_is_named_with_its_file(targets: list[int], listing: str) -> None:
+    with pytest.raises(DataError) as caught:
+        TASK.hold_out(targets, 0.2, 0, "{}.jpg".format)
+    assert str(caught.value) == (
+        f"a val split needs 2 images of each class or more, and there are too few of {listing}; add some, remove the "
+        "class, or bring a val split"
+    )
+
+
+def test_of_many_classes_of_which_none_would_be_left_some_are_named() -> None:
+    with pytest.raises(DataError, match=r"too few of 'class 0' \(0\), .*, 'class 4' \(4\) and 25 more; add"):
+        named(30).hold_out(range(30), 0.2, 0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import PIL
 import torch
@@ -23,7 +22,7 @@ from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
 from tl_trainer.config.schema import Config, DataSection, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
-from tl_trainer.data.dataset import Dataset, with_validation
+from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import check_root, open_dataset
@@ -217,8 +216,8 @@ def memory_of(config: Config) -> Path:
 def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | None) -> Dataset:
     """The dataset with a val split: its own, that of the checkpoint, or else a drawn one."""
 
-    def draw(targets: Sequence[Any]) -> set[int]:
-        return task.hold_out(targets, config.data.val_fraction, config.seed)
+    def draw(split: Split) -> set[int]:
+        return task.hold_out(split.targets, config.data.val_fraction, config.seed, split.name)
 
     return with_validation(dataset, draw, saved.val_names if saved else None)
 

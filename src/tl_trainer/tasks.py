@@ -7,7 +7,7 @@ and `Task` their union; the loop, the batches, the saving and the commands know 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,7 @@ from tl_trainer.plots import confusion_figure, reliability_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CLASSES_NAMED = 5  # in a message
 CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
 
 
@@ -57,18 +58,27 @@ class SingleLabel:
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)
 
-    def hold_out(self, targets: Sequence[int], fraction: float, seed: int) -> set[int]:
-        """The indices of a validation split, drawn from each class. DataError for a class of fewer than two images."""
+    def hold_out(
+        self, targets: Sequence[int], fraction: float, seed: int, name: Callable[[int], str] = str
+    ) -> set[int]:
+        """The indices of a validation split, drawn from each class. `name` gives what the image at an index is called.
+
+        Raises DataError, naming them, for classes of fewer than two images.
+        """
         rng = random.Random(seed)
         by_class: dict[int, list[int]] = {label: [] for label in range(len(self.classes))}
         for index, label in enumerate(targets):
             by_class[label].append(index)
+        if few := [label for label, indices in by_class.items() if len(indices) < 2]:
+            files = (name(by_class[label][0]) if by_class[label] else "none" for label in few[:CLASSES_NAMED])
+            listing = ", ".join(f"{self.classes[label]!r} ({file})" for label, file in zip(few, files, strict=False))
+            more = f" and {len(few) - CLASSES_NAMED} more" if len(few) > CLASSES_NAMED else ""
+            raise DataError(
+                f"a val split needs 2 images of each class or more, and there are too few of {listing}{more}; add "
+                "some, remove the class, or bring a val split"
+            )
         held_out: set[int] = set()
-        for label, indices in by_class.items():
-            if len(indices) < 2:
-                raise DataError(
-                    f"class {self.classes[label]!r} has {len(indices)} image(s); a val split needs at least 2 of each"
-                )
+        for indices in by_class.values():
             count = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
             held_out.update(rng.sample(indices, count))
         return held_out

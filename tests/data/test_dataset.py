@@ -26,8 +26,8 @@ def _files(names: list[str], targets: list[int]) -> Split:
 
 
 def _divided(dataset: Dataset, fraction: float = 0.2, seed: int = 0, val_names: list[str] | None = None) -> Dataset:
-    def draw(targets: Sequence[int]) -> set[int]:
-        return SingleLabel(dataset.classes).hold_out(targets, fraction, seed)
+    def draw(split: Split) -> set[int]:
+        return SingleLabel(dataset.classes).hold_out(split.targets, fraction, seed, split.name)
 
     return with_validation(dataset, draw, val_names)
 
@@ -62,8 +62,8 @@ def test_the_targets_are_drawn_from_as_they_are_and_once(split: str) -> None:
     targets: list[Any] = [("a", 0.5), None, {"b"}, 3, "c"]
     seen: list[Any] = []
 
-    def draw(targets: Sequence[Any]) -> set[int]:
-        seen.append(targets)
+    def draw(split: Split) -> set[int]:
+        seen.append(split.targets)
         return {4, 1}
 
     divided = with_validation(Dataset(["a"], {split: _files(list("vwxyz"), targets)}, ""), draw)
@@ -108,9 +108,9 @@ def test_the_split_depends_on_the_seed_only() -> None:
     assert sorted(_val(dataset)) != sorted(dataset.split("all").names[:6] + dataset.split("all").names[30:36])
 
 
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_class_too_small_to_divide_is_named(size: int) -> None:
-    with pytest.raises(DataError, match=rf"class 'b' has {size} image\(s\); a val split needs at least 2"):
+@pytest.mark.parametrize(("size", "file"), [(0, "none"), (1, "b/0.jpg")])
+def test_a_class_too_small_to_divide_is_named_with_its_file(size: int, file: str) -> None:
+    with pytest.raises(DataError, match=rf"there are too few of 'b' \({file}\); add some, remove the class, or bring"):
         _divided(_dataset({"a": 10, "b": size}), 0.2, 0)
 
 

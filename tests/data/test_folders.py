@@ -169,6 +169,39 @@ def test_both_val_and_valid(tmp_path: Path) -> None:
         open_folders(root, None)
 
 
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+@pytest.mark.parametrize("classes", [None, True])
+def test_a_class_may_be_called_as_a_split(
+    tmp_path: Path, name: str, classes: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder of images beside others is a class, and that is said."""
+    names = sorted(["car", "bus", name])
+    root = _layout(tmp_path / "root", {".": " ".join(names)})
+    dataset = open_folders(root, names if classes else None)
+    assert (dataset.classes, _sizes(dataset)) == (names, {"all": 3})
+    assert _warnings(caplog) == [
+        f"{root}: {name} is taken as a class beside bus, car, since it has images and no class folders; as a split it "
+        "would need a folder for each class"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "complaint"),
+    [
+        ({"train": "ant bee", "test": ".", ".": "docs"}, "test: no class folders in it"),  # images without labels
+        ({".": "train"}, "train: no class folders in it"),
+        ({".": "train val"}, "train: no class folders in it"),
+        ({".": "train", "car": "sports"}, "train: no class folders in it"),
+    ],
+)
+def test_a_split_without_class_folders_is_named(tmp_path: Path, layout: dict[str, str], complaint: str) -> None:
+    root = _layout(tmp_path / "root", layout)
+    with pytest.raises(DataError) as caught:
+        open_folders(root, None)
+    assert str(caught.value).startswith(str(root / complaint.partition(":")[0]))
+    assert complaint in str(caught.value)
+
+
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

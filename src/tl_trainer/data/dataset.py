@@ -194,19 +194,19 @@ class Dataset:
 
 
 def with_validation(
-    dataset: Dataset, draw: Callable[[Sequence[Any]], set[int]], val_names: Iterable[str] | None = None
+    dataset: Dataset, draw: Callable[[Split], set[int]], val_names: Iterable[str] | None = None
 ) -> Dataset:
     """The dataset with a val split, taken from train (or `all`) where it has none of its own.
 
-    draw: targets -> the indices that are held out. `val_names` is a split drawn before (by the run that is resumed or
-    evaluated) and is taken instead of a new draw.
+    draw: gives the indices of a split that are held out. `val_names` is a split drawn before (by the run that is
+    resumed or evaluated) and is taken instead of a new draw.
     """
     if "val" in dataset.splits or ("train" not in dataset.splits and "all" not in dataset.splits):
         return dataset
     splits = dict(dataset.splits)
     source = splits.pop("all") if "all" in splits else splits["train"]
     if val_names is None:
-        held_out = draw(source.targets)
+        held_out = draw(source)
     else:
         position = {name: index for index, name in enumerate(source.names)}
         if missing := [name for name in val_names if name not in position]:

@@ -52,7 +52,10 @@ def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The split folders under `root`; {"all": root} where there are none and the classes are directly below it."""
+    """The split folders under `root`; {"all": root} where there are none and the classes are directly below it.
+
+    A folder with a split's name that holds images and no class folders is a class where others beside it hold images.
+    """
     folders = {}
     for split, names in SPLIT_NAMES.items():
         present = [root / name for name in names if (root / name).is_dir()]
@@ -62,11 +65,32 @@ def _split_folders(root: Path) -> dict[str, Path]:
             )
         if present:
             folders[split] = present[0]
-    return folders or {"all": root}
+    flat = [folder.name for folder in folders.values() if not _folders_in(folder) and _has_images(folder)]
+    if len(flat) < len(folders) or not folders:
+        return folders or {"all": root}
+    beside = [name for name in _folders_in(root) if name.lower() not in flat and _has_images(root / name)]
+    if not beside:
+        return folders
+    log.warning(
+        "%s: %s is taken as a class beside %s, since it has images and no class folders; as a split it would need a "
+        "folder for each class",
+        *(root, " and ".join(flat), ", ".join(beside[:5])),
+    )
+    return {"all": root}
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """The names of the folders in it that are not hidden, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _has_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(Path(entry.name).suffix.lower() in IMG_EXTENSIONS for entry in entries)
 
 
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = _folders_in(folder)
     if not names:
         raise DataError(f"{folder}: no class folders in it; put the images of each class into a folder with its name")
     return names
