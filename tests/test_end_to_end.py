@@ -15,6 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +285,33 @@ def test_predict_takes_files_folders_globs_and_stdin_and_reports_bad_images(
     text = tl("predict", inputs[0], "--topk", 1)
     assert text.stdout.startswith(f"{inputs[0]}  ")
     assert list(csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout)))[1][0] == "nofile.jpg"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing says there whether a pipe has a line")
+def test_a_row_is_written_before_the_next_path_is_read(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    paths, rows, seen = sorted((colours / "val" / "red").iterdir())[:3], Path("rows.jsonl"), list[int]()
+
+    def ask() -> None:
+        for number, path in enumerate(paths):
+            os.write(writing, f"{path}\n".encode())
+            until = time.monotonic() + 20
+            while not rows.exists() or rows.read_text().count("\n") <= number:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.01)
+            seen.append(rows.read_text().count("\n"))
+        os.close(writing)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    words = ["-", "-b", "1", "--format", "jsonl", "--output", str(rows), "--quiet"]
+    assert importlib.import_module("tl_trainer.cli.predict").main(words) == 0
+    asking.join()
+    sys.stdin.close()
+    assert seen == [1, 2, 3]
 
 
 def test_the_frozen_prefix_is_made_before_threads_decode(

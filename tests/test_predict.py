@@ -4,8 +4,13 @@ how many classes, the temperature, the views."""
 from __future__ import annotations
 
 import io
+import os
+import queue
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +26,7 @@ from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta
 from tl_trainer.errors import InputError
 from tl_trainer.feeds import Feeds
 from tl_trainer.network import Network
-from tl_trainer.predict import Predictor, Row, expand_inputs
+from tl_trainer.predict import Predictor, Row, expand_inputs, line_waiting
 from tl_trainer.tasks import SingleLabel
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -118,6 +123,51 @@ def test_many_images_are_drawn_no_further_ahead_than_two_batches(paths: list[str
         assert row.path == paths[number % len(paths)]
         assert number < drawn <= number + 2 * 4
     assert number + 1 == drawn == 66
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_next_batch_is_decoded_ahead_where_it_is_there(paths: list[str], there: bool) -> None:
+    drawn: list[str] = []
+    rows = predictor().rows((drawn.append(path) or path for path in paths), 4, lambda: there)
+    for number in range(4):
+        assert next(rows).path == paths[number]
+        assert drawn == paths[: 8 if there else 4]
+    assert len(list(rows)) == 7
+
+
+def test_a_list_is_there_and_an_iterator_is_not(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    monkeypatch.setattr(images, "load", lambda path, decoding: decoded.append(str(path)) or Image.new("RGB", (20, 20)))
+    for inputs, ahead in ((paths, 2), (iter(paths), 1)):
+        decoded.clear()
+        rows = predictor().rows(inputs, 1)
+        next(rows)
+        rows.close()
+        assert decoded == paths[:ahead]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing says there whether a pipe has a line")
+def test_a_row_leaves_before_the_next_path_comes(paths: list[str]) -> None:
+    """Of a pipe in which a line is written only when the row for the one before has come."""
+    reading, writing = os.pipe()
+    answered: queue.Queue[Row] = queue.Queue()
+
+    def answer() -> None:
+        with os.fdopen(reading) as stdin:
+            for row in predictor().rows(expand_inputs(["-"], stdin), 1, partial(line_waiting, stdin)):
+                answered.put(row)
+
+    answering = threading.Thread(target=answer, daemon=True)
+    answering.start()
+    for path in paths[:3]:
+        os.write(writing, f"{path}\n".encode())
+        assert answered.get(timeout=20).path == path
+    os.close(writing)
+    answering.join()
+
+
+def test_of_what_is_no_file_of_the_system_nothing_is_known() -> None:
+    assert not line_waiting(io.StringIO("a.jpg\n"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5])

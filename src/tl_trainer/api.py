@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Model:
 
         tta: flip, fivecrop or tencrop, to average over views of each image.
         """
-        return list(self.rows(_many(images), topk=topk, tta=tta, batch_size=batch_size))
+        return list(self.rows(_many(images), topk=topk, tta=tta, batch_size=batch_size, ready=lambda: True))
 
     def rows(
         self,
@@ -115,10 +115,13 @@ class Model:
         tta: str | None = None,
         batch_size: int = 16,
         evidence: Location | None = None,
+        ready: Callable[[], bool] | None = None,
     ) -> Iterator[Row]:
         """`predict` for any number of images: rows as they come, with constant memory.
 
-        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM).
+        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). ready: whether the
+        next image is there already, so that it can be decoded while a batch is computed; None: always in a list, else
+        never, so that no row waits for an image to come.
         """
         with in_sentences():
             folder = None if evidence is None else Path(evidence)
@@ -129,7 +132,7 @@ class Model:
 
         def stream() -> Iterator[Row]:
             with in_sentences():
-                yield from predictor.rows(images, batch_size)
+                yield from predictor.rows(images, batch_size, ready)
 
         return stream()
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+import select
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -79,6 +80,14 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
             yield argument
 
 
+def line_waiting(stdin: IO[str]) -> bool:
+    """Whether the system has something to read without waiting; False where it cannot tell, as of pipes on Windows."""
+    try:
+        return bool(select.select([stdin], [], [], 0)[0])
+    except (OSError, ValueError):
+        return False
+
+
 class Predictor:
     """Rows from images. `pipelines` are the views whose probabilities are averaged, as `tta_pipelines` gives them.
 
@@ -96,14 +105,27 @@ class Predictor:
         self.number = 0
         self.dim: dict[str, float] = {}
 
-    def rows(self, inputs: Iterable[Source], batch_size: int = 16) -> Iterator[Row]:
-        """A row per image, in order. A batch is decoded while the one before is computed."""
+    def rows(
+        self, inputs: Iterable[Source], batch_size: int = 16, ready: Callable[[], bool] | None = None
+    ) -> Iterator[Row]:
+        """A row per image, in order. A batch is decoded while the one before is computed.
+
+        ready: whether the next input is there: no row waits for one that is not. None: always in a list, else never.
+        """
+        remaining = iter(inputs)
+        there = ready or (lambda: isinstance(inputs, Sequence))
         with ThreadPoolExecutor(THREADS) as pool:
-            waiting: list[tuple[Source, Future[Views]]] = []
-            for chunk in itertools.chain(_chunks(inputs, batch_size), [[]]):
-                decoded = [(source, pool.submit(self._decode, source)) for source in chunk]
-                yield from self._rows(waiting)
-                waiting = decoded
+
+            def draw(count: int) -> list[tuple[Source, Future[Views]]]:
+                return [(source, pool.submit(self._decode, source)) for source in islice(remaining, count)]
+
+            batch = draw(batch_size)
+            while batch:
+                ahead: list[tuple[Source, Future[Views]]] = []
+                while len(ahead) < batch_size and there() and (one := draw(1)):
+                    ahead += one
+                yield from self._rows(batch)
+                batch = ahead + draw(batch_size - len(ahead))
         if self.dim:
             log.warning("%s", images.dim_in_words(self.dim, f"{self.number} images"))
 
@@ -224,6 +246,7 @@ def _write_json(rows: Iterable[Row], file: IO[str]) -> None:
     separator = "[\n"
     for row in rows:
         file.write(separator + json.dumps(asdict(row), ensure_ascii=False))
+        file.flush()
         separator = ",\n"
     file.write("[]\n" if separator == "[\n" else "\n]\n")
 

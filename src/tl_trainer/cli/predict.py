@@ -59,7 +59,7 @@ def _predict(args: argparse.Namespace) -> int:
         raise InputError("no images: give files, folders, globs, or - for paths on stdin")
     overrides = overrides_of(args, {"device": "device"})
     from tl_trainer import api
-    from tl_trainer.predict import expand_inputs, write_rows
+    from tl_trainer.predict import expand_inputs, line_waiting, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
     if model.temperature is None:
@@ -73,6 +73,7 @@ def _predict(args: argparse.Namespace) -> int:
         tta=args.tta,
         batch_size=args.batch_size,
         evidence=args.explain,
+        ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
