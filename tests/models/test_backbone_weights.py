@@ -14,6 +14,7 @@ import pickle
 import re
 import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,10 +26,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import (
     MNASNet,
+    ResNet50_Weights,
     ResNet152_Weights,
     ShuffleNet_V2_X0_5_Weights,
     VGG16_Weights,
     WeightsEnum,
+    get_model_weights,
 )
 
 from tl_trainer.errors import CheckpointError, InputError, SettingError
@@ -146,6 +149,41 @@ def test_preprocessing_of_unnamed_weights_is_the_defaults(weights: str) -> None:
     Path("mine.pth").write_bytes(b"")
     assert resolve_weights("alexnet", weights).preset == resolve_weights("alexnet", "DEFAULT").preset
     assert resolve_weights("efficientnet_v2_s", weights).preset.crop == 384
+
+
+@pytest.mark.parametrize("weights", ResNet50_Weights, ids=lambda weights: weights.name)
+def test_a_file_of_torchvisions_has_the_preprocessing_of_its_weights_whatever_it_is_called(
+    weights: WeightsEnum, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found by its content: the name of the other weights, which is wrong here, says nothing."""
+    caplog.set_level(logging.INFO)
+    (other,) = set(ResNet50_Weights) - {weights}
+    path = Path(Path(other.url).name)
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(weights.value, "url", f"https://nowhere/model-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth")
+    found = resolve_weights("resnet50", str(path))
+    assert found.preset == resolve_weights("resnet50", weights.name).preset
+    assert found.name == path.name
+    assert found.fetch is not None
+    assert found.fetch() == path
+    assert caplog.messages == [f"{path}: the weights {weights.name} of resnet50, with their preprocessing"]
+
+
+def test_a_file_that_nobody_knows_says_whose_preprocessing_it_gets(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = saved(noise())
+    build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0)
+    assert caplog.messages == [
+        f"{path}: none of torchvision's weights, so preprocessed as {NAME} IMAGENET1K_V1; set transforms.size, or "
+        "transforms.eval and transforms.train, for another preprocessing"
+    ]
+
+
+def test_every_weights_entry_can_be_told_by_its_hash() -> None:
+    for name in torchvision_models.NAMES:
+        hashes = [torchvision_models._named_hash(Path(weights.url)) for weights in get_model_weights(name)]
+        assert all(len(digest) >= 8 for digest in hashes), name
+        assert len(set(hashes)) == len(hashes), name
 
 
 def test_weights_for_another_size_scale_the_resize_with_it() -> None:
@@ -370,6 +408,16 @@ def test_versions_within_a_wrapper_are_those_of_the_model(versions: list[int | N
     versions.clear()
     assert_holds(build_backbone("mnasnet0_5", resolve_weights("mnasnet0_5", str(path)), "penultimate", 0).model, state)
     assert versions == [2]
+
+
+@pytest.mark.parametrize("versions", [5, [""], {"": 1}, {1: {"version": 1}}, {"fc": None}, {"": {"version": "1"}}])
+def test_versions_that_are_none_are_refused(versions: Any) -> None:
+    state = OrderedDict(noise())
+    state._metadata = versions  # type: ignore[attr-defined]
+    with pytest.raises(
+        CheckpointError, match=r"weights\.pth: damaged: _metadata does not hold the versions of its mod"
+    ):
+        build_backbone(NAME, resolve_weights(NAME, str(saved(state))), "logits", 0)
 
 
 def test_mnasnets_first_layout_is_refused_by_the_tensor_that_differs() -> None:

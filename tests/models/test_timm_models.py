@@ -6,6 +6,7 @@ The images are smaller than the models' own, which position embeddings and windo
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -137,12 +138,18 @@ def saved(name: str, seed: int, path: str) -> Path:
 
 
 @pytest.mark.parametrize("path", ["mine.safetensors", "mine.pth"])
-def test_weights_from_a_file(path: str) -> None:
+def test_weights_from_a_file(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And whose preprocessing it gets."""
+    caplog.set_level(logging.INFO, "tl_trainer")
     saved(TINY, 5, path)
     images = torch.randn(1, 3, 160, 160)
     found = build_backbone(TINY, resolve_weights(TINY, path), "logits", 0)
     torch.manual_seed(5)
     assert torch.equal(found(images), timm_models.construct(TINY, None)(images))
+    assert [message for message in caplog.messages if path in message] == [
+        f"{path}: preprocessed as {TINY}.r160_in1k; set transforms.size, or transforms.eval and transforms.train, for "
+        "another preprocessing"
+    ]
 
 
 def test_a_file_that_does_not_fit_is_told_with_the_tensors_of_both() -> None:

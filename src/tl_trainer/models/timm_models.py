@@ -21,7 +21,7 @@ from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models.chain import WHOLE, Backbone, chain, pools, tapped
-from tl_trainer.models.weights import Weights, given_file, unknown_weights
+from tl_trainer.models.weights import ANOTHER, Weights, given_file, in_file, unknown_weights
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ def resolve(name: str, weights: str) -> Weights:
             )
         return Weights(config.tag or "DEFAULT", _preset(config), partial(_fetch, config, revision or None))
     if path := given_file(weights):
-        return Weights(weights, _preset(_config(model, tag)), lambda: path)
+        config = _config(model, tag)
+        own = f"{PREFIX}{model}.{config.tag}" if config.tag else f"{PREFIX}{model}"
+        return in_file(weights, path, _preset(config), f"preprocessed as {own}; {ANOTHER}")
     raise unknown_weights(name, weights, ["DEFAULT", *_tags(model), "none", "a file's path"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -24,7 +25,7 @@ from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models.chain import Backbone, tapped
-from tl_trainer.models.weights import Weights, given_file, unknown_weights, with_versions
+from tl_trainer.models.weights import ANOTHER, Weights, given_file, in_file, unknown_weights, with_versions
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,29 @@ def resolve(name: str, weights: str) -> Weights:
         member = members[weights]
         return Weights(member.name, _preset(member), lambda: fetch(member), classifier=bool(member.meta["categories"]))
     if path := given_file(weights):
-        return Weights(weights, default, lambda: path)
+        if known := _recognised(path, name):
+            preset, said = _preset(known), f"the weights {known.name} of {name}, with their preprocessing"
+            return in_file(weights, path, preset, said, classifier=bool(known.meta["categories"]))
+        said = f"none of torchvision's weights, so preprocessed as {name} {members['DEFAULT'].name}; {ANOTHER}"
+        return in_file(weights, path, default, said)
     raise unknown_weights(name, weights, [*members, "none", "a file's path"])
+
+
+def _recognised(path: Path, name: str) -> WeightsEnum | None:
+    """The weights of the model whose file this is, by its SHA-256, whatever it is called."""
+    found, digest = path.stat(), ""
+    for member in get_model_weights(name):
+        if start := _named_hash(Path(member.url)):
+            digest = digest or _hash(path.absolute(), found.st_size, found.st_mtime_ns)
+            if digest.startswith(start):
+                return member
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _hash(path: Path, size: int, modified: int) -> str:
+    """Of a file that is still the same: weights are resolved several times before they are loaded."""
+    return content_hash(path)
 
 
 def build(name: str, weights: Weights, tap: str) -> Backbone:
@@ -155,7 +177,7 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     for key in wanted.keys() - state.keys():  # files older than torch 0.4.1 do not count batches
         state[key] = torch.tensor(0)
     known = {key: state[key].to(value.dtype) for key, value in wanted.items()}
-    versions = getattr(loaded, "_metadata", {})  # in a file of DataParallel's, behind those of the wrapper
+    versions = _versions(loaded, path)  # in a file of DataParallel's, behind those of the wrapper
     versions = {re.sub(r"^module(\.|$)", "", module): version for module, version in versions.items()}
     try:
         with warnings.catch_warnings():
@@ -166,6 +188,16 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
         raise CheckpointError(
             f"{path}: the tensors of {name} are not in the layout of the version that the file says: {reason}"
         ) from error
+
+
+def _versions(loaded: dict[str, Tensor], path: Path) -> dict[str, dict[str, Any]]:
+    versions: Any = getattr(loaded, "_metadata", {})
+    named = isinstance(versions, dict) and all(
+        isinstance(item, (str, dict)) for pair in versions.items() for item in pair
+    )
+    if not named or not all(isinstance(held.get("version"), (int, type(None))) for held in versions.values()):
+        raise CheckpointError(f"{path}: damaged: _metadata does not hold the versions of its modules")
+    return versions  # type: ignore[no-any-return]
 
 
 def _modern(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import SettingError
 from tl_trainer.ground.wording import unknown
+
+log = logging.getLogger(__name__)
+
+# How to choose a preprocessing for a file that says nothing of its own.
+ANOTHER = "set transforms.size, or transforms.eval and transforms.train, for another preprocessing"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ def given_file(weights: str) -> Path | None:
     if "/" in weights or path.suffix:
         raise SettingError("model.weights", f"no such file: {weights}")
     return None
+
+
+def in_file(weights: str, path: Path, preset: Preprocessing, said: str, *, classifier: bool = True) -> Weights:
+    """The weights in a file that the user gives. What is `said` of their preprocessing is logged when it is loaded."""
+
+    def fetch() -> Path:
+        log.info("%s: %s", path, said)
+        return path
+
+    return Weights(weights, preset, fetch, classifier)
 
 
 def unknown_weights(backbone: str, weights: str, valid: Iterable[str]) -> SettingError:
