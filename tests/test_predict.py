@@ -166,6 +166,15 @@ def test_a_row_leaves_before_the_next_path_comes(paths: list[str]) -> None:
     answering.join()
 
 
+def test_a_name_that_is_too_long_is_an_error_row(paths: list[str]) -> None:
+    long = "x" * 5000
+    bad, good = predictor().rows(expand_inputs([long, paths[1]], io.StringIO()), 4)
+    assert bad.path == long
+    assert bad.error is not None
+    assert "cannot be read: File name too long" in bad.error
+    assert good.error is None
+
+
 def test_of_what_is_no_file_of_the_system_nothing_is_known() -> None:
     assert not line_waiting(io.StringIO("a.jpg\n"))
 

@@ -7,6 +7,7 @@ import glob
 import itertools
 import json
 import logging
+import os
 import re
 import select
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,19 +60,18 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
     on: it becomes an error row.
     """
     for argument in arguments:
-        path = Path(argument)
         if argument == "-":
             listed = (line.rstrip("\r\n") for line in stdin if line.strip())
             first = next(listed, None)
             if first is None:
                 raise InputError("-: no paths on stdin; write one on each line")
             yield from itertools.chain([first], listed)
-        elif path.is_dir():
-            found = [str(file) for file in walk(path) if file.suffix.lower() in IMG_EXTENSIONS]
+        elif os.path.isdir(argument):  # noqa: PTH112  (Path's own raises for a name that is too long)
+            found = [str(file) for file in walk(Path(argument)) if file.suffix.lower() in IMG_EXTENSIONS]
             if not found:
                 raise InputError(f"{argument}: no images in this folder (endings: {' '.join(IMG_EXTENSIONS)})")
             yield from found
-        elif glob.has_magic(argument) and not path.exists():
+        elif glob.has_magic(argument) and not os.path.exists(argument):  # noqa: PTH110
             matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
             if not matches:
                 raise InputError(f"{argument}: nothing matches")

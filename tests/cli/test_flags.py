@@ -185,8 +185,9 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
             "tl-train: --resume nope: no such file; give a run directory or its last.pth\n",
         ),
         ("eval", ["--checkpoint", "nope"], "tl-eval: nope: cannot be read: No such file or directory\n"),
-        ("predict", ["a.jpg", "--topk", "0"], "tl-predict: --topk must be 1 or more\n"),
-        ("predict", ["a.jpg", "-b", "0"], "tl-predict: --batch-size must be 1 or more\n"),
+        ("train", ["a=" + "x" * 5000], "tl-train: the command line: a: unknown key 'a'"),
+        ("train", ["--resume", "a=" + "x" * 5000], "tl-train: the command line: a: unknown key 'a'"),
+        ("train", ["x" * 5000], "tl-train: 'xxx"),
         ("predict", ["a.jpg"], "tl-predict: no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no"),
     ],
 )

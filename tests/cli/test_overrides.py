@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conftest import Run, last_json
+from test_end_to_end import SMALL
 from tiny import tiny_template
 from tl_trainer import api, checkpoint, errors
 from tl_trainer.cli import eval as tl_eval
@@ -117,6 +120,47 @@ def test_a_key_alone_names_no_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "tl-predict: no images: give files, folders, globs, or - for paths on stdin\n"
 
 
-def test_a_stray_word_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tl_eval.main(["--checkpoint", "best.pth", "stray"]) == 2
-    assert capsys.readouterr().err.startswith("tl-eval: 'stray' is not an override; write key=value")
+@pytest.mark.parametrize("word", ["stray", "stray.yaml"])
+def test_a_stray_word_is_no_key(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what is suggested instead is something that the command takes."""
+    assert tl_eval.main(["--checkpoint", "best.pth", word]) == 2
+    assert capsys.readouterr().err == (
+        f"tl-eval: {word!r} is not an override; write key=value, e.g. features.cache=off\n"
+    )
+    assert tl_train.main(["--config", "demo", "stray.yaml"]) == 2
+    assert capsys.readouterr().err == "tl-train: 'stray.yaml' is not an override; write --config stray.yaml\n"
+
+
+@pytest.mark.parametrize("command", ON_A_CHECKPOINT)
+def test_a_key_that_only_the_api_knows_is_answered_with_one_that_the_command_takes(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert COMMANDS[command].main([*ON_A_CHECKPOINT[command], "stop=1"]) == 2
+    assert capsys.readouterr().err.endswith("write key=value, e.g. features.cache=off\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("class=*.jpg", "class=*.jpg: nothing matches"),
+        ("class=?.jpg", "class=?.jpg: nothing matches"),
+        ("a=" + "x" * 5000, "the command line: a: unknown key 'a'"),
+        ("transforms.eval=[{Resize: 64}]", "the command line: transforms.eval: fixed by the checkpoint"),
+    ],
+)
+def test_a_glob_is_no_key_and_a_word_may_be_long(word: str, message: str, tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))
+    refused = tl("predict", colours / "val" / "red" / "00.jpg", word)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(f"tl-predict: {message}")
+    shutil.copyfile(colours / "val" / "red" / "00.jpg", "class=1.jpg")
+    if "class" in word:
+        assert tl("predict", word).stdout.startswith("class=1.jpg  ")
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--topk", "--topk"), ("-b", "-b/--batch-size")])
+def test_numbers_of_tl_predict_are_positive(flag: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tl_predict.main(["a.jpg", flag, "0"])
+    assert ended.value.code == 2
+    assert f"argument {name}: must be 1 or more, not 0" in capsys.readouterr().err

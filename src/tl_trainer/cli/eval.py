@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from tl_trainer.cli.main import (
+    ON_A_CHECKPOINT,
     OVERRIDES_HELP,
     TTA,
     TTA_HELP,
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    overrides = overrides_of(args, FLAGS)
+    overrides = overrides_of(args, FLAGS, ON_A_CHECKPOINT)
     from tl_trainer import api
 
     model = api.load(args.checkpoint, progress=not args.quiet, **overrides)

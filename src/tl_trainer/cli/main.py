@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -21,7 +22,8 @@ from tl_trainer.ground.wording import printable_lines
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 TTA_HELP = "average over views of each image: with its mirror image, five crops, or five crops and their mirror images"
 NO_KEYS = ("config", "checkpoint", "resume", "progress", "stop")  # what the api calls its own parameters
-OVERRIDES_HELP = "a key of the configuration that does not change what was trained, such as features.cache=off"
+ON_A_CHECKPOINT = "features.cache=off"  # a word that can be set on top of one
+OVERRIDES_HELP = f"a key of the configuration that does not change what was trained, such as {ON_A_CHECKPOINT}"
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -85,13 +87,21 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
         )
 
 
-def overrides_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
-    """The keys that the command line sets: its key=value words, then the flags that are short for one."""
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of that name. Path.exists raises for a name that is too long."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def overrides_of(args: argparse.Namespace, flags: Mapping[str, str], example: str) -> dict[str, Any]:
+    """The keys that the command line sets: its key=value words, then the flags that are short for one.
+
+    example: a word that the command takes, for a message.
+    """
     from tl_trainer.config.load import parse_override
 
-    words = dict(parse_override(word) for word in args.overrides)
+    words = dict(parse_override(word, example) for word in args.overrides)
     if wrong := [key for key in words if key in NO_KEYS or "__" in key]:
-        raise InputError(f"{wrong[0]}: no key of the configuration; write key=value, e.g. train.epochs=5")
+        raise InputError(f"{wrong[0]}: no key of the configuration; write key=value, e.g. {example}")
     given = {key: getattr(args, flag) for flag, key in flags.items() if getattr(args, flag) is not None}
     return {**words, **given}
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import re
 import sys
 from pathlib import Path
 
-from tl_trainer.cli.main import OVERRIDES_HELP, TTA, TTA_HELP, given, new_parser, overrides_of, run_command
+from tl_trainer.cli.main import (
+    ON_A_CHECKPOINT,
+    OVERRIDES_HELP,
+    TTA,
+    TTA_HELP,
+    exists,
+    given,
+    new_parser,
+    overrides_of,
+    positive,
+    run_command,
+)
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.ground.progress import bar, bars
 
@@ -32,13 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         "key=value sets " + OVERRIDES_HELP)  # fmt: skip
     add("--checkpoint", type=given, metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, "
         "else the newest run under ./runs)")  # fmt: skip
-    add("--topk", type=int, default=5, metavar="K", help="classes per image (default 5)")
+    add("--topk", type=positive, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
     add("--explain", type=given, metavar="DIR", help="write a picture per image to DIR: Grad-CAM for its class")
     add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
-    add("-b", "--batch-size", type=int, default=16, metavar="N", help="images at a time (default 16)")
+    add("-b", "--batch-size", type=positive, default=16, metavar="N", help="images at a time (default 16)")
     return parser
 
 
@@ -48,16 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    for flag in ("topk", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be 1 or more")
     path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
-    named = [word for word in args.paths if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
-    args.overrides = [word for word in named if not Path(word).exists()]
+    args.overrides = [word for word in args.paths if _is_override(word)]
     paths = [word for word in args.paths if word not in args.overrides]
     if not paths:
         raise InputError("no images: give files, folders, globs, or - for paths on stdin")
-    overrides = overrides_of(args, {"device": "device"})
+    overrides = overrides_of(args, {"device": "device"}, ON_A_CHECKPOINT)
     from tl_trainer import api
     from tl_trainer.predict import expand_inputs, line_waiting, write_rows
 
@@ -91,6 +99,12 @@ def _predict(args: argparse.Namespace) -> int:
     if failed:
         log.warning("%d image(s) could not be read", failed)
     return 1 if failed else 0
+
+
+def _is_override(word: str) -> bool:
+    """Whether it is key=value, and neither a file nor a glob; what begins with a bracket is a list of YAML's."""
+    key = re.match(r"[a-z_]+(\.[a-z_]+)*=([\[{])?", word)
+    return key is not None and not exists(word) and (key[2] is not None or not glob.has_magic(word))
 
 
 def _default_checkpoint() -> Path:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_trainer.cli.main import given, new_parser, overrides_of, run_command, worker_setting
+from tl_trainer.cli.main import exists, given, new_parser, overrides_of, run_command, worker_setting
 from tl_trainer.errors import InputError
-from tl_trainer.ground.wording import unknown
+from tl_trainer.ground.wording import shown, unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
@@ -74,21 +74,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    if args.resume and "=" in args.resume and not Path(args.resume).exists():
+    from tl_trainer.config.load import data_at
+
+    if args.resume and "=" in args.resume and not exists(args.resume):
         args.words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
-    data = [word for word in args.words if _is_data(word)]
+    data = [word for word in args.words if data_at(Path(word).expanduser())]
     args.overrides = [word for word in args.words if word not in data]
-    if strange := [word for word in args.overrides if "=" not in word and not word.endswith((".yaml", ".yml"))]:
-        raise InputError(f"{strange[0]!r} is neither a folder nor a CSV file that is there, nor key=value")
+    if strange := [word for word in args.overrides if "=" not in word]:
+        if strange[0].endswith((".yaml", ".yml")):
+            raise InputError(f"{strange[0]!r} is not an override; write --config {strange[0]}")
+        raise InputError(f"{shown(strange[0])} is neither a folder nor a CSV file that is there, nor key=value")
     if len(data) > 1 or (data and args.data_dir):
         raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
-    overrides = overrides_of(args, FLAGS)
+    overrides = overrides_of(args, FLAGS, "train.epochs=5")
     if data and args.config is None:
         args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
     elif data:
-        from tl_trainer.config.load import data_at
-
         overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
     if args.list:
         sys.stdout.write(_listed(*args.list))
@@ -100,11 +102,6 @@ def _train(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(_performed(args, overrides) + "\n")
     return 0
-
-
-def _is_data(word: str) -> bool:
-    path = Path(word).expanduser()
-    return path.is_dir() or (path.suffix.lower() == ".csv" and path.is_file())
 
 
 def _listed(what: str, pattern: str = "*", *more: str) -> str:

@@ -120,16 +120,15 @@ def bundled_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "configs"
 
 
-def parse_override(word: str) -> tuple[str, Any]:
-    """`train.epochs=5` as (key, value), the value read as YAML; InputError where it is not of that form."""
+def parse_override(word: str, example: str = "train.epochs=5") -> tuple[str, Any]:
+    """`train.epochs=5` as (key, value), the value read as YAML; InputError, with an example, for another form."""
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        remedy = f"--config {word}" if word.endswith((".yaml", ".yml")) else "key=value, e.g. train.epochs=5"
-        raise InputError(f"{word!r} is not an override; write {remedy}")
+        raise InputError(f"{shown(word)} is not an override; write key=value, e.g. {example}")
     try:
         return key, _Reader(text).read()
     except _Refused as refusal:
-        raise InputError(f"{word!r}: the value is not valid YAML: {refusal.reason}") from None
+        raise InputError(f"{shown(word)}: the value is not valid YAML: {refusal.reason}") from None
 
 
 def to_yaml(config: Config) -> str:
