@@ -78,6 +78,19 @@ def test_a_run_and_what_its_checkpoint_knows(colours: Path, tl: Run, capfd: pyte
     assert printed["predictions"] == [vars(guess) for guess in model.predict(red)[0].predictions]
 
 
+def test_dark_pictures_are_named_once_whatever_is_made_of_them(colours: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tl_trainer.load(trained(colours)["checkpoint"])
+    caplog.clear()
+    pictures = [Image.open(colours / "val" / "red" / "00.jpg"), *(Image.new("I;16", (40, 40), 900),) * 2]
+    for use in (model.predict, model.embed):
+        use(pictures)
+        assert caplog.messages == [
+            "2 of 3 images leave three quarters of their grey values unused and become nearly black, e.g. image 2, "
+            "whose largest is 900; set data.value_range to what is white in them, such as 1023"
+        ]
+        caplog.clear()
+
+
 def test_embeddings_are_what_the_head_sees(colours: Path) -> None:
     model = tl_trainer.load(trained(colours)["run_dir"])
     paths = [colours / "val" / name / "00.jpg" for name in model.classes]

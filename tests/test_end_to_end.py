@@ -356,8 +356,8 @@ def test_the_range_of_grey_values_is_the_same_from_training_to_prediction(tl: Ru
         pixels = generator.integers(0, 1500, (64, 64)) + 2500 * (name == "light")
         Image.fromarray(pixels.astype(np.uint16)).save(folder / f"{index}.png")
     words = ("--data-dir", "scans", "--epochs", 3, "--json", *SMALL)
-    dim = tl("train", *words)
-    assert "8 of 8 train images leave three quarters of their grey values unused" in dim.stderr
+    plain = tl("train", *words)
+    assert "8 of 8 train images leave three quarters of their grey values unused" in plain.stderr
     ranged = tl("train", *words, "data.value_range=4095")
     assert "unused" not in ranged.stderr
     assert "features of train: 8 computed, 0 cached" in ranged.stderr
@@ -366,7 +366,7 @@ def test_the_range_of_grey_values_is_the_same_from_training_to_prediction(tl: Ru
         predicted = tl("predict", "scans/val", "--checkpoint", f"runs/{run}", "--format", "jsonl")
         assert ("8 of 8 images leave three quarters" in predicted.stderr) == warned
         assert last_json(tl("eval", "--checkpoint", f"runs/{run}", "--json"))["loss"] == pytest.approx(
-            last_json(dim if warned else ranged)["val"]["loss"], abs=1e-5
+            last_json(plain if warned else ranged)["val"]["loss"], abs=1e-5
         )
         rows[run] = predicted.stdout
     assert rows["run-1"] != rows["run-2"]

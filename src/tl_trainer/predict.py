@@ -6,7 +6,6 @@ import csv
 import glob
 import itertools
 import json
-import logging
 import os
 import re
 import select
@@ -37,11 +36,10 @@ from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction
 
-log = logging.getLogger(__name__)
-
 THREADS = 4
 Source = str | Path | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
+Decoded = tuple[Views, float]  # and what `images.dark` says of it
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Predictor:
             parts.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
         self.cam = GradCam(parts.network.classifier)
         self.number = 0
-        self.dim: dict[str, float] = {}
+        self.dark = images.DarkImages()
 
     def rows(
         self, inputs: Iterable[Source], batch_size: int = 16, ready: Callable[[], bool] | None = None
@@ -116,38 +114,36 @@ class Predictor:
         there = ready or (lambda: isinstance(inputs, Sequence))
         with ThreadPoolExecutor(THREADS) as pool:
 
-            def draw(count: int) -> list[tuple[Source, Future[Views]]]:
+            def draw(count: int) -> list[tuple[Source, Future[Decoded]]]:
                 return [(source, pool.submit(self._decode, source)) for source in islice(remaining, count)]
 
             batch = draw(batch_size)
             while batch:
-                ahead: list[tuple[Source, Future[Views]]] = []
+                ahead: list[tuple[Source, Future[Decoded]]] = []
                 while len(ahead) < batch_size and there() and (one := draw(1)):
                     ahead += one
                 yield from self._rows(batch)
                 batch = ahead + draw(batch_size - len(ahead))
-        if self.dim:
-            log.warning("%s", images.dim_in_words(self.dim, f"{self.number} images"))
+        self.dark.warn(f"{self.number} images")
 
-    def _decode(self, source: Source) -> Views:
+    def _decode(self, source: Source) -> Decoded:
         """The image's views, and last, where it is to be explained, all of it as in evaluation."""
         picture = _opened(source, self.parts.decoding)
-        if largest := images.dim(picture):
-            self.dim["a picture" if isinstance(source, Image.Image) else str(source)] = largest
         explained = [self.parts.pipeline] if self.explanations is not None else []
-        return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)]
+        return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)], images.dark(picture)
 
-    def _rows(self, decoded: list[tuple[Source, Future[Views]]]) -> Iterator[Row]:
-        good = [future.result() for _, future in decoded if future.exception() is None]
+    def _rows(self, decoded: list[tuple[Source, Future[Decoded]]]) -> Iterator[Row]:
+        good = [future.result()[0] for _, future in decoded if future.exception() is None]
         found = iter(self._ranked(good))
         for source, future in decoded:
             self.number += 1
-            path = f"image {self.number}" if isinstance(source, Image.Image) else str(source)
+            path = _called(source, self.number)
             try:
-                views = future.result()
+                views, largest = future.result()
             except ImageError as error:
                 yield Row(path, error=str(error))
                 continue
+            self.dark.add(path, largest)
             row = Row(path, next(found))
             if self.explanations is not None:
                 self._explain(self.explanations, row, views[-1])
@@ -183,11 +179,19 @@ class Predictor:
 def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
     """The input of the head for each image, (N, features) float32 on the CPU. Raises ImageError."""
     network, pipeline, rows = parts.network, parts.pipeline, [torch.empty(0, parts.features)]
+    numbers, dark = itertools.count(1), images.DarkImages()
+
+    def view(source: Source) -> Tensor:
+        picture = _opened(source, parts.decoding)
+        dark.add(_called(source, next(numbers)), images.dark(picture))
+        return pipeline.image(picture)
+
     for chunk in _chunks(inputs, batch_size):
-        pictures = [pipeline.image(_opened(source, parts.decoding)) for source in chunk]
-        batch = pipeline.batch(stacked(pictures).to(network.device))
+        batch = pipeline.batch(stacked([view(source) for source in chunk]).to(network.device))
         rows.append(network.embed(network.features(batch)).cpu())
-    return torch.cat(rows)
+    embedded = torch.cat(rows)
+    dark.warn(f"{len(embedded)} images")
+    return embedded
 
 
 def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
@@ -199,6 +203,10 @@ def explain(parts: Parts, source: Source, target: int | None) -> Image.Image:
             batch = pipeline.batch(view[None].to(network.device))
             target = int(network.logits(network.features(batch)).argmax())
     return GradCam(network.classifier).picture(pipeline, view, target)
+
+
+def _called(source: Source, number: int) -> str:
+    return f"image {number}" if isinstance(source, Image.Image) else str(source)
 
 
 def _opened(source: Source, decoding: Decoding) -> Image.Image:

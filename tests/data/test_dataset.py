@@ -17,6 +17,7 @@ from conftest import draw_split
 from tiny import paths_of
 from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, fingerprint, with_validation
 from tl_trainer.data.folders import open_folders
+from tl_trainer.data.images import Decoding
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.tasks import SingleLabel
 
@@ -250,6 +251,15 @@ def test_a_picture_in_memory_that_changed_is_not_opened() -> None:
     assert known.open(0).getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ImageError, match=r"^picture 1: has changed since it was read first"):
         known.open(1)
+
+
+def test_a_picture_in_memory_is_decoded_as_a_file_is() -> None:
+    pictures = Pictures([(Image.new("I;16", (6, 4), 2000), 0)])
+    ranged = pictures.decoded(Decoding(value_range=4000.0))
+    assert ranged.load(0)[0].getpixel((0, 0)) == (128, 128, 128)
+    assert ranged.load(0)[1] != pictures.load(0)[1]
+    with pytest.raises(ImageError, match=r"^picture 0: 6 x 4 pixels are too many"):
+        pictures.decoded(Decoding(max_megapixels=2e-5)).load(0)
 
 
 def test_a_path_that_no_system_has_is_said_by_what_reads_it() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tl_trainer.data.images import FORMATS, Decoding, decode, dim, load, to_rgb
+from tl_trainer.data.images import FORMATS, Decoding, dark, decode, load, to_rgb
 from tl_trainer.errors import ImageError
 from tl_trainer.ground import machine
 
@@ -153,7 +153,7 @@ TWELVE_BITS = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 @pytest.mark.parametrize(
     ("dtype", "largest"), [(np.uint16, 4095), (np.int32, 4095), (np.float32, 4095)], ids=["16 bit", "32 bit", "float"]
 )
-def test_twelve_bits_in_sixteen_are_dim_and_with_their_range_a_ramp_of_256_levels(
+def test_twelve_bits_in_sixteen_are_dark_and_with_their_range_a_ramp_of_256_levels(
     format: str, dtype: Any, largest: int
 ) -> None:
     if format == "PNG" and dtype != np.uint16:
@@ -161,9 +161,9 @@ def test_twelve_bits_in_sixteen_are_dim_and_with_their_range_a_ramp_of_256_level
     data = encode(Image.fromarray(TWELVE_BITS.astype(dtype)), format)
     plain, stretched = decode(data, "x"), decode(data, "x", Decoding(value_range=largest))
     assert len(np.unique(np.asarray(plain))) == 17
-    assert dim(plain) == largest
+    assert dark(plain) == largest
     assert np.array_equal(np.asarray(stretched)[..., 0], np.rint(TWELVE_BITS / 4095 * 255))
-    assert dim(stretched) == 0
+    assert dark(stretched) == 0
     clipped = np.asarray(decode(data, "x", Decoding(value_range=1000.0)))[..., 0]
     assert np.array_equal(clipped, np.rint(np.minimum(TWELVE_BITS / 1000, 1) * 255))
 
@@ -172,8 +172,8 @@ def test_twelve_bits_in_sixteen_are_dim_and_with_their_range_a_ramp_of_256_level
     ("mode", "pixels"),
     [("I;16", [0, 16384]), ("I;16", [0, 0]), ("F", [0.0, 0.1]), ("I", [0, 200]), ("L", [0, 3]), ("RGB", [(1, 1, 1)])],
 )
-def test_what_fills_a_quarter_of_its_range_or_has_8_bits_is_not_dim(mode: str, pixels: list[Pixel]) -> None:
-    assert dim(to_rgb(picture(mode, *pixels))) == 0
+def test_what_fills_a_quarter_of_its_range_or_has_8_bits_is_not_dark(mode: str, pixels: list[Pixel]) -> None:
+    assert dark(to_rgb(picture(mode, *pixels))) == 0
 
 
 def test_a_value_range_leaves_images_of_8_bits_as_they_are() -> None:

@@ -414,6 +414,7 @@ def test_what_is_right_passes_the_check(items: str | list[Any]) -> None:
         [{"RandomApply": [{"Resize": 48}]}],
         [{"RandomChoice": [{"Resize": 20}, {"Resize": 48}]}],
         [{"RandomRotation": {"degrees": [45, 45], "expand": True}}],
+        [{"RandomRotation": {"degrees": [-20, 20], "expand": True}}],
         [{"RandomRotation": 45}],
         ["RandomInvert"],
     ],

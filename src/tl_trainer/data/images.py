@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tl_trainer.config.schema import DataSection
 from tl_trainer.errors import ImageError
 from tl_trainer.ground.machine import is_out_of_memory, memory_is_short
 from tl_trainer.ground.wording import printable
+
+log = logging.getLogger(__name__)
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -32,7 +35,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_DIM = "largest grey value"  # in a picture's `info`
+_DARK = "largest grey value"  # in a picture's `info`
 Size = tuple[float, float]  # width, height in pixels
 
 
@@ -204,21 +207,32 @@ def _from_grey(values: np.ndarray, white: float | None, least: int) -> Image.Ima
     grey = np.clip(np.rint(values.astype(np.float64) * (255 / found)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(grey, "L").convert("RGB")
     if white is None and found > 1 and 0 < largest < found / 4:
-        picture.info[_DIM] = largest
+        picture.info[_DARK] = largest
     return picture
 
 
-def dim(picture: Image.Image) -> float:
+def dark(picture: Image.Image) -> float:
     """The largest value of a grey image that leaves three quarters of its range unused; 0 for every other image."""
-    return float(picture.info.get(_DIM, 0))
+    return float(picture.info.get(_DARK, 0))
 
 
-def dim_in_words(found: Mapping[str, float], of: str) -> str:
-    """What is to be said of images that `dim` has found: their names with their largest values."""
-    name, largest = next(iter(found.items()))
-    likely = 2 ** int(max(found.values())).bit_length() - 1
-    return (
-        f"{len(found)} of {of} leave three quarters of their grey values unused and become nearly black, e.g. "
-        f"{printable(name)}, whose largest is {largest:g}; set data.value_range to what is white in them, such as "
-        f"{likely}"
-    )
+class DarkImages:
+    """Counts the images that `dark` finds, to name them once."""
+
+    def __init__(self) -> None:
+        self.count, self.first, self.largest = 0, "", 0.0
+
+    def add(self, name: str, largest: float) -> None:
+        """An image, and what `dark` says of it."""
+        if largest:
+            self.first = self.first or f"{printable(name)}, whose largest is {largest:g}"
+            self.count, self.largest = self.count + 1, max(self.largest, largest)
+
+    def warn(self, of: str) -> None:
+        """Say how many `of` all images they are, if any, and what to do."""
+        if self.count:
+            log.warning(
+                "%d of %s leave three quarters of their grey values unused and become nearly black, e.g. %s; set "
+                "data.value_range to what is white in them, such as %d",
+                *(self.count, of, self.first, 2 ** int(self.largest).bit_length() - 1),
+            )

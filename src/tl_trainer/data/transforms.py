@@ -120,8 +120,10 @@ def _leaves(transform: v2.Transform) -> Iterator[v2.Transform]:
 def _resized(transform: v2.Transform, width: float, height: float) -> Size:
     """The largest size that the transform may give an image of that size."""
     short, long = min(width, height), max(width, height)
-    if isinstance(transform, v2.RandomRotation) and transform.expand:  # by 45 degrees
-        return (width + height) / math.sqrt(2), (width + height) / math.sqrt(2)
+    if isinstance(transform, v2.RandomRotation) and transform.expand:
+        turn = math.radians(min(45, max(map(abs, transform.degrees))))  # by 45 degrees it becomes largest
+        sine, cosine = math.sin(turn), math.cos(turn)
+        return width * cosine + height * sine, width * sine + height * cosine
     if isinstance(transform, v2.RandomShortestSize):
         side, limit = max(transform.min_size), transform.max_size
     elif isinstance(transform, v2.RandomResize):

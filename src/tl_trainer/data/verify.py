@@ -40,7 +40,7 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None) ->
     stamps = [split.images.stamp(row) for row in split.rows]
     hashes: dict[int, bytes] = _recalled(memory, stamps)
     bad: dict[int, ImageError] = {}
-    dim: dict[int, float] = {}  # not remembered, since they are named in every run
+    dark = images.DarkImages()
     unread = [index for index in range(len(split)) if index not in hashes]
     for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
         try:
@@ -48,14 +48,14 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None) ->
         except ImageError as error:
             bad[index] = error
         else:
-            if largest:
-                dim[index] = largest
+            dark.add(split.name(index), largest)
+            if largest:  # is not remembered, so that it is named in every run
+                stamps[index] = None
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-    found = [(stamps[index], hashes[index]) for index in unread if index in hashes and index not in dim]
+    found = [(stamps[index], hashes[index]) for index in unread if index in hashes]
     _remember(memory, [(*stamp, digest) for stamp, digest in found if stamp and stamp.modified < settled])
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
-    if dim:
-        log.warning("%s", images.dim_in_words({split.name(i): dim[i] for i in dim}, f"{len(split)} {what} images"))
+    dark.warn(f"{len(split)} {what} images")
     good = [index for index in range(len(split)) if index not in bad]
     if bad:
         _report(bad, f"{len(split)} {what} images", data)
@@ -77,12 +77,12 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
 def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[tuple[bytes, float]]]]:
     """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL.
 
-    A reading is the hash of the image's content, and what `images.dim` says of it.
+    A reading is the hash of the image's content, and what `images.dark` says of it.
     """
 
     def digest(index: int) -> tuple[bytes, float]:
         picture, found = split.images.load(split.rows[index], draft=1)
-        return found, images.dim(picture)
+        return found, images.dark(picture)
 
     with ThreadPoolExecutor(cores()) as pool:
         for first in range(0, len(indices), _CHUNK):
