@@ -303,6 +303,7 @@ def test_every_transform_works_and_what_is_called_deterministic_is(name: str) ->
     """No warning, pixels of the right kind, and no random number drawn where the flag says so."""
     pipeline = Pipeline(spell_out([{name: ARGUMENTS.get(name)}], PRESET, train=True), "transforms.train")
     picture, state = _picture(), torch.get_rng_state()
+    assert all(min(size) > 0 for size in pipeline.sizes(picture.size))
     batch = pipeline.batch(pipeline.image(picture).unsqueeze(0))
     assert (batch.shape[1], batch.dtype) == (3, torch.float32)
     untouched = torch.equal(torch.get_rng_state(), state)

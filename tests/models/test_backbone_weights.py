@@ -410,7 +410,9 @@ def test_versions_within_a_wrapper_are_those_of_the_model(versions: list[int | N
     assert versions == [2]
 
 
-@pytest.mark.parametrize("versions", [5, [""], {"": 1}, {1: {"version": 1}}, {"fc": None}, {"": {"version": "1"}}])
+@pytest.mark.parametrize(
+    "versions", [5, [""], {"": 1}, {"": "1"}, {1: {"version": 1}}, {"fc": None}, {"": {"version": "1"}}]
+)
 def test_versions_that_are_none_are_refused(versions: Any) -> None:
     state = OrderedDict(noise())
     state._metadata = versions  # type: ignore[attr-defined]

@@ -151,7 +151,8 @@ def _opened(data: bytes) -> ImageFile.ImageFile | None:
         if form not in Image.OPEN:
             Image.init()
         factory, accept = Image.OPEN[form]
-        if accept is None or accept(data[:16]) is True:
+        fits = accept is None or accept(data[:16])
+        if fits and not isinstance(fits, str):  # why it cannot be decoded here
             try:
                 return factory(io.BytesIO(data), "")
             except (SyntaxError, IndexError, TypeError, struct.error):

@@ -191,13 +191,14 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
 
 
 def _versions(loaded: dict[str, Tensor], path: Path) -> dict[str, dict[str, Any]]:
+    """What torch keeps of each module beside its tensors; {} where the file is a plain dict."""
     versions: Any = getattr(loaded, "_metadata", {})
-    named = isinstance(versions, dict) and all(
-        isinstance(item, (str, dict)) for pair in versions.items() for item in pair
-    )
-    if not named or not all(isinstance(held.get("version"), (int, type(None))) for held in versions.values()):
+    if not isinstance(versions, dict) or not all(
+        isinstance(module, str) and isinstance(kept, dict) and isinstance(kept.get("version", 0), (int, type(None)))
+        for module, kept in versions.items()
+    ):
         raise CheckpointError(f"{path}: damaged: _metadata does not hold the versions of its modules")
-    return versions  # type: ignore[no-any-return]
+    return versions
 
 
 def _modern(key: str) -> str:
