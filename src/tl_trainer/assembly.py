@@ -23,7 +23,7 @@ from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, fr
 from tl_trainer.config.schema import Config, DataSection, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
-from tl_trainer.data.images import Decoding
+from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import check_root, open_dataset
 from tl_trainer.data.transforms import Pipeline
@@ -152,7 +152,9 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         memory = memory_of(config) if remember else None
-        splits = {name: verified(split, name, config.data, memory) for name, split in dataset.splits.items()}
+        dark = DarkImages()
+        splits = {name: verified(split, name, config.data, memory, dark) for name, split in dataset.splits.items()}
+        dark.warn(f"{sum(map(len, splits.values()))} images")
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:

@@ -20,6 +20,7 @@ from typing import Any
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
+from tl_trainer.data.images import DarkImages
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.progress import bar
@@ -31,16 +32,17 @@ SETTLED_SECONDS = 2.0
 _CHUNK = 500
 
 
-def verified(split: Split, what: str, data: DataSection, memory: Path | None) -> Split:
+def verified(split: Split, what: str, data: DataSection, memory: Path | None, dark: DarkImages | None = None) -> Split:
     """The split with the content hash of each image, and without those that cannot be read.
 
     what: what messages call the split. data: says what to do with bad images. memory: the database, None for none.
+    dark: where dark images are counted, to be named with those of other splits; None: they are named here.
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
     hashes: dict[int, bytes] = _recalled(memory, stamps)
     bad: dict[int, ImageError] = {}
-    dark = images.DarkImages()
+    counted = dark or DarkImages()
     unread = [index for index in range(len(split)) if index not in hashes]
     for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
         try:
@@ -48,14 +50,15 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None) ->
         except ImageError as error:
             bad[index] = error
         else:
-            dark.add(split.name(index), largest)
+            counted.add(split.name(index), largest)
             if largest:  # is not remembered, so that it is named in every run
                 stamps[index] = None
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     found = [(stamps[index], hashes[index]) for index in unread if index in hashes]
     _remember(memory, [(*stamp, digest) for stamp, digest in found if stamp and stamp.modified < settled])
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
-    dark.warn(f"{len(split)} {what} images")
+    if dark is None:
+        counted.warn(f"{len(split)} {what} images")
     good = [index for index in range(len(split)) if index not in bad]
     if bad:
         _report(bad, f"{len(split)} {what} images", data)
