@@ -92,7 +92,7 @@ class Files:
             return None
         settings = self.decoding.settings
         absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
-        absolute += b"" if settings == STANDARD.settings else b"\0" + settings
+        absolute += settings and b"\0" + settings
         return Stamp(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def decoded(self, decoding: Decoding) -> Files:

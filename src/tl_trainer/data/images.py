@@ -35,6 +35,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_DEFAULT = DataSection()
 _DARK = "largest grey value"  # in a picture's `info`
 Size = tuple[float, float]  # width, height in pixels
 
@@ -47,14 +48,15 @@ class Decoding:
     gives the sizes that its resizes make of (width, height).
     """
 
-    max_megapixels: float = DataSection().max_megapixels
-    value_range: float | None = None
+    max_megapixels: float = _DEFAULT.max_megapixels
+    value_range: float | None = _DEFAULT.value_range
     resizes: tuple[Callable[[Size], Iterable[Size]], ...] = ()
 
     @property
     def settings(self) -> bytes:
-        """What of this decides whether and how a file can be read, whatever is made of it afterwards."""
-        return f"{self.max_megapixels:g} {self.value_range}".encode()
+        """What decides whether a file can be read, whatever is made of it afterwards; empty where it is the default."""
+        given = (self.max_megapixels, self.value_range)
+        return b"" if given == (_DEFAULT.max_megapixels, _DEFAULT.value_range) else repr(given).encode()
 
     def check(self, size: Size, name: str) -> None:
         """Raise ImageError, naming the image, for one that is too large or would become so."""
