@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tiny import FakeDevice, files_of, paths_of
 from tl_trainer import features as module_under_test
@@ -399,6 +400,36 @@ def test_batches_come_as_those_of_images_would(
             torch.testing.assert_close(actual.inputs, prefix(wanted.inputs), rtol=0, atol=1e-5)
 
 
+class Arrivals(TorchFunctionMode):
+    """Counts the tensors that come from the CPU to another device."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.count += func is Tensor.to and args[0].device == CPU and found.device != CPU
+        return found
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, False), (2 * COUNT * 18 * 4, False), (2 * COUNT * 18 * 4 + 2, True)])
+def test_features_that_fit_stay_on_the_gpu(
+    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch, free: int, kept: bool
+) -> None:
+    """Each epoch then copies its order alone."""
+    monkeypatch.setattr(module_under_test, "_free_on", lambda device: free)  # else 0 for this stand-in
+    _, found = cache.run(split)
+    batches, gpu = FeatureBatches(found, batch_size=16, shuffle=True), torch.device("meta")
+    arrived = []
+    for epoch in (0, 1):
+        with Arrivals() as arrivals:
+            given = list(batches.epoch(epoch, gpu))
+        assert {tensor.device for batch in given for tensor in (batch.inputs, batch.targets)} == {gpu}
+        assert [batch.inputs.shape for batch in given] == [(16, 2, 3, 3), (16, 2, 3, 3), (8, 2, 3, 3)]
+        arrived.append(arrivals.count)
+    assert arrived == ([3, 1] if kept else [6, 6])
+    assert len(batches) == 3
+
+
 def test_batches_in_the_order_of_the_split(cache: Cache, split: Split) -> None:
     _, found = cache.run(split)
     batches = list(FeatureBatches(found, batch_size=16).epoch(5, CPU))
@@ -406,8 +437,11 @@ def test_batches_in_the_order_of_the_split(cache: Cache, split: Split) -> None:
     assert torch.equal(torch.cat([batch.inputs for batch in batches]), rows_of(found))
 
 
-def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(split: Split, tmp_path: Path) -> None:
+def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On an Apple GPU such copies of what is freed meanwhile have come out wrong."""
+    monkeypatch.setattr(module_under_test, "_free_on", lambda device: 0)
     for kind in ("cuda", "mps", "cpu"):
         place = torch.device(kind)
         extractor = Extractor(Prefixes(), IDENTITY, tmp_path / kind, 10**9, place)
@@ -415,7 +449,7 @@ def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(split: Split, tm
             features = extractor.features(known(split), "train", pipeline())
             assert device.copies
             list(FeatureBatches(features, batch_size=32).epoch(0, place))
-        assert {copy[0] for copy in device.copies} == {kind}
+        assert {copy[0] for copy in device.copies} == {kind, "cpu"}
         assert {copy[1:] for copy in device.copies} <= (
             {(True, True), (False, False)} if kind == "cuda" else {(False, False)}
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tiny import IMAGES, STEPS, Clock, TinyBatches, tiny_state, tiny_template
+from tiny import IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny_template
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
 from tl_trainer.data.dataset import Files, Split
@@ -368,6 +368,39 @@ def test_the_loss_of_a_batch_updates_nothing() -> None:
     before = copied(step, state)
     assert step.loss(first_batch()).requires_grad
     assert same(copied(step, state), before)
+
+
+class OnGpu(Tensor):
+    """A loss that says that it is on a GPU."""
+
+    device = property(lambda _: torch.device("cuda:1"))
+
+
+def test_on_a_gpu_the_update_is_launched_before_the_loss_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            happened.append(f"copied on {stream}")
+
+        def synchronize(self) -> None:
+            happened.append("waited")
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        loss = functional.cross_entropy(logits, targets)
+        loss.register_hook(lambda _: happened.append("backward"))
+        return loss.as_subclass(OnGpu)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"a stream of {device}")
+    expected, found = (tiny_state(3, EPOCHS, *RECIPES["sgd-plateau"]) for _ in range(2))
+    torch.manual_seed(0)  # of the dropout
+    loss = make_step(expected, functional.cross_entropy, expected.scaler)(first_batch())
+    torch.manual_seed(0)
+    with FakeDevice():
+        assert make_step(found, criterion, found.scaler)(first_batch()) == loss
+    assert happened == ["copied on a stream of cuda:1", "backward", "waited"]
+    assert same(found.classifier.state_dict(), expected.classifier.state_dict())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

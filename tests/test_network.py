@@ -61,3 +61,20 @@ def test_devices_that_are_not_there_are_refused() -> None:
     with pytest.raises(SettingError, match=r"cuda:77: this machine has \d+ CUDA devices; use --device cpu"):
         resolve_device("cuda:77")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize(("kind", "trainable", "last"), [
+    ("cuda", "stage2", True), ("cuda", "all", True), ("cuda", "head", False), ("cpu", "all", False)
+])  # fmt: skip
+def test_what_trains_on_a_gpu_is_laid_out_channels_last(
+    monkeypatch: pytest.MonkeyPatch, kind: str, trainable: str, last: bool
+) -> None:
+    move = Classifier.to
+    here = lambda self, *device, **layout: self if device else move(self, **layout)  # noqa: E731
+    monkeypatch.setattr(Classifier, "to", here)
+    classifier = network_of(trainable).classifier
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    net = Network(classifier, torch.device(kind), "fp32")
+    weight = net.classifier.backbone.model.conv1[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last
+    assert all(torch.equal(value, before[key]) for key, value in net.classifier.state_dict().items())

@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from tiny import CLASSES, tiny_classifier, tiny_template
+from tl_trainer import predict as module_under_test
 from tl_trainer.assembly import Parts
 from tl_trainer.config.load import load
 from tl_trainer.data import images
@@ -177,6 +179,19 @@ def test_a_name_that_is_too_long_is_an_error_row(paths: list[str]) -> None:
 
 def test_of_what_is_no_file_of_the_system_nothing_is_known() -> None:
     assert not line_waiting(io.StringIO("a.jpg\n"))
+
+
+def test_images_are_decoded_in_a_thread_per_core(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        made.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(module_under_test, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(module_under_test, "cores", lambda: 7, raising=False)
+    assert len(list(predictor().rows(paths[:1]))) == 1
+    assert made == [7]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5])

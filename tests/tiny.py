@@ -123,7 +123,7 @@ class FakeDevice(TorchFunctionMode):
         self._pinned: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
         if func is Tensor.pin_memory:
             self._pinned.append(args[0].clone())
             return self._pinned[-1]

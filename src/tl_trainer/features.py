@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -163,17 +164,27 @@ class Features:
         self.keys = keys
         self.split = split
         self.targets = torch.tensor(list(split.targets))
+        self.device = self.targets.device
         size = len(keys) * len(split) * store.row_bytes
         self.tables = [store.take(view) for view in keys] if size < free_memory() / 2 else None
         if self.tables is not None:
             self.store = None  # and with it the memory-mapped copy
 
-    def take(self, view: int, indices: Sequence[int]) -> Tensor:
+    def move(self, device: torch.device) -> None:
+        """Bring all that is in memory to a GPU, once, where it takes less than half of what is free there."""
+        if self.tables is None or self.device == device:
+            return
+        if sum(table.nbytes for table in self.tables) < _free_on(device) / 2:
+            self.tables, self.targets = [table.to(device) for table in self.tables], self.targets.to(device)
+            self.device = device
+
+    def take(self, view: int, indices: Sequence[int] | Tensor) -> Tensor:
         """The features of one view of the images at `indices`, (N, ...) in the precision they were computed in."""
+        rows = torch.as_tensor(indices, dtype=torch.int64)
         if self.tables is not None:
-            return self.tables[view][list(indices)]
+            return self.tables[view][rows]
         assert self.store is not None
-        return self.store.take([self.keys[view][index] for index in indices])
+        return self.store.take([self.keys[view][row] for row in rows.tolist()])
 
 
 class FeatureBatches:
@@ -195,10 +206,15 @@ class FeatureBatches:
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, float32, on `device`."""
         features, view = self.features, epoch % len(self.features.keys)
+        features.move(device)
         count = len(features.targets)
-        for indices in batch_order(count, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]:
-            inputs = features.take(view, indices).to(device)
-            yield Batch(inputs.float(), features.targets[indices].to(device), torch.tensor(indices))
+        order = batch_order(count, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]
+        # All at once, for each copy to a GPU waits until that has nothing left to do.
+        rows = torch.tensor([*itertools.chain(*order)], dtype=torch.int64).to(features.device)
+        parts = torch.split(rows, [len(indices) for indices in order])
+        for indices, chosen in zip(order, parts, strict=True):
+            inputs, targets = features.take(view, chosen).to(device), features.targets[chosen].to(device)
+            yield Batch(inputs.float(), targets, torch.tensor(indices))
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -207,6 +223,11 @@ class FeatureBatches:
 def features_folder(section: FeaturesSection) -> Path:
     """Where features are kept: `features.dir`, else a folder in the user's cache."""
     return expand(section.dir) if section.dir else cache_folder() / "features"
+
+
+def _free_on(device: torch.device) -> int:
+    """The bytes that are free on a GPU; 0 for another kind of device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _key(digest: bytes, tag: bytes) -> bytes:

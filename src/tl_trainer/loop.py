@@ -39,20 +39,44 @@ class Step:
     scaler: torch.amp.GradScaler
 
     def __call__(self, batch: Batch) -> float:
-        """The batch's mean loss before the update; a loss that is not finite updates nothing."""
+        """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
+
+        There the update is launched before the loss is known, so that the GPU does not wait for the processor.
+        """
         loss = self.loss(batch)
-        value = loss.item()
-        if math.isfinite(value):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return value
+        if loss.device.type == "cuda":
+            value = _underway(loss)
+            self._update(loss)
+            return value()
+        found = loss.item()
+        if math.isfinite(found):
+            self._update(loss)
+        return found
+
+    def _update(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def loss(self, batch: Batch) -> Tensor:
         """The batch's mean loss, a scalar with its graph."""
         loss: Tensor = self.criterion(self.forward(batch.inputs), batch.targets)
         return loss
+
+
+def _underway(loss: Tensor) -> Callable[[], float]:
+    """Begin to copy the loss from the GPU; the call waits for this copy alone, not for what was launched since."""
+    here = torch.empty((), dtype=loss.dtype, pin_memory=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    here.copy_(loss.detach(), non_blocking=True)
+    arrived.record(torch.cuda.current_stream(loss.device))
+
+    def value() -> float:
+        arrived.synchronize()
+        return here.item()
+
+    return value
 
 
 @dataclass(frozen=True)

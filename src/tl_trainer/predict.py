@@ -32,11 +32,11 @@ from tl_trainer.errors import ImageError, InputError
 from tl_trainer.evaluate import averaged
 from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import write_atomically
+from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction
 
-THREADS = 4
 Source = str | Path | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
 Decoded = tuple[Views, float]  # and what `images.dark` says of it
@@ -112,7 +112,7 @@ class Predictor:
         """
         remaining = iter(inputs)
         there = ready or (lambda: isinstance(inputs, Sequence))
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
 
             def draw(count: int) -> list[tuple[Source, Future[Decoded]]]:
                 return [(source, pool.submit(self._decode, source)) for source in islice(remaining, count)]

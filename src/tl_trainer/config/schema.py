@@ -218,7 +218,7 @@ class TrainSection(Section):
         "off trains it.",
     )
     epochs: int = Field(EPOCHS, ge=1, description="Passes over the training images.")
-    batch_size: int = Field(48, ge=1, description="Images per optimizer step.")
+    batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
