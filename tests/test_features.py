@@ -3,6 +3,7 @@ often it was interrupted, by whomever it was computed, and wherever it is kept."
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -12,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -621,6 +624,82 @@ def test_the_folder_is_the_configured_one_or_the_users_own(tmp_path: Path, monke
     assert features_folder(FeaturesSection(dir="elsewhere")) == Path("elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert features_folder(FeaturesSection(dir="~/cached")) == tmp_path / "home" / "cached"
+
+
+@pytest.fixture
+def not_allowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder another user's, which may be read only. Not by its mode: root may write to it all the same."""
+
+    def forbid(folder: Path) -> None:
+        def refusing(function: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+            def call(path: Any, *arguments: Any, **options: Any) -> Any:
+                if Path(path).is_relative_to(folder) and writes(Path(path), *arguments, **options):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return function(path, *arguments, **options)
+
+            return call
+
+        def always(*_: object, **__: object) -> bool:
+            return True
+
+        monkeypatch.setattr(Path, "open", refusing(Path.open, lambda _, mode="r", **__: mode not in ("r", "rb")))
+        monkeypatch.setattr(Path, "mkdir", refusing(Path.mkdir, lambda path, **_: not path.exists()))
+        monkeypatch.setattr(Path, "unlink", refusing(Path.unlink, always))
+        for name in ("utime", "truncate"):
+            monkeypatch.setattr(os, name, refusing(getattr(os, name), always))
+        temporary = tempfile.TemporaryFile
+        monkeypatch.setattr(
+            tempfile, "TemporaryFile", lambda dir: refusing(lambda path: temporary(dir=path), always)(dir)
+        )
+
+    return forbid
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the folder", "only the store"])
+def test_of_another_users_features_those_there_are_used_and_the_rest_is_kept_in_memory(
+    cache: Cache, split: Split, caplog: pytest.LogCaptureFixture, not_allowed: Callable[[Path], None], whole: bool
+) -> None:
+    cache.run(split.subset(range(30)))
+    (records,) = cache.folder.glob("*/*.keys")
+    rows = bytearray(records.with_suffix(".rows").read_bytes())
+    rows[1000] ^= 4
+    records.with_suffix(".rows").write_bytes(rows)
+    stored = {path: path.read_bytes() for path in cache.folder.glob("*/*")}
+    not_allowed(cache.folder if whole else records.parent)
+    caplog.clear()
+    for _ in range(2):
+        extractor = Extractor(Prefixes(), IDENTITY, cache.folder, cache.limit, CPU)
+        found = extractor.features(known(split), "train", pipeline())
+        assert extractor.computed == 11
+        assert_right(found)
+        assert_right(extractor.features(known(split), "val", pipeline()))
+        assert sum("is another user's or read-only" in record.message for record in caplog.records) == 1
+        caplog.clear()
+    computed = Extractor(Prefixes(), {**IDENTITY, "sha256": "new"}, cache.folder, cache.limit, CPU)
+    assert_right(computed.features(known(split), "train", pipeline()))
+    assert {path: path.read_bytes() for path in stored} == stored
+    assert len(list(cache.folder.glob("*/*.keys"))) == (1 if whole else 2)
+
+
+def test_a_store_that_may_not_even_be_read_is_not_called_damaged(
+    cache: Cache, split: Split, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.run(split)
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "store.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        computed, found = cache.run(split)
+    assert computed == COUNT
+    assert_right(found)
+    assert "cannot be read (Permission denied)" in caplog.text
+    assert "damaged" not in caplog.text
+    assert cache.run(split)[0] == 0
 
 
 def test_a_store_that_is_removed_in_between_is_computed_again(cache: Cache, split: Split) -> None:

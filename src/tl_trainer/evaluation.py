@@ -16,7 +16,6 @@ from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import InputError
 from tl_trainer.evaluate import averaged
-from tl_trainer.ground.files import make_folder
 from tl_trainer.metrics import Scores
 from tl_trainer.plots import png
 from tl_trainer.tasks import Task
@@ -101,7 +100,7 @@ def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
 def _leave_out_unwritable_cache(parts: Parts) -> None:
     if parts.feeds.extractor is not None:
         try:
-            make_folder(parts.feeds.extractor.folder, "features.dir")
+            parts.feeds.extractor.make_folder()
         except InputError as error:
             log.warning("%s; going on without the cache", error)
             parts.feeds.extractor = None

@@ -4,11 +4,14 @@ A store is a folder with one shape and one precision. Every process that compute
 own, a file of raw rows and a file of records (key, checksum of the row, checksum of the record), in the same order and
 the row first. So nobody waits for a lock, two processes can fill one store at once, and a row without a whole record
 does not exist. What is damaged is blanked where it was found, so that it is reported once and never found again.
+
+The store may be another user's. What can be read of it is used, and rows that may not be written are kept in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,7 +19,7 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +44,15 @@ ABANDONED_SECONDS = 60.0
 # What a store's files are called; nothing else in its folder is ever removed.
 _OWN = re.compile(r"[0-9a-f]{32}\.(rows|keys)|store\.json|\.store\.json-\d+\.tmp")
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # the file is another user's, or everything is read-only
+
 ROWS_AT_ONCE = 1024  # that are copied, so that no second copy of them all is ever in memory
 
 
 class _Rows(NamedTuple):
     """A segment as it was read: its file of records, its rows, and their checksums."""
 
-    records: Path
+    records: Path | None  # None: they are in memory only
     rows: np.ndarray[Any, Any]
     checksums: np.ndarray[Any, Any]
 
@@ -61,18 +66,24 @@ class FeatureStore:
         self.segments: list[_Rows] = []
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.float32
-        self._writer: _Segment | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: _Segment | _Memory | None = None
+        self._left_out: set[tuple[Path, int]] = set()  # damaged rows of segments that may be another user's
+        with _where_allowed():
+            folder.mkdir(parents=True, exist_ok=True)
         self.refresh()
 
     def refresh(self) -> None:
         """Read what is there now, leaving out, with a warning, what is damaged."""
-        self.index, self.segments = {}, []
-        if not self._read_description():
-            return
-        for path in sorted(self.folder.glob("*.keys")):
-            with contextlib.suppress(FileNotFoundError):  # another run has just removed this store to make room
-                self._read_segment(path)
+        self.index, self.segments, self._readable = {}, [], True
+        try:
+            if not self._read_description():
+                return
+            for path in sorted(self.folder.glob("*.keys")):
+                with contextlib.suppress(FileNotFoundError):  # another run has just removed this store to make room
+                    self._read_segment(path)
+        except PermissionError as error:
+            self._readable = False
+            log.warning("%s cannot be read (%s); what it holds is computed again", self.folder, error.strerror)
 
     def find(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the keys that are not there, or whose row does not have its checksum any more; each once."""
@@ -81,7 +92,8 @@ class FeatureStore:
             log.warning("%d cached features in %s are damaged and are computed again", len(damaged), self.folder)
             for key in damaged:
                 segment, number = self.index[key]
-                _blank(self.segments[segment].records, [number])
+                if records := self.segments[segment].records:
+                    self._leave_out(records, [number])
             self.refresh()  # another segment may have the row too, and that one may be damaged as well
         return [key for key in wanted if key not in self.index]
 
@@ -90,32 +102,38 @@ class FeatureStore:
 
         Raises RunError where the disk is full, DataError for rows of another shape than those that are there.
         """
+        self._writer = self._writer or self._new_writer()
         if not self.shape:
             self.shape, self.dtype = tuple(rows.shape[1:]), rows.dtype
-            write_text(self.folder / "store.json", json.dumps(_described(self.shape, self.dtype)))
+            if not self.in_memory:
+                write_text(self.folder / "store.json", json.dumps(_described(self.shape, self.dtype)))
         if tuple(rows.shape[1:]) != self.shape:
             raise DataError(
                 f"the transforms give images of different sizes: their features are {tuple(rows.shape[1:])} and "
                 f"{self.shape}; end them with a crop or a Resize to [height, width], e.g. {{CenterCrop: 224}}"
             )
         try:
-            self._writer = self._writer or _Segment(self.folder)
             self._writer.append(keys, _as_numbers(rows))
         except OSError as error:
-            if self._writer is not None:
-                with contextlib.suppress(OSError):  # closing tries once more to write what is left
-                    self._writer.close()
-                self._writer = None
-            raise RunError(
-                f"cannot write features to {self.folder}: {error.strerror}; free some space or set features.dir"
-            ) from error
+            with contextlib.suppress(OSError):  # closing tries once more to write what is left
+                self._writer.close()
+            self._writer = None
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """End this process's segment, if it wrote one, and read everything again."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if isinstance(writer, _Segment):
+            writer.close()
             self.refresh()
+        elif writer is not None and writer.keys:
+            self.index |= {key: (len(self.segments), number) for number, key in enumerate(writer.keys)}
+            self.segments.append(writer.segment())
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether what is appended is kept in memory, since it may not be written."""
+        return isinstance(self._writer, _Memory)
 
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
@@ -147,10 +165,30 @@ class FeatureStore:
     def _row_numbers(self) -> int:
         return int(np.prod(self.shape))
 
+    def _new_writer(self) -> _Segment | _Memory:
+        try:
+            with _where_allowed():
+                return _Segment(self.folder) if self._readable else _Memory()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return _Memory()
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write features to {self.folder}: {error.strerror}; free some space or set features.dir"
+        )
+
+    def _leave_out(self, records: Path, numbers: list[int]) -> None:
+        """Blank damaged records, or where that is not allowed forget them."""
+        self._left_out.update((records, number) for number in numbers)
+        _blank(records, numbers)
+
     def _read_description(self) -> bool:
         path = self.folder / "store.json"
         if not path.exists():
             return False
+        with path.open("rb"):  # PermissionError: not damaged, but another user's
+            pass
         if (found := _described_in(path)) is None:
             log.warning("%s is damaged; its features are computed again", path)
             _remove(self.folder)
@@ -168,7 +206,7 @@ class FeatureStore:
         damaged = []
         for number in range(len(records)):
             record = raw[number * _RECORD.itemsize : (number + 1) * _RECORD.itemsize]
-            if record == _BLANK:
+            if record == _BLANK or (path, number) in self._left_out:
                 continue
             if number < there and zlib.crc32(record[:_CHECKED_BYTES]) == records["record_sum"][number]:
                 self.index[record[:KEY_BYTES]] = (len(self.segments), number)
@@ -176,7 +214,7 @@ class FeatureStore:
                 damaged.append(number)
         if damaged:
             log.warning("%s: %d features are damaged or cut off and are computed again", path, len(damaged))
-            _blank(path, damaged)
+            self._leave_out(path, damaged)
         if readable := min(there, len(records)):
             shape = (readable, self._row_numbers)
             rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape)
@@ -212,6 +250,35 @@ class _Segment:
             pass
 
 
+class _Memory:
+    """What a process keeps of the rows that it may not write."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self.rows: list[np.ndarray[Any, Any]] = []
+
+    def append(self, keys: Sequence[bytes], rows: np.ndarray[Any, Any]) -> None:
+        self.keys += keys
+        self.rows.append(rows)
+
+    def segment(self) -> _Rows:
+        rows = np.concatenate(self.rows).view(f"<u{self.rows[0].itemsize}")
+        return _Rows(None, rows, np.array([zlib.crc32(row.data) for row in rows]))
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _where_allowed() -> Iterator[None]:
+    """The block ends, without an error, at what this user may not write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FORBIDDEN:
+            raise
+
+
 def _as_numbers(rows: Tensor) -> np.ndarray[Any, Any]:
     flat = rows.detach().cpu().contiguous().flatten(1)
     bits = torch.int32 if flat.dtype == torch.float32 else torch.int16
@@ -225,9 +292,9 @@ def _described(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _blank(records: Path, numbers: Iterable[int]) -> None:
-    """Overwrite records with zeros, which stand for no row. Raises RunError where the file cannot be written."""
+    """Overwrite records with zeros, which stand for no row, where that is allowed. RunError where the disk fails."""
     try:
-        with contextlib.suppress(FileNotFoundError), records.open("r+b") as file:
+        with contextlib.suppress(FileNotFoundError), _where_allowed(), records.open("r+b") as file:
             for number in numbers:
                 file.seek(number * _RECORD.itemsize)
                 file.write(_BLANK)
@@ -253,7 +320,7 @@ def folder_size(folder: Path) -> int:
     """The bytes of all files below a folder; 0 where it does not exist."""
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # temporary files of other runs come and go
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # temporary files of other runs come and go
             total += path.stat().st_size if path.is_file() else 0
     return total
 

@@ -32,7 +32,7 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch, batch_order, batch_starts, stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
-from tl_trainer.feature_store import FeatureStore, make_room
+from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
 from tl_trainer.ground.failures import WORKER_KILLED
 from tl_trainer.ground.files import cache_folder, make_folder
 from tl_trainer.ground.machine import cores, free_memory
@@ -83,6 +83,7 @@ class Extractor:
     device: torch.device
     workers: int = 0
     computed: int = field(default=0, init=False)
+    _told: bool = field(default=False, init=False)
     _planned: int = field(default=0, init=False)
     _kept: set[Path] = field(default_factory=set, init=False)
 
@@ -93,6 +94,15 @@ class Extractor:
         """
         self._planned, self._kept = rows, {self._folder(pipeline) for pipeline in pipelines}
 
+    def make_folder(self) -> None:
+        """Create the cache's folder. Raises InputError where that cannot work; another user's may be read-only."""
+        try:
+            make_folder(self.folder, "features.dir")
+        except InputError as error:
+            cause = error.__cause__
+            if not (self.folder.is_dir() and isinstance(cause, OSError) and cause.errno in FORBIDDEN):
+                raise
+
     def features(self, split: Split, what: str, pipeline: Pipeline, views: int = 1, seed: int = 0) -> Features:
         """The features of every image of the split, from the cache where they are there.
 
@@ -100,7 +110,7 @@ class Extractor:
         image are drawn, each from (seed, view, image). Raises ImageError for an image that changed meanwhile, NoRoom.
         """
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
-        make_folder(self.folder, "features.dir")
+        self.make_folder()
         store = self._store(pipeline)
         keys = [[_key(digest, tag) for digest in split.hashes] for tag in tags]
         wanted = {key: index for index, views_of_one in enumerate(zip(*keys, strict=True)) for key in views_of_one}
@@ -120,7 +130,8 @@ class Extractor:
 
     def _store(self, pipeline: Pipeline) -> FeatureStore:
         store = FeatureStore(self._folder(pipeline))
-        os.utime(store.folder)  # when it was used last, for make_room
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(store.folder)  # when it was used last, for make_room
         return store
 
     def _compute(
@@ -144,6 +155,13 @@ class Extractor:
                     roomy = True
                 store.append([key for key, _ in chunk], rows)
                 self.computed += len(chunk)
+            if store.in_memory and not self._told:
+                log.warning(
+                    "%s is another user's or read-only: new features are kept in memory, and computed again in another "
+                    "run; to keep them, set features.dir",
+                    store.folder,
+                )
+                self._told = True
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
         size, planned = rows[0].numel() * rows.element_size(), max(count, self._planned)
