@@ -65,6 +65,21 @@ class Prefixes:
         return self.prefix(images)
 
 
+class Full(Prefixes):
+    """On a device with memory for so many images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.sizes: list[int] = []
+
+    def compute(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().compute(images)
+
+
 class Cache:
     """Extractors one after the other, as in runs one after the other."""
 
@@ -624,6 +639,28 @@ def test_the_folder_is_the_configured_one_or_the_users_own(tmp_path: Path, monke
     assert features_folder(FeaturesSection(dir="elsewhere")) == Path("elsewhere")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert features_folder(FeaturesSection(dir="~/cached")) == tmp_path / "home" / "cached"
+
+
+@pytest.mark.parametrize("most", [9, 3, 1])
+def test_a_full_gpu_computes_fewer_images_at_once_and_says_so_once(
+    cache: Cache, split: Split, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    prefixes = Full(most)
+    extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
+    found = extractor.features(known(split), "train", pipeline())
+    assert_right(found)
+    assert extractor.computed == COUNT
+    assert sum(size > most for size in prefixes.sizes) == {9: 1, 3: 3, 1: 4}[most]
+    assert [record.message for record in caplog.records] == [
+        "the GPU has too little memory for 16 images at once; going on with fewer"
+    ]
+
+
+def test_a_gpu_without_memory_for_one_image_is_a_sentence(cache: Cache, split: Split) -> None:
+    extractor = Extractor(Full(0), IDENTITY, cache.folder, cache.limit, CPU)
+    with pytest.raises(RunError, match="the GPU is out of memory with a single image; end other programs") as caught:
+        extractor.features(known(split), "train", pipeline())
+    assert "--batch-size" not in str(caught.value)
 
 
 @pytest.fixture

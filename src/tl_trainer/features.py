@@ -83,6 +83,7 @@ class Extractor:
     device: torch.device
     workers: int = 0
     computed: int = field(default=0, init=False)
+    _at_once: int = field(default=0, init=False)  # images, where the device has too little memory for a whole batch
     _told: bool = field(default=False, init=False)
     _planned: int = field(default=0, init=False)
     _kept: set[Path] = field(default_factory=set, init=False)
@@ -146,10 +147,7 @@ class Extractor:
         with contextlib.closing(store), _reading(split, pipeline, workers) as read:
             chunks = _chunks(_drawn(missing, read, block, overlap=overlap), size)
             for chunk in bar(chunks, f"{what} features", -(-count // size)):
-                batch, pinned = stacked([image for _, image in chunk]), self.device.type == "cuda"
-                if pinned:
-                    batch = batch.pin_memory()
-                rows = prefix(pipeline.batch(batch.to(self.device, non_blocking=pinned)))
+                rows = self._rows(prefix, pipeline, stacked([image for _, image in chunk]))
                 if not roomy:
                     self._check_room(store, rows, count)
                     roomy = True
@@ -162,6 +160,27 @@ class Extractor:
                     store.folder,
                 )
                 self._told = True
+
+    def _rows(self, prefix: FrozenPrefix, pipeline: Pipeline, images: Tensor) -> Tensor:
+        """The rows of the images, as many images at once as the device has memory for."""
+        if pinned := self.device.type == "cuda":
+            images = images.pin_memory()
+        while True:
+            try:
+                parts = [
+                    prefix(pipeline.batch(part.to(self.device, non_blocking=pinned))).cpu()
+                    for part in torch.split(images, self._at_once or len(images))
+                ]
+                return torch.cat(parts)
+            except torch.OutOfMemoryError as error:
+                size = self._at_once or len(images)
+                if size == 1:
+                    raise RunError(
+                        "the GPU is out of memory with a single image; end other programs on it or use --device cpu"
+                    ) from error
+            if not self._at_once:
+                log.warning("the GPU has too little memory for %d images at once; going on with fewer", size)
+            self._at_once = size // 2
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
         size, planned = rows[0].numel() * rows.element_size(), max(count, self._planned)

@@ -20,6 +20,8 @@ _NO_MEMORY_IN_ONEDNN = (
     "could not create a primitive", "could not create a memory object", "could not execute a primitive"
 )  # fmt: skip
 _SPARE = 256 << 20  # bytes, without which hardly a step of a network can work
+_MEMINFO, _OWN_CGROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _TRYING = threading.Lock()
 _SMALL_STEP = 50_000_000  # multiply-adds
 
@@ -55,13 +57,34 @@ def memory_is_short() -> bool:
 
 
 def free_memory() -> int:
-    """The bytes of memory that are free for use, caches of the system counted in; 4 GB where that is unknown."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
+    """The bytes of memory that are free for use, caches of the system counted in; 4 GB where that is unknown.
+
+    In a container it is what its limit leaves, where that is less than what the machine has.
+    """
+    left = list(_left_by_limits())
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4_000_000_000
+                left.append(int(line.split()[1]) * 1024)
+    return max(0, min(left, default=4_000_000_000))
+
+
+def _left_by_limits() -> Iterator[int]:
+    """What each limit on this process's memory leaves: of its control group and of all above it (cgroup v2 and v1)."""
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    for number, controllers, path in (line.split(":", 2) for line in lines if line):
+        if number == "0" and not controllers:
+            root, limit, usage, cache = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage, cache = _CGROUPS / "memory", *_VERSION_1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # such a group is not seen from here, or its limit is "max"
+                numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                bytes_used = int((folder / usage).read_text()) - int(numbers.get(cache, 0))
+                yield int((folder / limit).read_text()) - bytes_used
 
 
 def cores() -> int:
