@@ -15,10 +15,12 @@ from conftest import Run, last_json
 from test_end_to_end import SMALL
 from tiny import tiny_template
 from tl_trainer import checkpoint
-from tl_trainer.assembly import FIXED, NOT_TAKEN, SETTABLE, restore, set_up
+from tl_trainer.assembly import FIXED, NOT_TAKEN, SETTABLE, _images_to_compute, restore, set_up
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config, flat
+from tl_trainer.data.dataset import Files, Split
+from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import CheckpointError, ConfigError, DataError
 from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.models.backbones import BACKBONES, build_backbone, empty_backbone, feature_size, resolve_weights
@@ -244,3 +246,22 @@ def test_a_run_without_an_epoch_has_no_classifier_yet(tmp_path: Path) -> None:
     checkpoint.save(tiny_template(), tmp_path / "last.pth")
     with pytest.raises(CheckpointError, match=rf"no epoch of this run has ended yet; go on with --resume {tmp_path}"):
         restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("features", "random", "images"),
+    [
+        ({}, False, 24 + 12),
+        ({}, True, 24 * 40 + 12),
+        ({"views": 1}, True, 24 * 40 + 12),
+        ({"views": 3}, True, 24 * 3 + 12),
+        ({"cache": "off"}, False, (24 + 12) * 40),
+    ],
+)
+def test_what_is_compiled_depends_on_the_images_that_a_run_computes_and_not_on_what_is_cached(
+    features: dict[str, Any], random: bool, images: int
+) -> None:
+    config = Config.model_validate({"features": features, "train": {"epochs": 40}})
+    splits = {name: Split(Files([], []), [0] * count, range(count)) for name, count in (("train", 24), ("val", 12))}
+    steps = [{"RandomCrop": 8}] if random else [{"CenterCrop": 8}]
+    assert _images_to_compute(config, splits, Pipeline(steps, "transforms.train")) == images

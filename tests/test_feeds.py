@@ -392,19 +392,21 @@ def test_precision_of_the_frozen_and_the_trained_part(
     assert set(seen) == {trained or torch.float32}
 
 
-@pytest.mark.parametrize(("compiled", "told"), [(True, 24), (False, 0)])
-def test_compiling_is_decided_by_the_number_of_images(
-    split: Split, monkeypatch: pytest.MonkeyPatch, compiled: bool, told: int
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_compiled_prefix_is_made_for_features_and_for_images_and_has_a_store_of_its_own(
+    split: Split, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
-    found: list[int] = []
+    found: list[bool] = []
 
-    def make(*arguments: Any, images_to_compile_for: int) -> FrozenPrefix:
-        found.append(images_to_compile_for)
+    def make(*arguments: Any, compiled: bool) -> FrozenPrefix:
+        found.append(compiled)
         return FrozenPrefix(*arguments)
 
     monkeypatch.setattr(module_under_test, "FrozenPrefix", make)
-    feeds_of(compiled=compiled).training(split, FIXED)
-    assert found == [told]
+    for compiled in (True, False):
+        logits(feeds_of(compiled=compiled, cache=cache).training(split, FIXED))
+    assert found == [True, False]
+    assert len(list(Path("cache").rglob("*.rows"))) == (2 if cache == "auto" else 0)
 
 
 def test_bad_images_are_skipped_on_either_way(split: Split, colours: Path) -> None:

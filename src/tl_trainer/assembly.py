@@ -38,6 +38,7 @@ from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, library_versions, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
+from tl_trainer.models.prefix import pays_to_compile
 from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
 from tl_trainer.optim import Schedule, build_optimizer
@@ -166,7 +167,8 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
             sha256=state_hash(classifier.frozen_state()),
             size=weights.preset.crop,
         )
-        compiled = config.performance.compile == "auto"
+        images = _images_to_compute(config, splits, train_pipeline)
+        compiled = config.performance.compile == "auto" and pays_to_compile(device, images)
         network = Network(classifier, device, config.train.precision, compiled=compiled)
     parts = Parts(loaded, task, network, pipeline, identity, size, _feeds(config, network, identity), resumed)
     return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline)
@@ -346,6 +348,17 @@ def _decoding(data: DataSection, *pipelines: Pipeline) -> Decoding:
     return Decoding(data.max_megapixels, data.value_range, tuple(pipeline.sizes for pipeline in pipelines))
 
 
+def _images_to_compute(config: Config, splits: dict[str, Split], train_pipeline: Pipeline) -> int:
+    """How many images the frozen stages compute in this run where nothing is cached: of that depends what is compiled,
+    and so what the features are, which must be the same in the next run."""
+    train, epochs, views = len(splits["train"]), config.train.epochs, config.features.views
+    others = sum(map(len, splits.values())) - train
+    if config.features.cache == "off":
+        return (train + others) * epochs
+    drawn = epochs if views == "auto" or views == 1 else views
+    return others + train * (1 if train_pipeline.deterministic else drawn)
+
+
 def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feeds:
     extractor, name, workers = None, backbone["name"], worker_count(config.data.workers)
     if network.classifier.frozen and config.features.cache == "auto":
@@ -358,6 +371,7 @@ def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feed
                 "precision": network.precision,
                 "device": network.device.type,
                 "value_range": config.data.value_range,
+                **({"compiled": True} if network.compiled else {}),
                 "versions": [
                     CACHE_VERSION,
                     torchvision.__version__,

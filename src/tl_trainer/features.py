@@ -70,13 +70,13 @@ Row = tuple[bytes, Tensor]
 
 @dataclass
 class Extractor:
-    """Computes and keeps the features of verified splits. `make_prefix(n)` gives the network that computes n rows.
+    """Computes and keeps the features of verified splits. `make_prefix` gives the network that computes them.
 
     identity: what decides a feature's value besides the image, as plain data. workers: processes that draw random
     views, 0 for none. computed: rows computed so far.
     """
 
-    make_prefix: Callable[[int], FrozenPrefix]
+    make_prefix: Callable[[], FrozenPrefix]
     identity: dict[str, Any]
     folder: Path
     limit: int
@@ -140,7 +140,7 @@ class Extractor:
     ) -> None:
         """Compute the missing rows and append them to the store."""
         count = sum(len(image.keys) for image in missing)
-        prefix, roomy = self.make_prefix(count), False
+        prefix, roomy = self.make_prefix(), False
         size, overlap = IMAGES_AT_ONCE.get(self.device.type, 16), self.device.type != "cpu"
         block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
         workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save

@@ -14,7 +14,7 @@ from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
 class Network:
     """The classifier and its frozen prefix. `prefix` is made when the first image needs it.
 
-    precision: `auto`, fp32, bf16 or fp16, as in `train.precision`. compiled: whether the prefix may be compiled.
+    precision: `auto`, fp32, bf16 or fp16, as in `train.precision`. compiled: whether the prefix is compiled.
     Raises SettingError for a precision that the device does not have.
     """
 
@@ -33,13 +33,10 @@ class Network:
         self.compiled = compiled
         self._prefix: FrozenPrefix | None = None
 
-    def prefix(self, images: int = 0) -> FrozenPrefix:
-        """The fast frozen prefix; `images` is how many it will compute, for deciding whether to compile it."""
+    def prefix(self) -> FrozenPrefix:
+        """The fast frozen prefix."""
         if self._prefix is None:
-            worth = images if self.compiled else 0
-            self._prefix = FrozenPrefix(
-                self.classifier.frozen, self.device, self.precision, images_to_compile_for=worth
-            )
+            self._prefix = FrozenPrefix(self.classifier.frozen, self.device, self.precision, compiled=self.compiled)
         return self._prefix
 
     def features(self, images: Tensor) -> Tensor:

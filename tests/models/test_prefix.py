@@ -8,6 +8,7 @@ positive side of ReLU: without that a deep random network is chaotic and turns r
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,10 @@ from torch.nn.functional import cosine_similarity
 from tl_trainer.data.images import load
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import SettingError
-from tl_trainer.models import prefix as module_under_test
 from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.chain import Stage
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.models.prefix import DTYPES, IMAGES_WORTH_COMPILING, FrozenPrefix, prefix_precision
+from tl_trainer.models.prefix import DTYPES, IMAGES_WORTH_COMPILING, FrozenPrefix, pays_to_compile, prefix_precision
 
 CPU = torch.device("cpu")
 SIDES = {  # name: the side of the images
@@ -304,36 +304,35 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def make(images_to_compile_for: int) -> FrozenPrefix:
-    return FrozenPrefix([Stage("conv", nn.Conv2d(3, 4, 3))], CPU, "fp32", images_to_compile_for=images_to_compile_for)
+def test_compiled_only_where_told(compiled: list[dict[str, Any]]) -> None:
+    for wanted, calls in ((False, []), (True, [{"options": {"freezing": True}}])):
+        FrozenPrefix([Stage("conv", nn.Conv2d(3, 4, 3))], CPU, "fp32", compiled=wanted)
+        assert compiled == calls
 
 
-def test_compiled_only_for_enough_images(
-    monkeypatch: pytest.MonkeyPatch, compiled: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_compiling_pays_for_enough_images(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++" if name == "c++" else None)
-    for images in (0, 1, IMAGES_WORTH_COMPILING["cpu"] - 1):
-        make(images)
-    assert compiled == []
-    make(IMAGES_WORTH_COMPILING["cpu"])
-    assert compiled == [{"options": {"freezing": True}}]
+    enough = IMAGES_WORTH_COMPILING["cpu"]
+    assert [pays_to_compile(CPU, images) for images in (0, 1, enough - 1, enough)] == [False, False, False, True]
+    assert not pays_to_compile(torch.device("mps"), 10**9)  # where it is not known to
     assert not caplog.records
 
 
-def test_no_compiling_where_it_is_not_known_to_pay(
-    monkeypatch: pytest.MonkeyPatch, compiled: list[dict[str, Any]]
-) -> None:
-    monkeypatch.setattr(module_under_test, "IMAGES_WORTH_COMPILING", {"cuda": 1})
-    make(10**9)
-    assert compiled == []
-
-
 def test_without_a_compiler_it_goes_on_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, compiled: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    prefix = make(IMAGES_WORTH_COMPILING["cpu"])
-    assert compiled == []
+    assert not pays_to_compile(CPU, IMAGES_WORTH_COMPILING["cpu"])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "performance.compile needs a C++ compiler" in caplog.text
-    assert prefix(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="there is no C++ compiler here")
+def test_really_compiled_stages_compute_the_same() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    images = torch.rand(4, 3, 16, 16)
+    expected = FrozenPrefix([Stage("conv", module)], CPU, "fp32")(images)
+    actual = FrozenPrefix([Stage("conv", module)], CPU, "fp32", compiled=True)(images)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -48,6 +48,16 @@ def prefix_precision(setting: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
+def pays_to_compile(device: torch.device, images: int) -> bool:
+    """Whether compiling pays for so many images, and can be done here."""
+    if images < IMAGES_WORTH_COMPILING.get(device.type, images + 1):
+        return False
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        log.warning("performance.compile needs a C++ compiler, and none was found; going on without it")
+        return False
+    return True
+
+
 class FrozenPrefix:
     """The frozen stages as one function, (N, 3, H, W) float32 -> the last stage's output in `precision`.
 
@@ -55,11 +65,11 @@ class FrozenPrefix:
     """
 
     def __init__(
-        self, stages: Sequence[Stage], device: torch.device, precision: str, *, images_to_compile_for: int = 0
+        self, stages: Sequence[Stage], device: torch.device, precision: str, *, compiled: bool = False
     ) -> None:
         self.dtype = DTYPES[precision]
         self._graph = _converted(_folded(stages), device, self.dtype)
-        self._compiled = images_to_compile_for >= IMAGES_WORTH_COMPILING.get(device.type, images_to_compile_for + 1)
+        self._compiled = compiled
         self._size: torch.Size | None = None  # of the images that `network` is for, where that makes a difference
         self._pads = bool(_padding_by_size(self._graph))
         self.network: nn.Module = self._graph if self._pads else self._ready(self._graph)
@@ -73,10 +83,6 @@ class FrozenPrefix:
         return self.network(images.to(dtype=self.dtype, memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def _ready(self, graph: nn.Module) -> nn.Module:
-        """The graph, compiled where that pays."""
-        if self._compiled and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            log.warning("performance.compile needs a C++ compiler, and none was found; going on without it")
-            self._compiled = False
         return torch.compile(graph, options={"freezing": True}) if self._compiled else graph  # type: ignore[return-value]
 
 
