@@ -23,6 +23,7 @@ from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, fr
 from tl_trainer.config.schema import Config, DataSection, FeaturesSection, HeadSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
+from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import check_root, open_dataset
@@ -112,6 +113,7 @@ class Setup:
     dataset: Dataset
     drawn: bool  # whether the val split was drawn, and is not the source's own
     train_pipeline: Pipeline
+    duplicates: list[str]  # what is said of them
 
     def feeds(self) -> dict[str, Feed]:
         """The batches of each split; what is frozen is computed here where it is not in the cache."""
@@ -156,6 +158,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         dark = DarkImages()
         splits = {name: verified(split, name, config.data, memory, dark) for name, split in dataset.splits.items()}
         dark.warn(f"{sum(map(len, splits.values()))} images")
+        splits, duplicates = unrepeated(splits, config.data)
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:
@@ -171,7 +174,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         compiled = config.performance.compile == "auto" and pays_to_compile(device, images)
         network = Network(classifier, device, config.train.precision, compiled=compiled)
     parts = Parts(loaded, task, network, pipeline, identity, size, _feeds(config, network, identity), resumed)
-    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline)
+    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline, duplicates)
 
 
 def restore(path: Path, overrides: Overrides = ()) -> Parts:

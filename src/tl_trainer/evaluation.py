@@ -11,6 +11,7 @@ from typing import Any
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import verified
@@ -28,6 +29,7 @@ class Evaluation:
     """The scores of a checkpoint on a split.
 
     what: the split's name. data: where its images are. tta: the test-time augmentation, if any.
+    duplicates: what is said of exact copies.
     """
 
     what: str
@@ -37,6 +39,7 @@ class Evaluation:
     checkpoint: Checkpoint
     task: Task
     tta: str | None = None
+    duplicates: Sequence[str] = ()
 
     @cached_property
     def measured(self) -> dict[str, Any]:
@@ -84,11 +87,13 @@ def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None =
         dataset = with_val(config, dataset, parts.task, saved)
     _leave_out_unwritable_cache(parts)
     split = verified(dataset.split(what), what, config.data, memory_of(config))
+    kept, duplicates = unrepeated({what: split}, config.data)
+    split = kept[what]
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
-    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta)
+    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates)
 
 
 def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:

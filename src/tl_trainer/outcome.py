@@ -64,7 +64,15 @@ def conclude(
     try:
         saver.calibrate_best(scores["val"])
         evaluations = {
-            name: Evaluation(name, setup.dataset.where, setup.dataset.split(name), of_split, saver.best, parts.task)
+            name: Evaluation(
+                name,
+                setup.dataset.where,
+                setup.dataset.split(name),
+                of_split,
+                saver.best,
+                parts.task,
+                duplicates=setup.duplicates,
+            )
             for name, of_split in scores.items()
         }
         if parts.config.output.report:

@@ -57,6 +57,7 @@ def write_report(
             pairs=list(_pair_examples(evaluation, predictions)),
             mistakes=_mistakes(evaluation, predictions, classifier, pipeline),
             about=about,
+            duplicates=[*map(printable, evaluation.duplicates)],
             versions=library_versions(),
         ),
     }

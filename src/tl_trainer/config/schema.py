@@ -79,6 +79,11 @@ class DataSection(Section):
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
     )
+    on_duplicates: Literal["warn", "error", "drop"] = Field(
+        "warn",
+        description="What to do with exact copies in two splits or under two labels: warn, error, or drop (from train "
+        "what is also in val or test, and all copies under two labels in one split).",
+    )
     max_megapixels: float = Field(
         89.5,
         gt=0,
