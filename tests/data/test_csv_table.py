@@ -9,8 +9,9 @@ from PIL import Image
 
 from tiny import paths_of
 from tl_trainer.config.schema import CsvSection, DataSection
+from tl_trainer.data import csv_table
 from tl_trainer.data.csv_table import open_csv
-from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.dataset import Dataset, Files
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError
 
@@ -149,3 +150,17 @@ def test_classes_of_a_checkpoint_are_enforced(tmp_path: Path) -> None:
 def test_the_test_rows_alone_are_enough_with_a_checkpoint(tmp_path: Path) -> None:
     text = "id,label,split\n1,dog,test\n"
     assert list(_open(tmp_path, text, classes=["cat", "dog"], split_column="split").split("test").targets) == [1]
+
+
+def test_names_with_one_hash_are_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_table, "hash", lambda _: 0, raising=False)
+    assert len(_open(tmp_path, ROWS).split("all")) == 3
+    assert _complaint(tmp_path, ROWS + "1.jpg,dog\n").startswith("5: '1.jpg' is in line 2 too")
+
+
+def test_a_path_is_made_when_it_is_asked_for(tmp_path: Path) -> None:
+    files = _open(tmp_path, ROWS).split("all").images
+    assert isinstance(files, Files)
+    assert not isinstance(files.paths, list)
+    assert [files.paths[index].name for index in range(3)] == list(files.names)
+    assert files.paths[1:] == [files.paths[1], files.paths[2]]

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import csv
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
+
+import numpy as np
 
 from tl_trainer.config.schema import CsvSection
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Files, Split
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import unknown
 
+if TYPE_CHECKING:
+    from _csv import Reader
 
-class Row(NamedTuple):
-    """One image; `line` is where it stands in the file."""
 
-    line: int
-    image: str
-    label: str
-    split: str
+class Columns(NamedTuple):
+    """The file's columns, an entry per image: its line, its name, its label, its split."""
+
+    lines: array[int]
+    images: list[str]
+    labels: list[str]
+    splits: list[str]
+
+
+@dataclass(frozen=True)
+class Below(Sequence[Path]):
+    """The paths of names below a folder, made when they are asked for: a million of them take long, and much memory."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self.folder / name for name in self.names[index]]
+        return self.folder / self.names[index]
 
 
 def open_csv(root: Path, section: CsvSection, classes: list[str] | None) -> Dataset:
@@ -28,61 +56,72 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None) -> Data
     here and no index can shift, but may not have others.
     """
     table = root / section.labels
-    by_split: dict[str, list[Row]] = {}
-    for row in _rows(table, section):
-        by_split.setdefault(row.split, []).append(row)
-    fixed_by = "the checkpoint"
+    lines, images, labels, by_image = _columns(table, section)
+    there, fixed_by = set(by_image), "the checkpoint"
     if classes is None:
         fixed_by = "the train rows"
-        if "train" not in by_split and "all" not in by_split:
+        if not there & {"train", "all"}:
             raise DataError(f"{table}: no row is in the train split")
-        classes = sorted({row.label for row in by_split.get("train", by_split.get("all", []))})
+        pairs = zip(labels, by_image, strict=True)
+        classes = sorted({label for label, split in pairs if split in ("train", "all")})
     index = {label: position for position, label in enumerate(classes)}
     splits = {}
-    for name in (split for split in (*SPLIT_NAMES, "all") if split in by_split):
-        for row in by_split[name]:
-            if row.label not in index:
-                raise DataError(f"{table}:{row.line}: {unknown('label', row.label, classes)}, fixed by {fixed_by}")
-        names = [row.image for row in by_split[name]]
-        targets = [index[row.label] for row in by_split[name]]
-        files = Files([root / section.images / image for image in names], names)
-        splits[name] = Split(files, targets, range(len(names)))
+    for name in (split for split in (*SPLIT_NAMES, "all") if split in there):
+        rows = array("q", (row for row, split in enumerate(by_image) if split == name))
+        if (row := next((row for row in rows if labels[row] not in index), None)) is not None:
+            raise DataError(f"{table}:{lines[row]}: {unknown('label', labels[row], classes)}, fixed by {fixed_by}")
+        names = [images[row] for row in rows]
+        files = Files(Below(root / section.images, names), names)
+        splits[name] = Split(files, [index[labels[row]] for row in rows], range(len(names)))
     return Dataset(classes, splits, str(table))
 
 
-def _rows(table: Path, section: CsvSection) -> list[Row]:
-    aliases = {alias: split for split, names in SPLIT_NAMES.items() for alias in names}
-    columns = [section.image_column, section.label_column, *filter(None, [section.split_column])]
-    rows = []
+def _columns(table: Path, section: CsvSection) -> Columns:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames
-            if header is None:
-                raise DataError(f"{table}: empty file; its first line must name the columns")
-            for column in columns:
-                if column not in header:
-                    raise DataError(f"{table}:1: {unknown('column', column, header)}; set the columns in data.csv")
-            for record in reader:
-                if None in record:
-                    raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a comma")
-                values = [(record[column] or "").strip() for column in columns]
-                if not all(values):
-                    missing = columns[[bool(value) for value in values].index(False)]
-                    raise DataError(f"{table}:{reader.line_num}: no {missing} in this row")
-                split = aliases.get(values[2].lower()) if section.split_column else "all"
-                if split is None:
-                    raise DataError(f"{table}:{reader.line_num}: {unknown('split', values[2], aliases)}")
-                rows.append(Row(reader.line_num, values[0] + section.suffix, values[1], split))
+            columns = _read(csv.reader(file), table, section)
     except OSError as error:
         raise DataError(f"{table}: cannot be read: {error.strerror}; set data.root and data.csv.labels") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: not a CSV file in UTF-8: {error}") from error
-    if not rows:
+    if not columns.images:
         raise DataError(f"{table}: no rows below the header")
-    first: dict[str, int] = {}
-    for row in rows:
-        if row.image in first:
-            raise DataError(f"{table}:{row.line}: {row.image!r} is in line {first[row.image]} too; keep one of the two")
-        first[row.image] = row.line
-    return rows
+    hashes = np.sort(np.fromiter(map(hash, columns.images), np.int64, len(columns.images)))
+    if (hashes[1:] == hashes[:-1]).any():  # perhaps a copy; a set of all names takes four times the memory
+        first: dict[str, int] = {}
+        for line, image in zip(columns.lines, columns.images, strict=True):
+            if image in first:
+                raise DataError(f"{table}:{line}: {image!r} is in line {first[image]} too; keep one of the two")
+            first[image] = line
+    return columns
+
+
+def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
+    aliases = {alias: split for split, names in SPLIT_NAMES.items() for alias in names}
+    wanted = [section.image_column, section.label_column, *filter(None, [section.split_column])]
+    header = next(filter(None, reader), None)  # blank lines are no rows
+    if header is None:
+        raise DataError(f"{table}: empty file; its first line must name the columns")
+    place = {name: index for index, name in enumerate(header)}
+    for column in wanted:
+        if column not in place:
+            raise DataError(f"{table}:1: {unknown('column', column, header)}; set the columns in data.csv")
+    places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
+    lines, images, labels, splits = columns = Columns(array("q"), [], [], [])
+    one: dict[str, str] = {}  # object for each label
+    for row in filter(None, reader):
+        if len(row) > width:
+            raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a comma")
+        if len(row) < width:
+            row += [""] * (width - len(row))
+        image, label, *rest = values = [row[index].strip() for index in places]
+        if "" in values:
+            raise DataError(f"{table}:{reader.line_num}: no {wanted[values.index('')]} in this row")
+        split = aliases.get(rest[0].lower()) if rest else "all"
+        if split is None:
+            raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], aliases)}")
+        lines.append(reader.line_num)
+        images.append(image + suffix)
+        labels.append(one.setdefault(label, label))
+        splits.append(split)
+    return columns
