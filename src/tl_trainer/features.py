@@ -163,15 +163,14 @@ class Extractor:
 
     def _rows(self, prefix: FrozenPrefix, pipeline: Pipeline, images: Tensor) -> Tensor:
         """The rows of the images, as many images at once as the device has memory for."""
-        if pinned := self.device.type == "cuda":
-            images = images.pin_memory()
+        pinned = self.device.type == "cuda"
         while True:
             try:
-                parts = [
-                    prefix(pipeline.batch(part.to(self.device, non_blocking=pinned))).cpu()
+                moved = (
+                    (part.pin_memory() if pinned else part).to(self.device, non_blocking=pinned)
                     for part in torch.split(images, self._at_once or len(images))
-                ]
-                return torch.cat(parts)
+                )
+                return torch.cat([prefix(pipeline.batch(part)).cpu() for part in moved])
             except torch.OutOfMemoryError as error:
                 size = self._at_once or len(images)
                 if size == 1:
