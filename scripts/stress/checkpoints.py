@@ -175,7 +175,7 @@ def _through_each_door(trap: Path, data: Path) -> int:
         MAINS["predict"]([picture, "--checkpoint", str(trap)]),
         MAINS["train"](["--resume", str(trap)]),
         MAINS["train"](["--data-dir", str(data), "--output", str(trap.parent / "runs"), *RECIPES["cached"],
-                        f"model.weights={trap}"]),
+                        f"model.weights={trap}", "--quiet"]),
     ]  # fmt: skip
     return 0 if codes == [2, 2, 2] else 1
 
