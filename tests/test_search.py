@@ -81,14 +81,14 @@ def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) 
     assert found.best.loss == pytest.approx(sum(losses).item() / (120 + count), rel=0.01)
 
 
-def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
+def test_those_that_cannot_be_told_from_the_best_are_kept() -> None:
     def solved(losses: list[float], top1: float) -> search._Solved:
         tensor = torch.tensor(losses)
         return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, tensor, tensor)
 
     lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
-    assert search._best([lowest, equal, worse]) is equal
-    assert search._best([worse, lowest]) is lowest
+    assert search._tied([lowest, equal, worse]) == [lowest, equal]
+    assert search._tied([worse, lowest]) == [lowest]
 
 
 def test_ridge_and_nearest_neighbours_are_what_their_names_say() -> None:

@@ -84,15 +84,15 @@ def train(
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
             saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
-            found = None
+            found, pause = None, partial(_pause, stop, saver)
             if setup.parts.config.train.search == "auto":
                 saver.save()  # so that a search that is killed can be resumed
-                found = search(setup, feeds)
+                found = search(setup, feeds, pause)
             if found is not None:
                 _take(found, setup, feeds, tracker, saver)
             else:
                 with threads_for(_step_size(setup.parts, feeds["train"])):
-                    fit(new_training(setup, feeds, state, partial(_pause, stop, saver)), tracker, saver)
+                    fit(new_training(setup, feeds, state, pause), tracker, saver)
         if stop.signal is not None:  # it came while the last epoch was saved
             remedy = REMEDY.format(run_dir)
             raise Interrupted(
@@ -179,7 +179,7 @@ def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, 
         time.perf_counter() - started,
         len(train.targets),
     )
-    tracker.epoch(done, parts.task.figures(val), 0.0)
+    tracker.epoch(done, parts.task.figures(val), None)
     write_text(saver.run_dir / "search.csv", found.table())
     saver.improved(val)
     tracker.improved(done.epoch, val)

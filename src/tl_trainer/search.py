@@ -21,6 +21,7 @@ from tl_trainer.assembly import Setup
 from tl_trainer.features import FeatureBatches, Features
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import free_memory, threads_for
+from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,15 @@ FOLDS = 5
 FEWEST_VAL, FEWEST_DRAWN = 200, 2_000  # validation images from which they decide: of the source's own split, of a drawn
 HOPELESS = 1.25  # of the best log loss so far: where a path of ever weaker strengths ends
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)
+PAIRS = 10**9  # of images of train and val, up to which neighbours are looked for
+LINEAR = "logistic regression"
 
 
 class Table(NamedTuple):
-    """Features (N, D) float32, targets (N,), their weights of the classes (N, C), and the image of each row (N,)."""
+    """Features (N, D) float32, targets (N,), their weights of the classes (N, C), and the image of each row (N,).
+
+    The first views of all images come first.
+    """
 
     features: Tensor
     targets: Tensor
@@ -84,16 +90,13 @@ class Found:
 
     def shown(self, count: int = 8) -> list[Row]:
         """The choice, the linear candidates of the lowest log loss, and the best of each other method."""
-        linear = sorted((row for row in self.rows if row.loss is not None), key=lambda row: row.loss or 0)
+        linear = sorted((row for row in self.rows if row.loss is not None), key=lambda row: row.loss or 0.0)
         others: dict[str, Row] = {}
         for row in self.rows:
             if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
                 others[row.method] = row
-        return [
-            self.best,
-            *[row for row in linear if row is not self.best][: count - 1 - len(others)],
-            *others.values(),
-        ]
+        next_best = [row for row in linear if row is not self.best][: count - 1 - len(others)]
+        return [self.best, *next_best, *others.values()]
 
     def table(self) -> str:
         """All candidates as CSV."""
@@ -135,8 +138,11 @@ SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
 }
 
 
-def search(setup: Setup, feeds: dict[str, Feed]) -> Found | None:
-    """The best head for the features; None, saying why, where it has to be trained for epochs."""
+def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | None:
+    """The best head for the features; None, saying why, where it has to be trained for epochs.
+
+    pause: called after every candidate; it may end the search by an exception.
+    """
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
     obstacle, head = None, parts.config.model.head
     if parts.network.classifier.trained:
@@ -151,7 +157,7 @@ def search(setup: Setup, feeds: dict[str, Feed]) -> Found | None:
         scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
         tables = _table(setup, "train", train.features, views), _table(setup, "val", val.features)
         with threads_for(tables[0].features.numel() * len(parts.task.classes)):
-            found = find(*tables, scalings=scalings, drawn=setup.drawn)
+            found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause)
         log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
         return found
     log.info("the head is trained for %d epochs, not found: %s", parts.config.train.epochs, obstacle)
@@ -178,33 +184,43 @@ def _device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def find(train: Table, val: Table, *, scalings: Sequence[str] = tuple(SCALINGS), drawn: bool = False) -> Found:
+def find(
+    train: Table,
+    val: Table,
+    *,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    drawn: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> Found:
     """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train."""
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
     fold = _folds(train) if few else torch.full_like(train.targets, FOLDS)
-    targets = torch.cat([val.targets, train.targets]) if few else val.targets
-    judged = f"{len(val.targets):,} validation images"
-    judged += f" and {FOLDS}-fold cross-validation over train" if few else ""
+    held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
+    count = int(train.images.max()) + 1 if few else 0  # of train, whose first view is judged too
+    targets = torch.cat([val.targets, train.targets[:count]])
     rows: list[Row] = []
-    solved: list[_Solved] = []
+    tied: list[_Solved] = []
     for name in scalings:
         scaling, lowest = SCALINGS[name](train.features), float("inf")
-        axes = Axes.of(scaling(train.features))
-        held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
-        for solution in path(axes, train.soft, (~held_out).to(train.soft), STRENGTHS):
+        solutions = path(Axes.of(scaling(train.features)), train.soft, (~held_out).to(train.soft), STRENGTHS)
+        for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
             logits = scaling(val.features) @ solution.weight[-1] + solution.bias[-1]
             if few:
-                logits = torch.cat([logits, solution.logits.transpose(0, 1)[torch.arange(len(fold)), fold]])
+                of_train = solution.logits[fold[:count], torch.arange(count, device=fold.device)]
+                logits = torch.cat([logits, of_train])
             losses = functional.cross_entropy(logits.double(), targets, reduction="none")
-            loss = losses.mean().item()
-            rows.append(Row("logistic regression", name, solution.strength, loss, _top1(logits, targets)))
+            rows.append(Row(LINEAR, name, solution.strength, losses.mean().item(), _top1(logits, targets)))
             weight = solution.weight[-1] * scaling.scale[:, None]
-            solved.append(_Solved(rows[-1], losses, weight, solution.bias[-1] - scaling.shift @ weight))
-            lowest = min(lowest, loss)
-            if loss > HOPELESS * lowest:
+            bias = solution.bias[-1] - scaling.shift @ weight
+            tied = _tied([*tied, _Solved(rows[-1], losses, weight, bias)])
+            pause()
+            lowest = min(lowest, losses.mean().item())
+            if losses.mean() > HOPELESS * lowest:
                 break
-    best = _best(solved)
-    rows += _simpler(train, val, fold if few else None)
+    best = min(tied, key=lambda candidate: (-candidate.row.top1, candidate.row.loss))
+    rows += _simpler(_first_views(train), val, fold[:count] if few else None)
+    judged = f"{len(val.targets):,} validation images"
+    judged += f" and {FOLDS}-fold cross-validation over train" if few else ""
     return Found(rows, best.row, best.weight.T.contiguous(), best.bias, judged)
 
 
@@ -217,16 +233,14 @@ class _Solved(NamedTuple):
     bias: Tensor
 
 
-def _best(solved: Sequence[_Solved]) -> _Solved:
-    """Of those whose log loss cannot be told from the lowest (one standard error of the difference; Breiman et al.,
-    1984), the one that is right most often."""
-    lowest = min(solved, key=lambda candidate: (candidate.row.loss, -candidate.row.top1))
-    tied = []
-    for candidate in solved:
-        worse = candidate.losses - lowest.losses
-        if worse.mean() <= worse.std(correction=0) / len(worse) ** 0.5:
-            tied.append(candidate)
-    return min(tied, key=lambda candidate: (-candidate.row.top1, candidate.row.loss))
+def _tied(solved: Sequence[_Solved]) -> list[_Solved]:
+    """Those whose log loss cannot be told from the lowest: one standard error of the difference (Breiman et al., 1984).
+
+    Among them the one is chosen that is right most often.
+    """
+    lowest = min(solved, key=lambda candidate: candidate.losses.mean().item())
+    worse = ((candidate, candidate.losses - lowest.losses) for candidate in solved)
+    return [candidate for candidate, by in worse if by.mean() <= by.std(correction=0) / len(by) ** 0.5]
 
 
 def _top1(scores: Tensor, targets: Tensor) -> float:
@@ -251,11 +265,10 @@ def _simpler(train: Table, val: Table, fold: Tensor | None) -> Iterator[Row]:
         parts += [(_part(train, fold != number), _part(train, fold == number)) for number in range(FOLDS)]
     parts = [(fitted, judged) for fitted, judged in parts if len(judged.targets)]
     targets = torch.cat([judged.targets for _, judged in parts])
-    for method, scaling, scores_of in (
-        ("nearest class mean", UNIT, _class_means),
-        ("nearest neighbours", UNIT, _neighbours),
-        ("ridge regression", "standardised", _ridge),
-    ):
+    methods = [("nearest class mean", UNIT, _class_means), ("ridge regression", "standardised", _ridge)]
+    if len(train.targets) * len(val.targets) <= PAIRS:
+        methods.insert(1, ("nearest neighbours", UNIT, _neighbours))
+    for method, scaling, scores_of in methods:
         found = [scores_of(fitted, judged.features) for fitted, judged in parts]
         for strength in found[0]:
             yield Row(method, scaling, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
@@ -263,6 +276,10 @@ def _simpler(train: Table, val: Table, fold: Tensor | None) -> Iterator[Row]:
 
 def _part(table: Table, rows: Tensor) -> Table:
     return Table(*(column[rows] for column in table))
+
+
+def _first_views(table: Table) -> Table:
+    return Table(*(column[: int(table.images.max()) + 1] for column in table))
 
 
 def _class_means(train: Table, features: Tensor) -> dict[float, Tensor]:
@@ -275,10 +292,10 @@ def _neighbours(train: Table, features: Tensor) -> dict[float, Tensor]:
     unit, votes = functional.normalize(train.features), {}
     largest = min(max(NEIGHBOURS), len(unit))
     near = [(functional.normalize(part) @ unit.T).topk(largest, dim=1) for part in torch.split(features, 1024)]
-    cosine, rows = torch.cat([part.values for part in near]), torch.cat([part.indices for part in near])
+    weights, rows = torch.cat([part.values + 1 for part in near]), torch.cat([part.indices for part in near])
     for count in NEIGHBOURS:
-        shares = (cosine[:, :count, None] + 1) * _labels(train)[rows[:, :count]]
-        votes[float(count)] = shares.sum(dim=1)
+        none = weights.new_zeros(len(features), train.soft.shape[1])
+        votes[float(count)] = none.scatter_add_(1, train.targets[rows[:, :count]], weights[:, :count])
     return votes
 
 

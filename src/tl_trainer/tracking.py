@@ -97,16 +97,25 @@ class Tracker:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
         self.writer.add_image(tag, pil_to_tensor(picture_grid(batch, captions)), epoch)
 
-    def epoch(self, done: EpochDone, val: Figures, lr: float) -> None:
-        """Log an epoch, its validation figures, and the rate of its last step."""
-        self._done, shown = done.epoch, {name: val[name] for name in self.task.columns}
-        self._append((done.epoch, done.train_loss, *shown.values(), lr, round(done.seconds, 3)))
-        scalars = {"train/loss": done.train_loss, **{f"val/{name}": value for name, value in shown.items()}}
-        self._scalars({**scalars, "lr": lr, "time/images_per_second": done.images / done.seconds}, done.epoch)
+    def epoch(self, done: EpochDone, val: Figures, lr: float | None) -> None:
+        """Log an epoch, its validation figures, and the rate of its last step; None where the head was found.
+
+        What is found again after a resume is logged already.
+        """
+        shown = {name: val[name] for name in self.task.columns}
+        if done.epoch > self._done:
+            self._append((done.epoch, done.train_loss, *shown.values(), lr, round(done.seconds, 3)))
+            scalars = {"train/loss": done.train_loss, **{f"val/{name}": value for name, value in shown.items()}}
+            if lr is not None:
+                scalars |= {"lr": lr, "time/images_per_second": done.images / done.seconds}
+            self._scalars(scalars, done.epoch)
+        self._done = done.epoch
+        what, rate = f"epoch {done.epoch:{len(str(self.epochs))}}/{self.epochs}", f"  lr {lr or 0:.2g}"
+        if lr is None:
+            what, rate = "the head that was found:", ""
         log.info(
-            "epoch %*d/%d  loss %.4f  val %.4f  %s  lr %.2g  %.1f s",
-            len(str(self.epochs)), done.epoch, self.epochs, done.train_loss, val["loss"], self.task.in_words(val), lr,
-            done.seconds,
+            "%s  loss %.4f  val %.4f  %s%s  %.1f s",
+            what, done.train_loss, val["loss"], self.task.in_words(val), rate, done.seconds,
         )  # fmt: skip
 
     @_on_tensorboard
