@@ -13,8 +13,6 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, batch_order, batch_starts, stacked
+from tl_trainer.data.loaders import START_METHOD, Batch, batch_order, batch_starts, prepare_worker, stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
@@ -307,7 +305,8 @@ def _reading(split: Split, pipeline: Pipeline, workers: int) -> Iterator[Callabl
     if pipeline.deterministic or not workers:
         pool, read = ThreadPoolExecutor(cores() if pipeline.deterministic else 1), partial(_views, split, pipeline)
     else:
-        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(split, pipeline))
+        context = multiprocessing.get_context(START_METHOD)
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(split, pipeline))
         read = _views_in_worker
     try:
         yield lambda missing: pool.submit(read, missing)
@@ -322,19 +321,9 @@ def _views(split: Split, pipeline: Pipeline, missing: Missing) -> Views:
 
 
 def _start_worker(split: Split, pipeline: Pipeline) -> None:
-    """What each process does first. Ctrl-C is for the main process to handle, and where that dies so does this one."""
     _worker.append((split, pipeline))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prepare_worker()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 _worker: list[tuple[Split, Pipeline]] = []  # of a worker process, set when it starts

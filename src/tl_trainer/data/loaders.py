@@ -109,7 +109,7 @@ class ImageBatches:
             persistent_workers=workers > 0,
             multiprocessing_context=START_METHOD if workers else None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # without one, it would draw from the generator that dropout uses
         )
 
@@ -167,8 +167,11 @@ class _Batches(Dataset[Batch | TrainerError]):
         return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + epoch) * _PRIME + index)
 
 
-def _prepare_worker(_: int) -> None:
-    """A Ctrl-C reaches the workers too; the main process decides what it means. SIGTERM ends a worker at once."""
+def prepare_worker(_: int = 0) -> None:
+    """What a process that loads images does first: it leaves Ctrl-C to the main process, and ends with that.
+
+    A Ctrl-C reaches the workers too; the main process decides what it means. SIGTERM ends a worker at once.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
