@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+@dataclass(eq=False)
 class ImageBatches:
     """Batches of images in a seeded order per epoch (`shuffle`), or in the split's own.
 
@@ -51,26 +53,15 @@ class ImageBatches:
     `smallest`. The same workers read all epochs, one at a time, until `close` or until one is left in the middle.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        pipeline: Pipeline,
-        *,
-        batch_size: int,
-        workers: int,
-        seed: int = 0,
-        shuffle: bool = False,
-        smallest: int = 1,
-    ) -> None:
-        self.split = split
-        self.pipeline = pipeline
-        self.batch_size = batch_size
-        self.workers = workers
-        self.seed = seed
-        self.shuffle = shuffle
-        self.smallest = smallest
-        self._places: list[Place] = []  # of the epoch under way
-        self._loader: DataLoader[Batch | TrainerError] | None = None
+    split: Split
+    pipeline: Pipeline
+    batch_size: int
+    workers: int
+    seed: int = 0
+    shuffle: bool = False
+    smallest: int = 1
+    _places: list[Place] = field(default_factory=list, init=False)  # of the epoch under way
+    _loader: DataLoader[Batch | TrainerError] | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         """Batches per epoch."""
