@@ -211,6 +211,15 @@ def test_a_temperature_stays_within_its_bounds(scale: float, expected: float) ->
     assert fit_temperature(scores(100, 4, scale)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("gap", [75, 105, 150])
+def test_a_temperature_far_from_1_is_found(gap: float) -> None:
+    """Where the probabilities are 0 and 1 in float32, the cross-entropy has a slope at 1 and no curvature."""
+    targets = torch.arange(60) % 2
+    said = torch.where(torch.arange(60) % 10 == 0, 1 - targets, targets)
+    found = fit_temperature(Scores(gap * functional.one_hot(said, 2).float(), targets))
+    assert found == pytest.approx(gap / 2.13, rel=0.05)
+
+
 @pytest.mark.parametrize(("count", "fitted"), [(1, False), (29, False), (30, True)])
 def test_too_few_images_give_no_temperature(count: int, fitted: bool) -> None:
     assert (fit_temperature(scores(count, 3)) is not None) == fitted

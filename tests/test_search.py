@@ -16,7 +16,11 @@ import tl_trainer
 from conftest import Run, draw_split
 from tl_trainer import checkpoint, run, search
 from tl_trainer.api import train
+from tl_trainer.errors import InputError, Interrupted, RunError
+from tl_trainer.features import Features
+from tl_trainer.ground.signals import StopRequest
 from tl_trainer.search import FOLDS, STRENGTHS, UNIT, Found, Row, Table, best_lines, find
+from tl_trainer.tasks import SingleLabel
 
 CLASSES = 3
 
@@ -81,14 +85,14 @@ def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) 
     assert found.best.loss == pytest.approx(sum(losses).item() / (120 + count), rel=0.01)
 
 
-def test_those_that_cannot_be_told_from_the_best_are_kept() -> None:
+def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
     def solved(losses: list[float], top1: float) -> search._Solved:
         tensor = torch.tensor(losses)
         return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, tensor, tensor)
 
     lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
-    assert search._tied([lowest, equal, worse]) == [lowest, equal]
-    assert search._tied([worse, lowest]) == [lowest]
+    assert search._best([lowest, equal, worse]) is equal
+    assert search._best([worse, lowest]) is lowest
 
 
 def test_ridge_and_nearest_neighbours_are_what_their_names_say() -> None:
@@ -187,7 +191,7 @@ def test_where_no_search_is_possible_that_is_said_and_the_head_is_trained(
     assert f"the head is trained for 10 epochs, not found: {said}" in caplog.text or said in caplog.text
 
 
-@pytest.mark.parametrize("words", [{"train__epochs": 2}, {"train__optimizer__lr": 0.1}, {"train__search": "off"}])
+@pytest.mark.parametrize("words", [{"train__epochs": 10}, {"train__optimizer__lr": 0.1}, {"train__search": "off"}])
 def test_whoever_says_how_to_train_has_it_trained(config: dict[str, object], words: dict[str, object]) -> None:
     assert "search" not in train(config, **words)
 
@@ -218,3 +222,71 @@ def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "best of " in result.stdout
     assert "logistic regression" in result.stderr
+
+
+def test_a_run_that_was_killed_in_the_report_finds_the_same_among_as_many(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "conclude", killed)
+        with pytest.raises(Interrupted):
+            train(config, output__dir="again")
+    written = Path("again/run-1/config.yaml").read_text()
+    resumed = train(resume="again/run-1")
+    assert resumed["search"] == whole["search"]
+    assert Path("again/run-1/config.yaml").read_text() == written
+    assert len(Path("again/run-1/metrics.csv").read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="nothing is left to do; start a new run to train one"):
+        train(resume="again/run-1")
+    assert train(config, output__dir="again", resume=True) == resumed
+
+
+def test_a_head_that_is_being_trained_is_not_searched_for_after_a_resume(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_views_that_fit", lambda *_: 0)
+        patch.setattr(SingleLabel, "better", lambda *_: setattr(stop, "signal", 2) or False)
+        with pytest.raises(Interrupted):
+            train(config, stop=stop)
+    resumed = train(config, resume=True)
+    assert "search" not in resumed
+    assert resumed["epochs"] == 10
+
+
+def test_a_search_that_cannot_be_repeated_is_no_training(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "conclude", killed)
+        with pytest.raises(Interrupted):
+            train(config)
+    monkeypatch.setattr(search, "_views_that_fit", lambda *_: 0)
+    with pytest.raises(RunError, match=r"run-1: the search cannot be repeated here; what it found is in best\.pth"):
+        train(config, resume=True)
+
+
+def test_features_that_are_not_finite_are_named(config: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Features.take
+    monkeypatch.setattr(Features, "take", lambda self, *which: take(self, *which) * float("inf"))
+    with pytest.raises(RunError, match="the features of the train images are not finite"):
+        train(config)
+
+
+def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
+    train_, val = table(61, 1), table(30, 2)
+    train_.targets[-1] = CLASSES
+    alone = train_._replace(soft=functional.one_hot(train_.targets).float())
+    assert search._judged(alone).tolist() == list(range(60))
+    found = find(alone, val, scalings=["raw"])
+    assert found.best.loss is not None
+    assert found.best.loss < 0.5

@@ -32,7 +32,7 @@ from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.features import Extractor, features_folder
-from tl_trainer.feeds import Feed, Feeds
+from tl_trainer.feeds import Feed, Feeds, views_kept
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Scores
@@ -352,13 +352,15 @@ def _decoding(data: DataSection, *pipelines: Pipeline) -> Decoding:
 
 
 def _images_to_compute(config: Config, splits: dict[str, Split], train_pipeline: Pipeline) -> int:
-    """How many images the frozen stages compute in this run where nothing is cached: of that depends what is compiled,
-    and so what the features are, which must be the same in the next run."""
-    train, epochs, views = len(splits["train"]), config.train.epochs, config.features.views
+    """How many images the frozen stages compute in this run where nothing is cached.
+
+    This number decides whether they are compiled, which changes the features: the next run must get the same.
+    """
+    train, epochs = len(splits["train"]), config.train.epochs
     others = sum(map(len, splits.values())) - train
     if config.features.cache == "off":
         return (train + others) * epochs
-    drawn = epochs if views == "auto" or views == 1 else views
+    drawn = views_kept(config.features.views, epochs) or epochs
     return others + train * (1 if train_pipeline.deterministic else drawn)
 
 

@@ -186,7 +186,7 @@ class Extractor:
                 f"the features of {planned:,} images, each view counted, take {planned * size / 1e9:.3g} GB, more than "
                 f"features.limit_gb ({self.limit / 1e9:g})"
             )
-        self._planned = 0  # once: another split's rows may be of another size
+        self._planned = 0  # only the first split checks the plan: rows of another may have another size
         make_room(self.folder, count * size, self.limit, keep={store.folder, *self._kept})
 
 

@@ -71,7 +71,7 @@ class Feeds:
         views: as `features.views`; auto goes without them where the run's features would not fit into the cache.
         """
         auto = views == "auto" and not train_pipeline.deterministic
-        kept = 1 if train_pipeline.deterministic else _views_kept(views, epochs)
+        kept = 1 if train_pipeline.deterministic else views_kept(views, epochs)
         others = {name: split for name, split in splits.items() if name != "train"}
         rows = sum(len({*split.hashes}) for split in others.values())
         if self.extractor is not None:
@@ -136,7 +136,7 @@ class Feeds:
         )
 
 
-def _views_kept(views: int | Literal["auto"], epochs: int) -> int:
+def views_kept(views: int | Literal["auto"], epochs: int) -> int:
     """How many views of a random transform are kept; 1 is the number that keeps none and draws anew in every epoch.
 
     With auto epoch e takes view e mod AUTO_VIEWS, however many epochs there are: --resume may change their number.

@@ -98,7 +98,7 @@ class _Problem:
         return objective, torch.cat([slope, wrong.sum(dim=0)[:, None]], dim=1), logits
 
     def curvature(self, logits: Tensor, strength: float) -> Tensor:
-        """(B, R + 1, 1): about the diagonal of the Hessian."""
+        """(B, R + 1, 1): an estimate of the Hessian's diagonal."""
         shares = logits.softmax(dim=2)
         spread = (self.weights * self.row_weights * shares * (1 - shares)).sum(dim=0).mean(dim=1, keepdim=True)
         spread = spread.clamp(min=1e-6)
@@ -106,7 +106,7 @@ class _Problem:
 
 
 def _minimise(problem: _Problem, point: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
-    """L-BFGS from `point` on, each problem until it has converged: the point, its logits, and whether (B,)."""
+    """L-BFGS from `point` on, each problem until it has converged: the point, its logits, and whether it has (B,)."""
     value, slope, logits = problem(point, strength)
     curvature = problem.curvature(logits, strength)
     pairs: list[_Pair] = []
@@ -131,7 +131,7 @@ def _minimise(problem: _Problem, point: Tensor, strength: float) -> tuple[Tensor
 
 
 class _Pair(NamedTuple):
-    """A move, how the gradient changed with it, and 1 / (one times the other), 0 where they say nothing."""
+    """A step, the change of the gradient along it, and 1 / their dot product, 0 where that is not positive."""
 
     move: Tensor
     change: Tensor
@@ -139,7 +139,7 @@ class _Pair(NamedTuple):
 
 
 def _newton_step(slope: Tensor, curvature: Tensor, pairs: Sequence[_Pair]) -> Tensor:
-    """The gradient times about the inverse Hessian: the two loops of L-BFGS."""
+    """The gradient times an estimate of the inverse Hessian: the two loops of L-BFGS."""
     step, weights = slope, []
     for pair in reversed(pairs):
         weights.append((pair.inverse * _dot(pair.move, step))[:, None, None])

@@ -17,12 +17,11 @@ from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Scores
-from tl_trainer.saver import Saver, State
+from tl_trainer.saver import REMEDY, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
 
 NAMED = 3  # images of a batch whose loss is not finite
-REMEDY = "lower the rate with --lr or set train.schedule.warmup_epochs"
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def fit_temperature(scores: Scores) -> float | None:
     low, high, scale = 1 / HIGHEST, 1 / LOWEST, 1.0  # of 1 / temperature, in which the cross-entropy is convex
     for _ in range(100):
         slope, curvature = _slope(scores, scale)
-        step = scale - slope / curvature if curvature else scale
+        if not slope:
+            break
+        step = scale - slope / curvature if curvature else math.inf
         low, high = (scale, high) if slope < 0 else (low, scale)
         before, scale = scale, step if low <= step <= high else math.sqrt(low * high)  # Newton's, or half of the rest
         if abs(scale - before) < 1e-5 * scale:  # whose square is what Newton's step is wrong by

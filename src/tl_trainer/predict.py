@@ -152,7 +152,8 @@ class Predictor:
     def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
         picture = self.cam.picture(self.parts.pipeline, view, row.predictions[0].index)
         said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
-        name = f"{self.number:05}-{Path(row.path).stem[:60]}-{said[:40]}.png"
+        stem, label = (part.encode()[:99].decode(errors="ignore") for part in (Path(row.path).stem, said))
+        name = f"{self.number:05}-{stem}-{label}.png"
         write_atomically(folder / name, partial(picture.save, format="PNG"))
 
     def _ranked(self, pictures: list[Views]) -> list[list[Prediction]]:

@@ -13,7 +13,7 @@ from typing import Any
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
-from tl_trainer.config.schema import Config, expand, flat
+from tl_trainer.config.schema import expand, flat
 from tl_trainer.errors import CheckpointError, DataError, InputError
 from tl_trainer.ground.files import previous, remove_unfinished
 from tl_trainer.ground.locks import sole_use
@@ -110,12 +110,18 @@ def _read(
     last = _load_last(path)
     if last.resume is None:
         raise CheckpointError(f"{path}: not a last.pth (best.pth cannot be resumed); give {path.parent / 'last.pth'}")
-    _check_progress(last, path)
-    loaded = from_checkpoint(last.config, path, overrides) if config is None else load(config, overrides)
-    _compare(loaded, last, path)
+    progress = _checked_progress(last, path)
+    configured = last.config
+    if progress.found is not None:  # its search has decided what was left to it
+        model = last.config["model"]
+        configured = {**last.config, "model": {**model, "head": {**model["head"], "normalise": progress.found}}}
+    loaded = from_checkpoint(configured, path, overrides) if config is None else load(config, overrides)
+    _compare(loaded, from_checkpoint(configured, path), path)
     result = None
     if last.epoch >= loaded.config.train.epochs:
         result = _result(path.with_name(RESULT))
+        if result and named and progress.found is not None:
+            raise InputError(f"{path.parent}: its head is found, nothing is left to do; start a new run to train one")
         if result and named:
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
         if not result:
@@ -136,7 +142,7 @@ def _result(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _check_progress(last: Checkpoint, path: Path) -> None:
+def _checked_progress(last: Checkpoint, path: Path) -> Progress:
     try:
         progress = Progress.model_validate((last.resume or {}).get("progress"))
         if (progress.epoch, progress.best) != (last.epoch, last.metrics):
@@ -145,6 +151,7 @@ def _check_progress(last: Checkpoint, path: Path) -> None:
             SingleLabel(last.classes).check(progress.best)
     except ValueError as error:  # pydantic's are
         raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind") from error
+    return progress
 
 
 def _newest(loaded: Loaded) -> Path:
@@ -184,11 +191,8 @@ def _load_best(path: Path, last: Checkpoint) -> Checkpoint | None:
     return best
 
 
-def _compare(loaded: Loaded, last: Checkpoint, path: Path) -> None:
-    before, now = (dict(flat(config)) for config in (Config().model_dump(), loaded.config.model_dump()))
-    before |= dict(flat(last.config))  # a run of an older version has not every key
-    if now["model.head.normalise"] == "auto":  # what a search has decided, it decides again
-        del now["model.head.normalise"]
+def _compare(loaded: Loaded, begun: Loaded, path: Path) -> None:
+    before, now = (dict(flat(of.config.model_dump())) for of in (begun, loaded))
     changes = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     for key, old, new in changes:
         if key not in CHANGEABLE:

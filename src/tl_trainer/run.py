@@ -24,7 +24,7 @@ from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.data.dataset import fingerprint
 from tl_trainer.data.loaders import ImageBatches
-from tl_trainer.errors import Interrupted
+from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import make_folder, write_text
@@ -34,7 +34,7 @@ from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Step, Training, fit
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
-from tl_trainer.saver import RESULT, Saver, State
+from tl_trainer.saver import RESULT, EpochDone, Saver, State
 from tl_trainer.search import Found, search
 from tl_trainer.tracking import Tracker, graph_of
 
@@ -85,9 +85,11 @@ def train(
             saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
             found, pause = None, partial(_pause, stop, saver)
-            if setup.parts.config.train.search == "auto":
+            if setup.parts.config.train.search == "auto" and not state.progress.begun:
                 saver.save()  # so that a search that is killed can be resumed
                 found = search(setup, feeds, pause)
+                if found is None and state.progress.found is not None:
+                    raise RunError(f"{run_dir}: the search cannot be repeated here; what it found is in best.pth")
             if found is not None:
                 _take(found, setup, feeds, tracker, saver)
             else:
@@ -168,21 +170,18 @@ def _step_size(parts: Parts, feed: Feed) -> int:
 
 def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver) -> None:
     """Make the head that was found the result of the run, as the best epoch of a training would be."""
-    parts, started = setup.parts, time.perf_counter()
+    parts, started, progress = setup.parts, time.perf_counter(), saver.state.progress
+    asked, epochs = progress.found or parts.config.model.head.normalise, parts.config.train.epochs
     parts.take_head(found.weight, found.bias, unit=found.unit)
     saver.template = replace(saver.template, config=parts.config.model_dump())
     train, val = (parts.scores(feeds[name], name) for name in ("train", "val"))
-    done = saver.state.progress.found(
-        parts.config.train.epochs,
-        parts.task.figures(train)["loss"],
-        parts.task.figures(val),
-        time.perf_counter() - started,
-        len(train.targets),
-    )
-    tracker.epoch(done, parts.task.figures(val), None)
+    figures = parts.task.figures(val)
+    progress.head_found(asked, epochs, figures)
+    loss, seconds = parts.task.figures(train)["loss"], time.perf_counter() - started
+    tracker.epoch(EpochDone(epochs, loss, seconds, len(train.targets), improved=True), figures, None)
     write_text(saver.run_dir / "search.csv", found.table())
     saver.improved(val)
-    tracker.improved(done.epoch, val)
+    tracker.improved(epochs, val)
     saver.finish()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # An epoch on cached features takes milliseconds, a save with its fsync more. A run that is killed in between resumes
 # from the last save and arrives at the same weights.
 SECONDS_BETWEEN_SAVES = 5.0
+REMEDY = "lower the rate with --lr or set train.schedule.warmup_epochs"
 
 RESULT = "result.json"  # written last of all: where it is missing, so may be the report and the final figures
 
@@ -53,6 +54,8 @@ class Progress(BaseModel):
     seconds: float = 0.0
     best_epoch: NonNegativeInt = 0
     best: dict[str, int | float] | None = None
+    # Of a head that was found: `model.head.normalise` as it was configured; the checkpoint's own says what was found.
+    found: Literal["auto", "none", "l2"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Progress:
@@ -78,10 +81,14 @@ class Progress(BaseModel):
             self.best_epoch, self.best = self.epoch, figures
         return EpochDone(self.epoch, mean, seconds, images, improved)
 
-    def found(self, epochs: int, loss: float, figures: Figures, seconds: float, images: int) -> EpochDone:
+    def head_found(self, normalise: Literal["auto", "none", "l2"], epochs: int, figures: Figures) -> None:
         """Count all epochs as done: the head was found without any."""
-        self.epoch, self.best_epoch, self.best = epochs, epochs, figures
-        return EpochDone(epochs, loss, seconds, images, improved=True)
+        self.found, self.epoch, self.best_epoch, self.best = normalise, epochs, epochs, figures
+
+    @property
+    def begun(self) -> bool:
+        """Whether a head has been trained, if only for a batch."""
+        return self.found is None and (self.epoch, self.batch) != (0, 0)
 
 
 @dataclass
@@ -196,10 +203,7 @@ class Saver:
             where = f"epoch {progress.epoch}"
             if progress.batch:
                 where = f"epoch {progress.epoch + 1}, batch {progress.batch}"
-            raise RunError(
-                f"the weights are not finite after {where}; "
-                "lower the rate with --lr or set train.schedule.warmup_epochs"
-            )
+            raise RunError(f"the weights are not finite after {where}; {REMEDY}")
         if self.best is not None and not self._best_on_disk:
             save(self.best, self.run_dir / "best.pth")
             self._best_on_disk = True

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Setup
+from tl_trainer.errors import RunError
 from tl_trainer.features import FeatureBatches, Features
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import free_memory, threads_for
@@ -141,21 +142,26 @@ SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
 def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | None:
     """The best head for the features; None, saying why, where it has to be trained for epochs.
 
-    pause: called after every candidate; it may end the search by an exception.
+    pause: called after every candidate; it may end the search by an exception. Raises RunError for features that are
+    not finite.
     """
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
     obstacle, head = None, parts.config.model.head
     if parts.network.classifier.trained:
         obstacle = "stages of the backbone train too"
     elif not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
-        obstacle = "its features are not kept (set features.views, or transforms.train=eval)"
-    elif head.hidden:
-        obstacle = "it has hidden layers"
-    elif not (views := _views_that_fit(train.features)):
-        obstacle = "there are too many features for this machine's memory"
+        obstacle = (
+            "its features are not kept (features.cache is off, or there are no features.views of a random transform)"
+        )
+    elif head.hidden or head.dropout:
+        obstacle = "it has hidden layers or dropout"
+    elif not (views := _views_that_fit(train.features, len(parts.task.classes), parts.network.device)):
+        obstacle = "its features take too much memory"
     else:
         scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
         tables = _table(setup, "train", train.features, views), _table(setup, "val", val.features)
+        if views < len(train.features.keys):
+            log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
         with threads_for(tables[0].features.numel() * len(parts.task.classes)):
             found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause)
         log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
@@ -164,18 +170,22 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
     return None
 
 
-def _views_that_fit(features: Features) -> int:
-    """How many views fit into memory together with what the search makes of them."""
-    one = 4 * len(features.targets) * features.take(0, [0]).numel()
-    return min(len(features.keys), int(free_memory() / 8 // one))
+def _views_that_fit(features: Features, classes: int, device: torch.device) -> int:
+    """How many views fit into half of the free memory, with the copies and the logits that the search makes of them."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    rows, width = len(features.targets), features.take(0, [0]).numel()
+    heads = 4 * len(SCALINGS) * len(STRENGTHS) * width * classes
+    view = 4 * rows * (4 * width + 5 * (FOLDS + 1) * classes)
+    return min(len(features.keys), max(0, int((free / 2 - heads) // view)))
 
 
 def _table(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
     parts, count = setup.parts, len(features.targets)
-    rows = [features.take(view, range(count)).flatten(1).float() for view in range(views)]
+    rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
+    if not rows.isfinite().all():
+        raise RunError(f"the features of the {name} images are not finite; set train.precision=fp32")
     soft = parts.task.soft_targets(parts.config.train.loss, setup.dataset.split(name).targets)
-    images = torch.arange(count).repeat(views)
-    table = Table(torch.cat(rows), features.targets.repeat(views), soft.repeat(views, 1), images)
+    table = Table(rows, features.targets.repeat(views), soft.repeat(views, 1), torch.arange(count).repeat(views))
     return Table(*(column.to(_device(parts.network.device)) for column in table))
 
 
@@ -196,32 +206,33 @@ def find(
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
     fold = _folds(train) if few else torch.full_like(train.targets, FOLDS)
     held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
-    count = int(train.images.max()) + 1 if few else 0  # of train, whose first view is judged too
-    targets = torch.cat([val.targets, train.targets[:count]])
-    rows: list[Row] = []
-    tied: list[_Solved] = []
+    judged = _judged(train) if few else train.images[:0]
+    targets = torch.cat([val.targets, train.targets[judged]])
+    solved: list[_Solved] = []
     for name in scalings:
         scaling, lowest = SCALINGS[name](train.features), float("inf")
         solutions = path(Axes.of(scaling(train.features)), train.soft, (~held_out).to(train.soft), STRENGTHS)
         for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
             logits = scaling(val.features) @ solution.weight[-1] + solution.bias[-1]
             if few:
-                of_train = solution.logits[fold[:count], torch.arange(count, device=fold.device)]
-                logits = torch.cat([logits, of_train])
+                logits = torch.cat([logits, solution.logits[fold[judged], judged]])
             losses = functional.cross_entropy(logits.double(), targets, reduction="none")
-            rows.append(Row(LINEAR, name, solution.strength, losses.mean().item(), _top1(logits, targets)))
+            row = Row(LINEAR, name, solution.strength, losses.mean().item(), _top1(logits, targets))
             weight = solution.weight[-1] * scaling.scale[:, None]
-            bias = solution.bias[-1] - scaling.shift @ weight
-            tied = _tied([*tied, _Solved(rows[-1], losses, weight, bias)])
+            solved.append(_Solved(row, losses, weight, solution.bias[-1] - scaling.shift @ weight))
             pause()
             lowest = min(lowest, losses.mean().item())
             if losses.mean() > HOPELESS * lowest:
                 break
-    best = min(tied, key=lambda candidate: (-candidate.row.top1, candidate.row.loss))
-    rows += _simpler(_first_views(train), val, fold[:count] if few else None)
-    judged = f"{len(val.targets):,} validation images"
-    judged += f" and {FOLDS}-fold cross-validation over train" if few else ""
-    return Found(rows, best.row, best.weight.T.contiguous(), best.bias, judged)
+    best = _best(solved)
+    parts = [(train, val)]
+    if few:
+        inside = torch.zeros_like(fold, dtype=torch.bool).index_fill_(0, judged, True)
+        parts += [(_part(train, fold != number), _part(train, inside & (fold == number))) for number in range(FOLDS)]
+    rows = [*(candidate.row for candidate in solved), *_simpler(parts, pause)]
+    words = f"{len(val.targets):,} validation images"
+    words += f" and {FOLDS}-fold cross-validation over train" if few else ""
+    return Found(rows, best.row, best.weight.T.contiguous(), best.bias, words)
 
 
 class _Solved(NamedTuple):
@@ -233,53 +244,53 @@ class _Solved(NamedTuple):
     bias: Tensor
 
 
-def _tied(solved: Sequence[_Solved]) -> list[_Solved]:
-    """Those whose log loss cannot be told from the lowest: one standard error of the difference (Breiman et al., 1984).
+def _best(solved: Sequence[_Solved]) -> _Solved:
+    """Of those whose log loss cannot be told from the lowest, the one that is right most often.
 
-    Among them the one is chosen that is right most often.
+    They are within one standard error of the difference (Breiman et al., 1984).
     """
     lowest = min(solved, key=lambda candidate: candidate.losses.mean().item())
-    worse = ((candidate, candidate.losses - lowest.losses) for candidate in solved)
-    return [candidate for candidate, by in worse if by.mean() <= by.std(correction=0) / len(by) ** 0.5]
+    worse = [(candidate, candidate.losses - lowest.losses) for candidate in solved]
+    tied = [candidate for candidate, by in worse if by.mean() <= by.std(correction=0) / len(by) ** 0.5]
+    return min(tied, key=lambda candidate: (-candidate.row.top1, candidate.losses.mean().item()))
 
 
 def _top1(scores: Tensor, targets: Tensor) -> float:
     return (scores.argmax(dim=1) == targets).double().mean().item()
 
 
+def _judged(table: Table) -> Tensor:
+    """The first view of each image whose class has another; without it, a fold is solved without the class."""
+    first = table.targets[: int(table.images.max()) + 1]
+    return (torch.bincount(first)[first] > 1).nonzero()[:, 0]
+
+
 def _folds(table: Table) -> Tensor:
     """(N,) the fold of each row: every class spread evenly, all views of an image together, the same in every run."""
-    images, rows = torch.unique(table.images, return_inverse=True)
-    target = table.targets.new_zeros(len(images)).scatter_(0, rows, table.targets)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(target.device)
+    target = table.targets[: int(table.images.max()) + 1]
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
     order = order[target[order].sort(stable=True).indices]
     fold = torch.empty_like(target)
     fold[order] = torch.arange(len(order), device=target.device) % FOLDS
-    return fold[rows]
+    return fold[table.images]
 
 
-def _simpler(train: Table, val: Table, fold: Tensor | None) -> Iterator[Row]:
-    """Nearest class mean, nearest neighbours and ridge regression, judged on the same images."""
-    parts = [(train, val)]
-    if fold is not None:
-        parts += [(_part(train, fold != number), _part(train, fold == number)) for number in range(FOLDS)]
+def _simpler(parts: Sequence[tuple[Table, Table]], pause: Callable[[], None]) -> Iterator[Row]:
+    """Nearest class mean, nearest neighbours, ridge regression: each fitted to one table and judged by another."""
     parts = [(fitted, judged) for fitted, judged in parts if len(judged.targets)]
     targets = torch.cat([judged.targets for _, judged in parts])
     methods = [("nearest class mean", UNIT, _class_means), ("ridge regression", "standardised", _ridge)]
-    if len(train.targets) * len(val.targets) <= PAIRS:
+    if sum(len(fitted.targets) * len(judged.targets) for fitted, judged in parts) <= PAIRS:
         methods.insert(1, ("nearest neighbours", UNIT, _neighbours))
     for method, scaling, scores_of in methods:
         found = [scores_of(fitted, judged.features) for fitted, judged in parts]
         for strength in found[0]:
             yield Row(method, scaling, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
+        pause()
 
 
 def _part(table: Table, rows: Tensor) -> Table:
     return Table(*(column[rows] for column in table))
-
-
-def _first_views(table: Table) -> Table:
-    return Table(*(column[: int(table.images.max()) + 1] for column in table))
 
 
 def _class_means(train: Table, features: Tensor) -> dict[float, Tensor]:

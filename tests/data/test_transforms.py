@@ -417,6 +417,7 @@ def test_what_is_right_passes_the_check(items: str | list[Any]) -> None:
         [{"RandomRotation": {"degrees": [45, 45], "expand": True}}],
         [{"RandomRotation": {"degrees": [-20, 20], "expand": True}}],
         [{"RandomRotation": 45}],
+        [{"RandomZoomOut": {"side_range": [3, 3], "p": 1.0}}],
         ["RandomInvert"],
     ],
     ids=str,
@@ -425,12 +426,12 @@ def test_what_is_right_passes_the_check(items: str | list[Any]) -> None:
 def test_how_large_an_image_becomes_on_the_way_to_its_crop(
     items: str | list[Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never larger than foretold, and in a number of draws about as large. Measured where torchvision resizes."""
+    """Never larger than foretold, and in a number of draws about as large. Measured where torchvision resizes or pads."""
     made, call = [size], v2.Transform._call_kernel
 
     def measured(transform: v2.Transform, function: Any, *arguments: Any, **options: Any) -> Any:
         picture = call(transform, function, *arguments, **options)
-        if function in (v2.functional.resize, v2.functional.rotate):
+        if function in (v2.functional.resize, v2.functional.rotate, v2.functional.pad):
             made.append(picture.size)
         return picture
 

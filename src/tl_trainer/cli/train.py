@@ -168,12 +168,11 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
 
 
 def _report(result: dict[str, Any]) -> str:
-    lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
     if found := result.get("search"):
-        lines = [
-            f"best of {found['candidates']} heads: {found['method']}, features {found['scaling']}, strength "
-            f"{found['strength']:.2g}; {result['seconds']:.0f} s"
-        ]
+        how = f"features {found['scaling']}, strength {found['strength']:.2g}"
+        lines = [f"best of {found['candidates']} heads: {found['method']}, {how}; {result['seconds']:.0f} s"]
+    else:
+        lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
     for split in ("val", "test"):
         if split in result:
             figures = result[split]

@@ -212,17 +212,14 @@ class LossSection(Section):
     )
 
 
-EPOCHS = 10
-
-
 class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
         description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
-        "are cached, the head is a single Linear, and epochs, optimizer and schedule are left as they are by default; "
-        "off trains it.",
+        "are kept and the head is a single Linear; off trains it, which is the default where epochs, optimizer or "
+        "schedule is set.",
     )
-    epochs: int = Field(EPOCHS, ge=1, description="Passes over the training images.")
+    epochs: int = Field(10, ge=1, description="Passes over the training images.")
     batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
@@ -239,8 +236,10 @@ class TrainSection(Section):
             raise ValueError(
                 f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})"
             )
-        how_to_train = (self.epochs, self.optimizer, self.schedule)
-        if how_to_train != (EPOCHS, OptimizerSection(), ScheduleSection()):  # whoever says how wants it trained
+        says_how = (
+            self.model_fields_set & {"epochs"} or self.optimizer.model_fields_set | self.schedule.model_fields_set
+        )
+        if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         return self
 

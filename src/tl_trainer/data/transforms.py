@@ -124,6 +124,9 @@ def _resized(transform: v2.Transform, width: float, height: float) -> Size:
         turn = math.radians(min(45, max(map(abs, transform.degrees))))  # by 45 degrees it becomes largest
         sine, cosine = math.sin(turn), math.cos(turn)
         return width * cosine + height * sine, width * sine + height * cosine
+    if isinstance(transform, v2.RandomZoomOut):
+        factor = max(transform.side_range)
+        return width * factor, height * factor
     if isinstance(transform, v2.RandomShortestSize):
         side, limit = max(transform.min_size), transform.max_size
     elif isinstance(transform, v2.RandomResize):
