@@ -426,7 +426,7 @@ def test_what_is_right_passes_the_check(items: str | list[Any]) -> None:
 def test_how_large_an_image_becomes_on_the_way_to_its_crop(
     items: str | list[Any], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never larger than foretold, and in a number of draws about as large. Measured where torchvision resizes or pads."""
+    """Never larger than foretold, and in a number of draws about as large. Measured where torchvision does it."""
     made, call = [size], v2.Transform._call_kernel
 
     def measured(transform: v2.Transform, function: Any, *arguments: Any, **options: Any) -> Any:
