@@ -94,8 +94,6 @@ def _payloads(canary: Path) -> dict[str, Any]:
 def _placed(bomb: Any, place: int, honest: dict[str, Any]) -> Any:
     """The bomb at one of several places of a checkpoint that is otherwise right."""
     content = copy.copy(honest)
-    if place == 0:
-        return bomb
     if place == 1:
         content["classes"] = ["a", [["b", bomb]]]
     elif place == 2:
@@ -103,14 +101,13 @@ def _placed(bomb: Any, place: int, honest: dict[str, Any]) -> Any:
     elif place == 3:
         content["trained"] = {**honest["trained"], "hook": Bomb(torch._utils._rebuild_parameter, bomb, False, bomb)}
     elif place == 4:
-        state = Late()
-        state.bomb = bomb
-        content["metrics"] = state
+        content["metrics"] = Late()
+        content["metrics"].bomb = bomb
     elif place == 5:
         content["epoch"] = Bomb(torch._utils._rebuild_tensor_v2, bomb, 0, (1,), (1,), False, OrderedDict(x=bomb))
     elif place == 6:
         content["resume"] = OrderedDict([("optimizer", bomb)])
-    return content
+    return content if place else bomb
 
 
 PLACES, FORMS = 7, 11
@@ -125,8 +122,7 @@ def _written(content: Any, form: int, path: Path) -> None:
     elif form == 8:
         torch.save(content, path, pickle_protocol=4)
     else:
-        buffer = io.BytesIO()
-        torch.save(content, buffer, _use_new_zipfile_serialization=form == 9)
+        torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=form == 9)
         path.write_bytes(sealed(buffer.getvalue()))
 
 
