@@ -252,7 +252,7 @@ def test_a_run_without_an_epoch_has_no_classifier_yet(tmp_path: Path) -> None:
     ("features", "random", "images"),
     [
         ({}, False, 24 + 12),
-        ({}, True, 24 * 40 + 12),
+        ({}, True, 24 * 10 + 12),
         ({"views": 1}, True, 24 * 40 + 12),
         ({"views": 3}, True, 24 * 3 + 12),
         ({"cache": "off"}, False, (24 + 12) * 40),

@@ -143,7 +143,7 @@ def killed(*_: object) -> None:
 def config(colours: Path) -> dict[str, object]:
     """A run whose head is found: nothing says how to train it."""
     return {
-        "data": {"root": str(colours)}, "model": {"backbone": "alexnet", "weights": "none"},
+        "data": {"root": str(colours)}, "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
         "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]}, "features": {"dir": "cache"},
         "output": {"report": False, "tensorboard": False},
     }  # fmt: skip
@@ -182,7 +182,7 @@ def test_a_configured_scaling_is_kept(config: dict[str, object], normalise: str)
     [
         ({"model__head__hidden": [4]}, "hidden layers"),
         ({"transforms__train": [{"Resize": [64, 64]}, "RandomHorizontalFlip"], "features__cache": "off"}, "not kept"),
-        ({"model__trainable": "classifier"}, "stages of the backbone"),
+        ({"model__trainable": "conv5"}, "stages of the backbone"),
     ],
 )
 def test_where_no_search_is_possible_that_is_said_and_the_head_is_trained(
@@ -218,7 +218,7 @@ def test_a_search_that_was_killed_is_resumed_to_the_same_head(
 
 def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
     draw_split(tmp_path / "photos", 6)
-    words = ("model.backbone=alexnet", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
+    words = ("model.backbone=shufflenet_v2_x0_5", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
     result = tl("train", tmp_path / "photos", *words, "output.report=false", "output.tensorboard=false")
     assert result.returncode == 0, result.stderr
     assert "best of " in result.stdout
