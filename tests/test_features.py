@@ -812,3 +812,23 @@ def test_a_killed_extraction_is_gone_on_with(cache: Cache, split: Split, tmp_pat
     assert computed == COUNT - batches * AT_ONCE
     _, undisturbed = Cache(tmp_path / "another").run(split)
     assert torch.equal(rows_of(found), rows_of(undisturbed))
+
+
+def test_ctrl_c_keeps_what_was_computed_and_says_so(
+    cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefixes = Prefixes()
+    calls = iter(range(9))
+
+    def compute(images: Tensor) -> Tensor:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return prefixes.prefix(images)
+
+    monkeypatch.setattr(prefixes, "compute", compute)
+    extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.features(known(split), "train", pipeline())
+    assert "16 features were computed and are kept: the same command goes on with the others" in caplog.text
+    computed, _ = cache.run(split)
+    assert computed == COUNT - 16

@@ -142,7 +142,7 @@ class Extractor:
         size, overlap = IMAGES_AT_ONCE.get(self.device.type, 16), self.device.type != "cpu"
         block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
         workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save
-        with contextlib.closing(store), _reading(split, pipeline, workers) as read:
+        with contextlib.closing(store), self._saying_what_is_kept(), _reading(split, pipeline, workers) as read:
             chunks = _chunks(_drawn(missing, read, block, overlap=overlap), size)
             for chunk in bar(chunks, f"{what} features", -(-count // size)):
                 rows = self._rows(prefix, pipeline, stacked([image for _, image in chunk]))
@@ -178,6 +178,16 @@ class Extractor:
             if not self._at_once:
                 log.warning("the GPU has too little memory for %d images at once; going on with fewer", size)
             self._at_once = size // 2
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        before = self.computed
+        try:
+            yield
+        except KeyboardInterrupt:
+            kept = self.computed - before
+            log.warning("%d features were computed and are kept: the same command goes on with the others", kept)
+            raise
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:
         size, planned = rows[0].numel() * rows.element_size(), max(count, self._planned)

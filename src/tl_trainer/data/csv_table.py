@@ -105,7 +105,8 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
     place = {name: index for index, name in enumerate(header)}
     for column in wanted:
         if column not in place:
-            raise DataError(f"{table}:1: {unknown('column', column, header)}; set the columns in data.csv")
+            complaint = unknown("column", column, header)
+            raise DataError(f"{table}:1: {complaint}; set data.csv.image_column, label_column or split_column")
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
     lines, images, labels, splits = columns = Columns(array("q"), [], [], [])
     one: dict[str, str] = {}  # object for each label
