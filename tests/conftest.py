@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -58,6 +59,16 @@ def _one_thread() -> None:
 def _ctrl_c() -> None:
     """Ctrl-C interrupts, as at a terminal: a shell starts what it puts into the background with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """The package's logger as it was, after commands that set it up."""
+    package = logging.getLogger("tl_trainer")
+    handlers, level = package.handlers[:], package.level
+    yield
+    package.handlers[:] = handlers
+    package.setLevel(level)
 
 
 @pytest.fixture

@@ -424,7 +424,7 @@ def test_features_that_fit_stay_on_the_gpu(
     cache: Cache, split: Split, monkeypatch: pytest.MonkeyPatch, free: int, kept: bool
 ) -> None:
     """Each epoch then copies its order alone."""
-    monkeypatch.setattr(module_under_test, "_free_on", lambda device: free)  # else 0 for this stand-in
+    monkeypatch.setattr(module_under_test, "free_on", lambda device: free)  # else 0 for this stand-in
     _, found = cache.run(split)
     batches, gpu = FeatureBatches(found, batch_size=16, shuffle=True), torch.device("meta")
     arrived = []
@@ -449,7 +449,7 @@ def test_a_copy_is_only_asynchronous_from_pinned_memory_to_cuda(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On an Apple GPU such copies of what is freed meanwhile have come out wrong."""
-    monkeypatch.setattr(module_under_test, "_free_on", lambda device: 0)
+    monkeypatch.setattr(module_under_test, "free_on", lambda device: 0)
     for kind in ("cuda", "mps", "cpu"):
         place = torch.device(kind)
         extractor = Extractor(Prefixes(), IDENTITY, tmp_path / kind, 10**9, place)

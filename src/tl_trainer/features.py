@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import START_METHOD, Batch, batch_order, batch_starts, prepare_worker, stacked
+from tl_trainer.data.loaders import START_METHOD, Batch, batch_order, batch_starts, chunked, prepare_worker, stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
@@ -143,7 +142,7 @@ class Extractor:
         block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
         workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save
         with contextlib.closing(store), self._saying_what_is_kept(), _reading(split, pipeline, workers) as read:
-            chunks = _chunks(_drawn(missing, read, block, overlap=overlap), size)
+            chunks = chunked(_drawn(missing, read, block, overlap=overlap), size)
             for chunk in bar(chunks, f"{what} features", -(-count // size)):
                 rows = self._rows(prefix, pipeline, stacked([image for _, image in chunk]))
                 if not roomy:
@@ -218,7 +217,7 @@ class Features:
         """Bring all that is in memory to a GPU, once, where it takes less than half of what is free there."""
         if self.tables is None or self.device == device:
             return
-        if sum(table.nbytes for table in self.tables) < _free_on(device) / 2:
+        if sum(table.nbytes for table in self.tables) < free_on(device) / 2:
             self.tables, self.targets = [table.to(device) for table in self.tables], self.targets.to(device)
             self.device = device
 
@@ -269,18 +268,13 @@ def features_folder(section: FeaturesSection) -> Path:
     return expand(section.dir) if section.dir else cache_folder() / "features"
 
 
-def _free_on(device: torch.device) -> int:
+def free_on(device: torch.device) -> int:
     """The bytes that are free on a GPU; 0 for another kind of device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _key(digest: bytes, tag: bytes) -> bytes:
     return hashlib.sha256(digest + tag).digest() if tag else digest
-
-
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while chunk := list(islice(rows, size)):
-        yield chunk
 
 
 def _drawn(

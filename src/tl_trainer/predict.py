@@ -26,7 +26,7 @@ from tl_trainer.assembly import Parts
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
 from tl_trainer.data.images import Decoding
-from tl_trainer.data.loaders import stacked
+from tl_trainer.data.loaders import chunked, stacked
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.evaluate import averaged
@@ -187,7 +187,7 @@ def embed(parts: Parts, inputs: Iterable[Source], batch_size: int) -> Tensor:
         dark.add(_called(source, next(numbers)), images.dark(picture))
         return pipeline.image(picture)
 
-    for chunk in _chunks(inputs, batch_size):
+    for chunk in chunked(inputs, batch_size):
         batch = pipeline.batch(stacked([view(source) for source in chunk]).to(network.device))
         rows.append(network.embed(network.features(batch)).cpu())
     embedded = torch.cat(rows)
@@ -215,12 +215,6 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
         decoding.check(source.size, "the picture")
         return images.upright_rgb(source, decoding.value_range)
     return images.load(Path(source), decoding)
-
-
-def _chunks(items: Iterable[Source], size: int) -> Iterator[list[Source]]:
-    remaining = iter(items)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
 
 
 def write_rows(rows: Iterable[Row], form: str, file: IO[str]) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError
 from tl_trainer.evaluation import Evaluation
 from tl_trainer.explain import GradCam
-from tl_trainer.ground.files import write_bytes, write_text
+from tl_trainer.ground.files import csv_text, write_bytes, write_text
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
@@ -48,9 +47,9 @@ def write_report(
     predictions = _Predictions(evaluation)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
-        "per_class.csv": _table(measured["per_class"][0], (row.values() for row in measured["per_class"])),
+        "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),
         "confusion_matrix.csv": _confusion_table(evaluation.scores, classes),
-        "predictions.csv": _table(predictions.columns(), predictions.rows()),
+        "predictions.csv": csv_text(predictions.columns(), predictions.rows()),
         "report.html": _template().render(
             measured=measured,
             pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
@@ -138,16 +137,10 @@ def _confusion_table(scores: Scores, classes: list[str]) -> str:
     matrix = confusion(scores, len(classes))
     if len(classes) <= SQUARE:
         counts = matrix.among(torch.arange(len(classes))).tolist()
-        return _table(["label", *classes], ([name, *row] for name, row in zip(classes, counts, strict=True)))
+        return csv_text(["label", *classes], ([name, *row] for name, row in zip(classes, counts, strict=True)))
     cells = zip(matrix.labels.tolist(), matrix.predicted.tolist(), matrix.counts.tolist(), strict=True)
     rows = ([classes[label], classes[predicted], count] for label, predicted, count in cells)
-    return _table(["label", "predicted", "count"], rows)
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([list(header), *(list(row) for row in rows)])
-    return table.getvalue()
+    return csv_text(["label", "predicted", "count"], rows)
 
 
 def _six(share: float) -> float:

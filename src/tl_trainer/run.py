@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
 import signal
 import sys
@@ -27,7 +25,7 @@ from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
-from tl_trainer.ground.files import make_folder, write_text
+from tl_trainer.ground.files import csv_text, make_folder, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
@@ -215,10 +213,8 @@ def _describe(setup: Setup, run_dir: Path) -> None:
     write_text(run_dir / "config.yaml", to_yaml(setup.parts.config))
     write_text(run_dir / "classes.txt", "".join(f"{name}\n" for name in setup.dataset.classes))
     if setup.drawn:
-        table = io.StringIO()
-        rows = [(name, split) for split, images in setup.dataset.splits.items() for name in images.names]
-        csv.writer(table, lineterminator="\n").writerows([("path", "split"), *rows])
-        write_text(run_dir / "split.csv", table.getvalue())
+        rows = ((name, split) for split, images in setup.dataset.splits.items() for name in images.names)
+        write_text(run_dir / "split.csv", csv_text(("path", "split"), rows))
 
 
 def _tracker(setup: Setup, run_dir: Path, last: Checkpoint | None, make_tracker: MakeTracker) -> Tracker:

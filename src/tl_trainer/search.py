@@ -6,11 +6,9 @@ on validation images, and where these are few also by that of cross-validation o
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +17,9 @@ from torch.nn import functional
 
 from tl_trainer.assembly import Setup
 from tl_trainer.errors import RunError
-from tl_trainer.features import FeatureBatches, Features
+from tl_trainer.features import FeatureBatches, Features, free_on
 from tl_trainer.feeds import Feed
+from tl_trainer.ground.files import csv_text
 from tl_trainer.ground.machine import free_memory, threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
@@ -46,6 +45,11 @@ class Table(NamedTuple):
     targets: Tensor
     soft: Tensor
     images: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The target of each image."""
+        return self.targets[: int(self.images.max()) + 1]
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,7 @@ class Found:
 
     def table(self) -> str:
         """All candidates as CSV."""
-        table = io.StringIO()
-        names = [field.name for field in fields(Row)]
-        rows = [[getattr(row, name) for name in names] for row in self.rows]
-        csv.writer(table, lineterminator="\n").writerows([names, *rows])
-        return table.getvalue()
+        return csv_text((field.name for field in fields(Row)), map(astuple, self.rows))
 
 
 class Scaling(NamedTuple):
@@ -172,7 +172,7 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
 
 def _views_that_fit(features: Features, classes: int, device: torch.device) -> int:
     """How many views fit into half of the free memory, with the copies and the logits that the search makes of them."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    free = free_on(device) if device.type == "cuda" else free_memory()
     rows, width = len(features.targets), features.take(0, [0]).numel()
     heads = 4 * len(SCALINGS) * len(STRENGTHS) * width * classes
     view = 4 * rows * (4 * width + 5 * (FOLDS + 1) * classes)
@@ -211,9 +211,10 @@ def find(
     solved: list[_Solved] = []
     for name in scalings:
         scaling, lowest = SCALINGS[name](train.features), float("inf")
+        of_val = scaling(val.features)
         solutions = path(Axes.of(scaling(train.features)), train.soft, (~held_out).to(train.soft), STRENGTHS)
         for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
-            logits = scaling(val.features) @ solution.weight[-1] + solution.bias[-1]
+            logits = of_val @ solution.weight[-1] + solution.bias[-1]
             if few:
                 logits = torch.cat([logits, solution.logits[fold[judged], judged]])
             losses = functional.cross_entropy(logits.double(), targets, reduction="none")
@@ -261,13 +262,12 @@ def _top1(scores: Tensor, targets: Tensor) -> float:
 
 def _judged(table: Table) -> Tensor:
     """The first view of each image whose class has another; without it, a fold is solved without the class."""
-    first = table.targets[: int(table.images.max()) + 1]
-    return (torch.bincount(first)[first] > 1).nonzero()[:, 0]
+    return (torch.bincount(table.labels)[table.labels] > 1).nonzero()[:, 0]
 
 
 def _folds(table: Table) -> Tensor:
     """(N,) the fold of each row: every class spread evenly, all views of an image together, the same in every run."""
-    target = table.targets[: int(table.images.max()) + 1]
+    target = table.labels
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
     order = order[target[order].sort(stable=True).indices]
     fold = torch.empty_like(target)

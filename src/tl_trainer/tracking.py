@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from tl_trainer.errors import RunError
 from tl_trainer.ground.failures import is_worker_death
-from tl_trainer.ground.files import write_text
+from tl_trainer.ground.files import csv_text, write_text
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.plots import png
@@ -74,9 +74,7 @@ class Tracker:
         self._done = done
         self._drawn_at, self._drawn_epoch = time.monotonic(), 0
         columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([columns, *_rows(self.path)[:done]])
-        write_text(self.path, table.getvalue())
+        write_text(self.path, csv_text(columns, _rows(self.path)[:done]))
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it

@@ -8,7 +8,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    package = logging.getLogger("tl_trainer")
-    handlers, level = package.handlers[:], package.level
-    yield
-    package.handlers[:] = handlers
-    package.setLevel(level)
-
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 # What there is
 

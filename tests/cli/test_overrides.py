@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,7 @@ from tl_trainer.cli import train as tl_train
 COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
 
 
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    package = logging.getLogger("tl_trainer")
-    handlers, level = package.handlers[:], package.level
-    yield
-    package.handlers[:] = handlers
-    package.setLevel(level)
-
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 ON_A_CHECKPOINT = {"eval": ["--checkpoint", "best.pth"], "predict": ["a.jpg", "--checkpoint", "best.pth"]}
 FIXED = (

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -194,6 +195,13 @@ def _cut_off(error: Exception) -> str | None:
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         return NO_SHARED_MEMORY if error.errno == errno.ENOSPC else None
     return None if isinstance(error, RuntimeError) else WORKER_KILLED
+
+
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`, the last one of what is left."""
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
 
 
 def stacked(pictures: list[Tensor]) -> Tensor:

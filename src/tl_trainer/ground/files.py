@@ -1,14 +1,16 @@
-"""Files on disk: atomic writes, what is kept of before, folders that can be written to, the user's cache folder."""
+"""Files on disk: atomic writes, CSV, what is kept of before, folders that can be written to, the cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +44,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, atomically."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))  # a file name may be any bytes
+
+
+def csv_text(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A table as CSV."""
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    return table.getvalue()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
