@@ -15,7 +15,7 @@ from conftest import Run, last_json
 from test_end_to_end import SMALL
 from tiny import tiny_template
 from tl_trainer import checkpoint
-from tl_trainer.assembly import FIXED, NOT_TAKEN, SETTABLE, _images_to_compute, restore, set_up
+from tl_trainer.assembly import _images_to_compute, restore, set_up
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config, flat
@@ -27,6 +27,7 @@ from tl_trainer.models.backbones import BACKBONES, build_backbone, empty_backbon
 from tl_trainer.models.chain import Backbone
 from tl_trainer.models.classifier import Classifier, State
 from tl_trainer.models.heads import build_head
+from tl_trainer.settings import NOT_TAKEN
 
 SIDES = {"inception_v3": 128, "maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224}  # that take no 64 pixels
 LARGE = 19e6  # parameters, from which on no logits are compared
@@ -167,20 +168,6 @@ def test_a_checkpoint_decides_no_folder_and_no_limit(tl: Run, colours: Path, tmp
     assert chosen.config.data.download
 
 
-def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
-    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
-    wrong: list[tuple[str, Any]] = [("model.tap", "pooled"), ("seed", 3), ("train.epochs", 9), ("output.dir", "x")]
-    wrong.append(("data.value_range", 255.0))
-    for key, value in wrong:
-        with pytest.raises(ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; what can be set"):
-            restore(best, [(key, value)])
-    with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
-        restore(best, [("train.batchsize", 3)])
-    for key, value in flat(Config().model_dump()):
-        if key.startswith(SETTABLE) and key not in FIXED:
-            restore(best, [(key, value)])
-
-
 def test_words_on_a_checkpoint_through_the_commands(tl: Run, colours: Path) -> None:
     best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
     assert last_json(tl("eval", "features.cache=off", "--checkpoint", best, "--json", "train.batch_size=3"))["n"] == 12
@@ -196,18 +183,6 @@ def test_words_on_a_checkpoint_through_the_commands(tl: Run, colours: Path) -> N
     assert rows.stdout.startswith("device=cpu  ")
     assert len(rows.stdout.splitlines()) == 1
     assert "no images: give files" in tl("predict", "train.precision=fp32", "--checkpoint", best).stderr
-
-
-def test_every_wrong_setting_is_named_with_where_it_was_set() -> None:
-    words = [("model.weights", "NOPE_V1"), ("model.tap", "nope"), ("transforms.train", ["RandomRotate"])]
-    with pytest.raises(ConfigError) as raised:
-        set_up(load("demo", [("model.backbone", "alexnet"), *words]))
-    lines = str(raised.value).splitlines()
-    assert [line.split(": ")[:2] for line in lines] == [
-        ["the command line", "transforms.train[0]"],
-        ["the command line", "model.weights"],
-        ["the command line", "model.tap"],
-    ]
 
 
 def test_one_class_is_not_enough(colours: Path) -> None:

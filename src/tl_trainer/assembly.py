@@ -6,9 +6,8 @@ weights and the classes come from, and share all the rest.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
-from tl_trainer.config.load import COMMAND_LINE, Loaded, Override, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, DataSection, FeaturesSection, HeadSection, flat
+from tl_trainer.config.load import Loaded, Overrides, from_checkpoint
+from tl_trainer.config.schema import Config, DataSection, HeadSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
-from tl_trainer.data.sources import check_root, open_dataset
+from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
@@ -44,6 +43,15 @@ from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
 from tl_trainer.optim import Schedule, build_optimizer
 from tl_trainer.saver import Progress, State
+from tl_trainer.settings import (
+    NOT_TAKEN,
+    TWO_IMAGES,
+    check_asked_root,
+    check_fixed,
+    check_settings,
+    check_views,
+    located,
+)
 from tl_trainer.tasks import SingleLabel, Task
 
 log = logging.getLogger(__name__)
@@ -51,17 +59,7 @@ log = logging.getLogger(__name__)
 # To be raised with every change to how an image becomes features.
 CACHE_VERSION = 1
 
-TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
-
 MEMORY = "files.sqlite"  # what `data.verify` remembers, in the folder of the features
-
-# What a command may set on top of a checkpoint. The rest is how the weights came about.
-SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
-FIXED = ("data.value_range",)  # of these: it changes the pixels
-# What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get.
-NOT_TAKEN: tuple[Override, ...] = (
-    ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
-)  # fmt: skip
 
 
 @dataclass
@@ -139,12 +137,12 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
     read of the images is remembered on disk.
     """
     config = loaded.config
-    with _located(loaded):
-        _check_settings(loaded)
+    with located(loaded):
+        check_settings(loaded)
         device = resolve_device(config.device)
         weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
         train_pipeline, pipeline = _pipelines(config, weights)
-        _check_views(config, train_pipeline)
+        check_views(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
@@ -190,7 +188,7 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
         raise CheckpointError(f"{path}: no epoch of this run has ended yet; go on with --resume {path.parent}")
     saved, overrides = checkpoint.load(path), list(overrides)
     loaded = from_checkpoint(saved.config, path, [*NOT_TAKEN, *overrides])
-    _check_fixed(loaded, overrides)
+    check_fixed(loaded, overrides)
     try:
         pipeline = Pipeline(saved.preprocessing, "preprocessing")
         classifier = _saved_classifier(saved, loaded.config)
@@ -203,8 +201,8 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration: {str(error).splitlines()[-1].strip()}"
         ) from error
-    with _located(loaded):
-        _check_root(loaded)
+    with located(loaded):
+        check_asked_root(loaded)
         config, device = loaded.config, resolve_device(loaded.config.device)
         precision = config.train.precision
         if precision == "fp16" and device.type != "cuda":
@@ -227,75 +225,6 @@ def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | N
         return task.hold_out(split.targets, config.data.val_fraction, config.seed, split.name)
 
     return with_validation(dataset, draw, saved.val_names if saved else None)
-
-
-def _check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
-    """Raise ConfigError for an override of what the checkpoint has decided."""
-    valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
-    wrong = [key for key, _ in overrides if not key.startswith(SETTABLE) or key in FIXED]
-    if wrong:
-        fixed = "fixed by the checkpoint; what can be set on top of one"
-        raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
-
-
-@contextlib.contextmanager
-def _located(loaded: Loaded) -> Iterator[None]:
-    try:
-        yield
-    except SettingError as error:
-        raise loaded.located([error]) from error
-
-
-def _check_settings(loaded: Loaded) -> None:
-    """What only torchvision can say about a configuration, all of it at once."""
-    config, problems = loaded.config, []
-    checks: list[Callable[[], object]] = [
-        lambda: transforms.check(config.transforms.train, "transforms.train"),
-        lambda: transforms.check(config.transforms.eval, "transforms.eval"),
-        lambda: resolve_weights(config.model.backbone, config.model.weights),
-        lambda: _check_stages(config),
-        lambda: resolve_device(config.device),
-        lambda: _check_root(loaded),
-    ]
-    for check in checks:
-        try:
-            check()
-        except SettingError as error:
-            problems.append(error)
-    if problems:
-        raise loaded.located(problems)
-
-
-def _check_root(loaded: Loaded) -> None:
-    """Only where it was asked for: a file, such as a run's config.yaml, spells all keys out."""
-    if loaded.origins.get(("data", "root")) == COMMAND_LINE:
-        check_root(loaded.config.data)
-
-
-def _check_stages(config: Config) -> None:
-    model = config.model
-    try:
-        size = resolve_weights(model.backbone, "none", config.transforms.size).preset.crop
-    except SettingError:  # which the check before has said
-        return
-    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
-    classifier = Classifier(backbone, nn.Identity(), model.trainable)
-    if classifier.trains_batch_norm and config.train.batch_size == 1:
-        raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
-
-
-def _check_views(config: Config, pipeline: Pipeline) -> None:
-    views = config.features.views
-    if views == "auto" or views == 1:
-        return
-    if pipeline.deterministic:
-        raise SettingError(
-            "features.views", "transforms.train has nothing random, so all views are the same; set it to auto"
-        )
-    if config.model.trainable == "all":
-        raise SettingError(
-            "features.views", "model.trainable is all, so there are no frozen features to keep; set it to auto"
-        )
 
 
 def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:

@@ -1,0 +1,99 @@
+"""What is wrong with a configuration beyond the schema, before any image is read: names, stages, folders, devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from tl_trainer.config.load import COMMAND_LINE, Loaded, Override
+from tl_trainer.config.schema import Config, FeaturesSection, flat
+from tl_trainer.data import transforms
+from tl_trainer.data.sources import check_root
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.errors import SettingError
+from tl_trainer.models.backbones import empty_backbone, resolve_weights
+from tl_trainer.models.classifier import Classifier
+from tl_trainer.network import resolve_device
+
+TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
+
+# What a command may set on top of a checkpoint. The rest is how the weights came about.
+SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
+FIXED = ("data.value_range",)  # of these: it changes the pixels
+# What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get.
+NOT_TAKEN: tuple[Override, ...] = (
+    ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def located(loaded: Loaded) -> Iterator[None]:
+    """Turn a SettingError into a ConfigError with the file and the line of its key."""
+    try:
+        yield
+    except SettingError as error:
+        raise loaded.located([error]) from error
+
+
+def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
+    """Raise ConfigError for an override of what the checkpoint has decided."""
+    valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
+    wrong = [key for key, _ in overrides if not key.startswith(SETTABLE) or key in FIXED]
+    if wrong:
+        fixed = "fixed by the checkpoint; what can be set on top of one"
+        raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
+
+
+def check_settings(loaded: Loaded) -> None:
+    """What only torchvision can say about a configuration, all of it at once."""
+    config, problems = loaded.config, []
+    checks: list[Callable[[], object]] = [
+        lambda: transforms.check(config.transforms.train, "transforms.train"),
+        lambda: transforms.check(config.transforms.eval, "transforms.eval"),
+        lambda: resolve_weights(config.model.backbone, config.model.weights),
+        lambda: _check_stages(config),
+        lambda: resolve_device(config.device),
+        lambda: check_asked_root(loaded),
+    ]
+    for check in checks:
+        try:
+            check()
+        except SettingError as error:
+            problems.append(error)
+    if problems:
+        raise loaded.located(problems)
+
+
+def check_asked_root(loaded: Loaded) -> None:
+    """Check the folder of the data where it was asked for: a file, such as a run's config.yaml, spells all keys out."""
+    if loaded.origins.get(("data", "root")) == COMMAND_LINE:
+        check_root(loaded.config.data)
+
+
+def _check_stages(config: Config) -> None:
+    model = config.model
+    try:
+        size = resolve_weights(model.backbone, "none", config.transforms.size).preset.crop
+    except SettingError:  # which the check before has said
+        return
+    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
+    classifier = Classifier(backbone, nn.Identity(), model.trainable)
+    if classifier.trains_batch_norm and config.train.batch_size == 1:
+        raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
+
+
+def check_views(config: Config, pipeline: Pipeline) -> None:
+    """Raise SettingError for views of a train pipeline that has nothing random, or of a backbone that trains."""
+    views = config.features.views
+    if views == "auto" or views == 1:
+        return
+    if pipeline.deterministic:
+        raise SettingError(
+            "features.views", "transforms.train has nothing random, so all views are the same; set it to auto"
+        )
+    if config.model.trainable == "all":
+        raise SettingError(
+            "features.views", "model.trainable is all, so there are no frozen features to keep; set it to auto"
+        )

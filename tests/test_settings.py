@@ -1,0 +1,42 @@
+"""Every wrong setting is named before an image is read, and a checkpoint keeps what it has decided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Run, last_json
+from test_end_to_end import SMALL
+from tl_trainer.assembly import restore, set_up
+from tl_trainer.config.load import load
+from tl_trainer.config.schema import Config, flat
+from tl_trainer.errors import ConfigError
+from tl_trainer.settings import FIXED, SETTABLE
+
+
+def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
+    best = Path(last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))["checkpoint"])
+    wrong: list[tuple[str, Any]] = [("model.tap", "pooled"), ("seed", 3), ("train.epochs", 9), ("output.dir", "x")]
+    wrong.append(("data.value_range", 255.0))
+    for key, value in wrong:
+        with pytest.raises(ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; what can be set"):
+            restore(best, [(key, value)])
+    with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
+        restore(best, [("train.batchsize", 3)])
+    for key, value in flat(Config().model_dump()):
+        if key.startswith(SETTABLE) and key not in FIXED:
+            restore(best, [(key, value)])
+
+
+def test_every_wrong_setting_is_named_with_where_it_was_set() -> None:
+    words = [("model.weights", "NOPE_V1"), ("model.tap", "nope"), ("transforms.train", ["RandomRotate"])]
+    with pytest.raises(ConfigError) as raised:
+        set_up(load("demo", [("model.backbone", "alexnet"), *words]))
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["the command line", "transforms.train[0]"],
+        ["the command line", "model.weights"],
+        ["the command line", "model.tap"],
+    ]
