@@ -33,7 +33,7 @@ from tl_trainer.config.schema import DataSection, FeaturesSection
 from tl_trainer.data.dataset import Files, Pictures, Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
-from tl_trainer.data.verify import verified
+from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import DataError, ImageError, InputError, RunError
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, Missing, features_folder
 from tl_trainer.models.chain import Stage
@@ -100,7 +100,7 @@ class Cache:
         """Rows computed, features; a prefix is made only when there are rows to compute."""
         prefixes = Prefixes()
         extractor = Extractor(prefixes, {**IDENTITY, **identity}, self.folder, self.limit, CPU)
-        known = verified(split, "train", DataSection(on_bad_image=bad), self.folder / "files.sqlite")
+        known = verified(split, "train", DataSection(on_bad_image=bad), Memory(self.folder / "files.sqlite"))
         found = extractor.features(known, "train", pipeline(items), views, seed)
         assert prefixes.images == extractor.computed
         assert prefixes.made == (1 if extractor.computed else 0)

@@ -27,7 +27,7 @@ from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.data.verify import verified
+from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.features import Extractor, features_folder
@@ -213,9 +213,9 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
     return Parts(loaded, SingleLabel(saved.classes), network, pipeline, saved.backbone, saved.features, feeds, saved)
 
 
-def memory_of(config: Config) -> Path:
-    """Where `verified` remembers what it has read."""
-    return features_folder(config.features) / MEMORY
+def memory_of(config: Config) -> Memory:
+    """What `verified` remembers of images."""
+    return Memory(features_folder(config.features) / MEMORY)
 
 
 def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | None) -> Dataset:

@@ -28,8 +28,9 @@ from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images, verify
 from tl_trainer.data.dataset import Pictures, Split, Stamp
 from tl_trainer.data.folders import open_folders
-from tl_trainer.data.images import Decoding
-from tl_trainer.data.verify import SETTLED_SECONDS, verified
+from tl_trainer.data.images import STANDARD, Decoding
+from tl_trainer.data.transforms import Pipeline
+from tl_trainer.data.verify import SETTLED_SECONDS, Memory, verified
 from tl_trainer.errors import DataError, ImageError
 
 COUNT = 6
@@ -92,7 +93,7 @@ def write(path: Path, shade: int, size: int = 8, age: float = 60) -> None:
 
 
 def hashes(split: Split, memory: Path = Path("memory.sqlite")) -> list[bytes]:
-    return list(verified(split, "train", DataSection(), memory).hashes)
+    return list(verified(split, "train", DataSection(), Memory(memory)).hashes)
 
 
 def expected(split: Split) -> list[bytes]:
@@ -121,11 +122,11 @@ def test_a_file_is_decoded_once_and_not_again_while_it_is_remembered(
     split: Split, reads: Reads, decodes: Reads
 ) -> None:
     """By one call after another, whatever their splits; without a memory by each call."""
-    verified(split.subset([0, 1, 2]), "train", DataSection(), Path("memory.sqlite"))
+    verified(split.subset([0, 1, 2]), "train", DataSection(), Memory(Path("memory.sqlite")))
     assert reads.taken() == decodes.taken() == ["0.jpg", "1.jpg", "2.jpg"]
-    verified(split, "all", SKIP, Path("memory.sqlite"))
+    verified(split, "all", SKIP, Memory(Path("memory.sqlite")))
     assert reads.taken() == decodes.taken() == ["3.jpg", "4.jpg", "5.jpg"]
-    verified(split, "all", DataSection(), Path("memory.sqlite"))
+    verified(split, "all", DataSection(), Memory(Path("memory.sqlite")))
     assert reads.taken() == decodes.taken() == []
     for _ in range(2):
         verified(split, "all", DataSection(), None)
@@ -248,7 +249,7 @@ def test_a_file_that_was_remembered_and_then_damaged_is_found(
     on_bad_image: Policy,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    memory, path = Path("memory.sqlite"), paths_of(split)[3]
+    memory, path = Memory(Path("memory.sqlite")), paths_of(split)[3]
     path.write_bytes(noise("PNG"))
     os.utime(path, (time.time() - 60,) * 2)
     whole = hashes(split)
@@ -290,7 +291,7 @@ def test_images_that_leave_their_range_unused_are_counted_and_named_in_every_run
     assert not caplog.records
 
 
-def test_a_file_that_was_read_under_another_limit_is_read_again(split: Split, reads: Reads) -> None:
+def test_only_a_file_that_another_limit_makes_too_large_is_read_again(split: Split, reads: Reads) -> None:
     write(paths_of(split)[2], 1, size=100)
     large, small = (
         replace(split, images=split.images.decoded(Decoding(max_megapixels=limit))) for limit in (0.01, 0.001)
@@ -299,6 +300,27 @@ def test_a_file_that_was_read_under_another_limit_is_read_again(split: Split, re
     assert reads.taken() == split.names
     with pytest.raises(DataError, match=r"2\.jpg: 100 x 100 pixels are too many \(0\.01 megapixels\); scale it down"):
         hashes(small)
+    assert reads.taken() == ["2.jpg"]
+
+
+def test_an_image_that_becomes_too_large_under_other_transforms_is_found_though_it_is_remembered(
+    split: Split, reads: Reads
+) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for index, exif in ((1, Image.Exif()), (3, turned)):
+        Image.new("RGB", (900, 1)).save(path := paths_of(split)[index], "JPEG", exif=exif)
+        os.utime(path, (time.time() - 60,) * 2)
+
+    def resized(sides: int | list[int]) -> Split:
+        decoding = Decoding(resizes=(Pipeline([{"Resize": sides}], "transforms.eval").sizes,))
+        return replace(split, images=split.images.decoded(decoding))
+
+    assert hashes(resized(8)) == hashes(resized([8, 8])) == hashes(resized(9)) == expected(split)
+    assert reads.taken() == split.names
+    with pytest.raises(DataError, match=r"^2 of 6 .*\n.*1\.jpg: 900 x 1 pixels would be resized to 360,000 x 400"):
+        hashes(resized(400))
+    assert reads.taken() == ["1.jpg", "3.jpg"]
 
 
 def test_what_is_no_file_any_more_is_said_in_its_place(split: Split, reads: Reads) -> None:
@@ -309,7 +331,7 @@ def test_what_is_no_file_any_more_is_said_in_its_place(split: Split, reads: Read
     paths_of(split)[4].unlink()
     paths_of(split)[4].mkdir()
     reads.clear()
-    kept = verified(split, "train", SKIP, Path("memory.sqlite"))
+    kept = verified(split, "train", SKIP, Memory(Path("memory.sqlite")))
     assert (kept.names, kept.hashes) == (["0.jpg", "2.jpg", "5.jpg"], [good[index] for index in (0, 2, 5)])
     assert reads.taken() == ["1.jpg", "3.jpg", "4.jpg"]
     for index, reason in [(1, "empty file"), (3, "cannot be read"), (4, "not an ordinary file")]:
@@ -338,7 +360,7 @@ def cut(database: Path) -> None:
 
 
 def other_table(database: Path) -> None:
-    database.write_bytes(database.read_bytes().replace(b"hash)", b"lash)"))
+    database.write_bytes(database.read_bytes().replace(b"hash, w", b"lash, w"))
 
 
 def broken_table(database: Path) -> None:
@@ -346,12 +368,12 @@ def broken_table(database: Path) -> None:
 
 
 def fewer_columns(database: Path) -> None:
-    database.write_bytes(database.read_bytes().replace(b"changed, hash)", b"changed  hash)"))
+    database.write_bytes(database.read_bytes().replace(b"changed, hash", b"changed  hash"))
 
 
 def more_columns(database: Path) -> None:
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("ALTER TABLE verified ADD COLUMN width")
+        connection.execute("ALTER TABLE verified ADD COLUMN depth")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +402,7 @@ def test_a_database_that_cannot_be_opened_costs_the_memory_only(
     for _ in range(2):
         assert hashes(split) == expected(split)
         assert reads.taken() == split.names
-    assert "memory.sqlite cannot be used (unable to open database file); going on without it" in caplog.text
+    assert "memory.sqlite cannot be used (unable to open database file); the images are read again" in caplog.text
     assert Path("memory.sqlite").is_dir()
 
 
@@ -396,7 +418,7 @@ def test_a_database_in_use_is_gone_without_and_kept(
         assert hashes(split) == expected(split)
         assert reads.taken() == split.names
         assert {record.getMessage() for record in caplog.records} == {
-            "memory.sqlite cannot be used (database is locked); going on without it"
+            "memory.sqlite cannot be used (database is locked); the images are read again"
         }
     assert hashes(split) == expected(split)
     assert reads == []
@@ -420,15 +442,17 @@ def test_the_database_is_asked_once_however_many_images_there_are(
     assert sum(asked) == 1
 
 
-def test_a_damaged_hash_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
+def test_a_damaged_hash_or_size_in_the_database_is_not_used(split: Split, reads: Reads) -> None:
     hashes(split)
     with contextlib.closing(sqlite3.connect("memory.sqlite")) as connection, connection:
         connection.execute("UPDATE verified SET hash = 'text' WHERE CAST(path AS TEXT) LIKE '%0.jpg'")
         connection.execute("UPDATE verified SET hash = NULL WHERE CAST(path AS TEXT) LIKE '%1.jpg'")
         connection.execute("UPDATE verified SET hash = x'01' WHERE CAST(path AS TEXT) LIKE '%2.jpg'")
+        connection.execute("UPDATE verified SET width = NULL WHERE CAST(path AS TEXT) LIKE '%3.jpg'")
+        connection.execute("UPDATE verified SET height = '8' || 'x' WHERE CAST(path AS TEXT) LIKE '%4.jpg'")
     reads.clear()
     assert hashes(split) == expected(split)
-    assert reads.taken() == ["0.jpg", "1.jpg", "2.jpg"]
+    assert reads.taken() == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
     assert hashes(split) == expected(split)
     assert reads == []
 
@@ -461,7 +485,7 @@ PROGRAM = """
     from pathlib import Path
     from tl_trainer.config.schema import DataSection
     from tl_trainer.data.dataset import Files, Split
-    from tl_trainer.data.verify import verified
+    from tl_trainer.data.verify import Memory, verified
 
     memory, *paths = map(Path, sys.argv[1:])
     split = Split(Files(paths, [path.name for path in paths]), [0] * len(paths), range(len(paths)))
@@ -469,7 +493,7 @@ PROGRAM = """
     sys.stdin.readline()
     for _ in range(20):
         memory.unlink(missing_ok=True)
-        found = verified(split, "train", DataSection(), memory).hashes
+        found = verified(split, "train", DataSection(), Memory(memory)).hashes
     print(*(digest.hex() for digest in found))
 """
 
@@ -565,7 +589,7 @@ def test_nothing_left_to_read(split: Split) -> None:
 
 def test_what_is_bad_is_never_remembered(damaged: Split, reads: Reads) -> None:
     for _ in range(2):
-        verified(damaged, "train", SKIP, Path("memory.sqlite"))
+        verified(damaged, "train", SKIP, Memory(Path("memory.sqlite")))
         reads.clear()
     with pytest.raises(DataError, match="2 of 6 train images cannot be used"):
         hashes(damaged)
@@ -593,7 +617,7 @@ def test_an_empty_database_that_may_only_be_read_is_gone_without_and_kept(
     for _ in range(2):
         assert hashes(split) == expected(split)
         assert reads.taken() == split.names
-    assert "memory.sqlite cannot be used (attempt to write a readonly database); going on without it" in caplog.text
+    assert "memory.sqlite cannot be used (attempt to write a readonly database); the images are read" in caplog.text
     assert Path("memory.sqlite").read_bytes() == b""
 
 
@@ -607,8 +631,31 @@ def test_a_database_that_may_only_be_read_is_used_and_kept(
     open_read_only(monkeypatch)
     assert hashes(split) == expected(split)
     assert reads.taken() == ["3.jpg"]
-    assert "memory.sqlite cannot be used (attempt to write a readonly database); going on without it" in caplog.text
+    assert "memory.sqlite cannot be written (attempt to write a readonly database); what was read" in caplog.text
     assert Path("memory.sqlite").read_bytes() == before
+
+
+def test_what_is_wrong_with_the_database_is_said_once_for_all_splits(
+    split: Split, caplog: pytest.LogCaptureFixture, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes(split.subset([4, 5]))
+    reads.clear()
+    with monkeypatch.context() as patched:
+        open_read_only(patched)
+        memory = Memory(Path("memory.sqlite"))
+        for part in ([0, 1], [2, 3], [4, 5]):
+            verified(split.subset(part), "train", DataSection(), memory)
+    assert reads.taken() == split.names[:4]
+    [record] = caplog.records
+    assert "cannot be written" in record.getMessage()
+    caplog.clear()
+    Path("memory.sqlite").unlink()
+    Path("memory.sqlite").mkdir()
+    memory = Memory(Path("memory.sqlite"))
+    for part in ([0, 1], [2, 3]):
+        verified(split.subset(part), "train", DataSection(), memory)
+    [record] = caplog.records
+    assert "cannot be used (unable to open database file)" in record.getMessage()
 
 
 def test_without_a_memory_nothing_is_written(split: Split, reads: Reads) -> None:
@@ -634,13 +681,15 @@ def test_readable_images_are_passed_on_as_they_are(split: Split, tmp_path: Path)
     )  # fmt: skip
     draw_split(tmp_path / "photos", 2, size=4)
     photos = open_folders(tmp_path / "photos", None).split("all").subset([5, 0, 3])
-    found = verified(photos, "train", DataSection(), Path("memory.sqlite"))
+    found = verified(photos, "train", DataSection(), Memory(Path("memory.sqlite")))
     assert (found.names, found.targets) == (photos.names, photos.targets)
     assert [found.open(index).tobytes() for index in range(3)] == [photos.open(index).tobytes() for index in range(3)]
 
 
 class Shards:
     """Images of another kind: shades of grey by number, the odd ones out of reach."""
+
+    decoding = STANDARD
 
     def __len__(self) -> int:
         return COUNT
@@ -658,7 +707,7 @@ class Shards:
 
 
 def test_images_of_another_kind_are_verified_and_remembered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    split, memory = Split(Shards(), [0, 1] * 3, range(COUNT)), Path("memory.sqlite")
+    split, memory = Split(Shards(), [0, 1] * 3, range(COUNT)), Memory(Path("memory.sqlite"))
     with pytest.raises(
         DataError, match=r"^3 of 6 test images [^\n]*\nshard 0, 1: out of reach\nshard 0, 3: out of reach$"
     ):

@@ -39,6 +39,10 @@ class Stamp(NamedTuple):
 class Images(Protocol):
     """Where images are. No other room asks which kind it has: another one, such as shards, is these methods."""
 
+    @property
+    def decoding(self) -> Decoding:
+        """How they are decoded, and which are too large."""
+
     def __len__(self) -> int:
         """How many there are."""
 

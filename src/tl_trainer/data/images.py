@@ -36,7 +36,7 @@ _UPRIGHT = {
 }
 
 _DEFAULT = DataSection()
-_DARK = "largest grey value"  # in a picture's `info`
+_DARK, _SIZE = "largest grey value", "size in the file"  # in a picture's `info`
 Size = tuple[float, float]  # width, height in pixels
 
 
@@ -54,9 +54,8 @@ class Decoding:
 
     @property
     def settings(self) -> bytes:
-        """What decides whether a file can be read, whatever is made of it afterwards; empty where it is the default."""
-        given = (self.max_megapixels, self.value_range)
-        return b"" if given == (_DEFAULT.max_megapixels, _DEFAULT.value_range) else repr(given).encode()
+        """What is found in a file besides its content and size depends on this; empty where it is the default."""
+        return b"" if self.value_range == _DEFAULT.value_range else repr(self.value_range).encode()
 
     def check(self, size: Size, name: str) -> None:
         """Raise ImageError, naming the image, for one that is too large or would become so."""
@@ -127,10 +126,13 @@ def decode(data: bytes, name: object, decoding: Decoding = STANDARD, *, draft: i
         if image is None:
             raise ImageError(f"{name}: not an image in one of the formats {', '.join(FORMATS)}")
         with image:
-            decoding.check(image.size, name)
+            size = image.size
+            decoding.check(size, name)
             if draft:
                 image.draft("RGB", (draft, draft))
-            return upright_rgb(image, decoding.value_range)
+            picture = upright_rgb(image, decoding.value_range)
+            picture.info[_SIZE] = size
+            return picture
     except ImageError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -217,6 +219,12 @@ def _from_grey(values: np.ndarray, white: float | None, least: int) -> Image.Ima
 def dark(picture: Image.Image) -> float:
     """The largest value of a grey image that leaves three quarters of its range unused; 0 for every other image."""
     return float(picture.info.get(_DARK, 0))
+
+
+def size_in_file(picture: Image.Image) -> tuple[int, int]:
+    """Width and height before the image was turned upright, and scaled down for a draft."""
+    width, height = picture.info.get(_SIZE, picture.size)
+    return width, height
 
 
 class DarkImages:

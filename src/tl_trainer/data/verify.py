@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
-from tl_trainer.data.images import DarkImages
+from tl_trainer.data.images import DarkImages, Decoding, Size
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.progress import bar
@@ -30,23 +31,28 @@ log = logging.getLogger(__name__)
 # A file that was written this recently may be written again within the resolution of its time stamp.
 SETTLED_SECONDS = 2.0
 _CHUNK = 500
+_Reading = tuple[bytes, tuple[int, int], float]  # an image's hash and size, and what `images.dark` says of it
+_COLUMNS = [*Stamp._fields, "hash", "width", "height"]
 
 
-def verified(split: Split, what: str, data: DataSection, memory: Path | None, dark: DarkImages | None = None) -> Split:
+def verified(
+    split: Split, what: str, data: DataSection, memory: Memory | None, dark: DarkImages | None = None
+) -> Split:
     """The split with the content hash of each image, and without those that cannot be read.
 
-    what: what messages call the split. data: says what to do with bad images. memory: the database, None for none.
+    what: what messages call the split. data: says what to do with bad images. memory: of what was read before, if any.
     dark: where dark images are counted, to be named with those of other splits; None: they are named here.
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
-    hashes: dict[int, bytes] = _recalled(memory, stamps)
+    hashes = memory.recalled(stamps, split.images.decoding) if memory else {}
+    sizes: dict[int, tuple[int, int]] = {}
     bad: dict[int, ImageError] = {}
     counted = dark or DarkImages()
     unread = [index for index in range(len(split)) if index not in hashes]
     for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
         try:
-            hashes[index], largest = reading.result()
+            hashes[index], sizes[index], largest = reading.result()
         except ImageError as error:
             bad[index] = error
         else:
@@ -54,8 +60,10 @@ def verified(split: Split, what: str, data: DataSection, memory: Path | None, da
             if largest:  # is not remembered, so that it is named in every run
                 stamps[index] = None
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-    found = [(stamps[index], hashes[index]) for index in unread if index in hashes]
-    _remember(memory, [(*stamp, digest) for stamp, digest in found if stamp and stamp.modified < settled])
+    if memory:
+        found = ((stamps[index], hashes[index], size) for index, size in sizes.items())
+        kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.modified < settled]
+        memory.remember(kept)
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
     if dark is None:
         counted.warn(f"{len(split)} {what} images")
@@ -77,15 +85,12 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     log.warning("skipped %d of %s that cannot be read, e.g.\n%s", len(bad), of, listing)
 
 
-def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[tuple[bytes, float]]]]:
-    """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL.
+def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[_Reading]]]:
+    """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL."""
 
-    A reading is the hash of the image's content, and what `images.dark` says of it.
-    """
-
-    def digest(index: int) -> tuple[bytes, float]:
+    def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
-        return found, images.dark(picture)
+        return found, images.size_in_file(picture), images.dark(picture)
 
     with ThreadPoolExecutor(cores()) as pool:
         for first in range(0, len(indices), _CHUNK):
@@ -93,47 +98,72 @@ def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[tu
             yield from zip(chunk, [pool.submit(digest, index) for index in chunk], strict=True)
 
 
-def _with_database(memory: Path, use: Callable[[sqlite3.Connection], object]) -> None:
-    """Open the database for `use`. A damaged one is removed, since all it holds can be found again."""
-    try:
-        with contextlib.closing(sqlite3.connect(memory, timeout=30)) as connection, connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS verified (path BLOB PRIMARY KEY, size, modified, changed, hash)"
+@dataclass
+class Memory:
+    """What was read of images before: their hashes and sizes, by what tells that they are still the same.
+
+    path: the database. Where it may not be read, or not be written, that is said once, and it is gone without.
+    """
+
+    path: Path
+    _readable: bool = field(default=True, init=False)
+    _writable: bool = field(default=True, init=False)
+
+    def recalled(self, stamps: Sequence[Stamp | None], decoding: Decoding) -> dict[int, bytes]:
+        """The hashes of the images whose stamp is remembered and whose size `decoding` accepts, by their index."""
+        if not self._readable or not os.path.exists(self.path):  # noqa: PTH110 (Path's raises in a closed folder)
+            return {}
+        known: dict[tuple[Any, ...], tuple[bytes, Size]] = {}
+        wanted = {stamp for stamp in stamps if stamp}
+        ends = [end(stamp.path for stamp in wanted) for end in (min, max)] if wanted else [b"", b""]
+
+        def read(connection: sqlite3.Connection) -> None:
+            # One scan from the first path to the last: hundreds of thousands of single lookups take several times as
+            # long. The types are asked for, since SQLite has neither checksums nor types of its columns.
+            rows = connection.execute(
+                "SELECT * FROM verified WHERE path BETWEEN ? AND ? AND typeof(hash) = 'blob' AND length(hash) = ? "
+                "AND typeof(width) = 'integer' AND typeof(height) = 'integer'",
+                (*ends, hashlib.sha256().digest_size),
             )
-            if [row[1] for row in connection.execute("PRAGMA table_info(verified)")] != [*Stamp._fields, "hash"]:
-                raise sqlite3.DatabaseError("its table has other columns")
-            use(connection)
-    except sqlite3.OperationalError as error:  # in use, read-only, no such folder: it is only a memory
-        log.warning("%s cannot be used (%s); going on without it", memory, error)
-    except sqlite3.DatabaseError as error:
-        log.warning("%s is damaged (%s); the images are read again", memory, error)
+            known.update((row[:4], (row[4], row[5:])) for row in rows if row[:4] in wanted)
+
+        self._use(read)
+        accepted = {size for size in {size for _, size in known.values()} if _accepts(decoding, size)}
+        found = ((index, known[stamp]) for index, stamp in enumerate(stamps) if stamp in known)
+        return {index: digest for index, (digest, size) in found if size in accepted}
+
+    def remember(self, rows: list[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
+        """Keep a row of each image: its stamp, hash, width and height."""
+        if not rows or not self._writable:
+            return
         with contextlib.suppress(OSError):
-            memory.unlink()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        statement = "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?, ?, ?)"
+        self._use(lambda connection: connection.executemany(statement, rows), writing=True)
+
+    def _use(self, use: Callable[[sqlite3.Connection], object], *, writing: bool = False) -> None:
+        """Open the database for `use`. A damaged one is removed, since all it holds can be found again."""
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+                connection.execute(f"CREATE TABLE IF NOT EXISTS verified ({', '.join(_COLUMNS)}, PRIMARY KEY (path))")
+                if [row[1] for row in connection.execute("PRAGMA table_info(verified)")] != _COLUMNS:
+                    raise sqlite3.DatabaseError("its table has other columns")
+                use(connection)
+        except sqlite3.OperationalError as error:  # in use, another user's, no such folder: it is only a memory
+            without = "what was read of the images is not remembered" if writing else "the images are read again"
+            log.warning("%s cannot be %s (%s); %s", self.path, "written" if writing else "used", error, without)
+            self._readable, self._writable = self._readable and writing, False
+        except sqlite3.DatabaseError as error:
+            log.warning("%s is damaged or another version's (%s); the images are read again", self.path, error)
+            try:
+                self.path.unlink()
+            except OSError:
+                self._readable = self._writable = False
 
 
-def _recalled(memory: Path | None, stamps: Sequence[Stamp | None]) -> dict[int, bytes]:
-    """The hashes of the images whose stamp is remembered, by their index."""
-    if memory is None or not memory.is_file():
-        return {}
-    known: dict[tuple[Any, ...], bytes] = {}
-    wanted = {stamp for stamp in stamps if stamp}
-    ends = [end(stamp.path for stamp in wanted) for end in (min, max)] if wanted else [b"", b""]
-
-    def read(connection: sqlite3.Connection) -> None:
-        # One scan from the first path to the last: hundreds of thousands of single lookups take several times as long.
-        rows = connection.execute("SELECT * FROM verified WHERE path BETWEEN ? AND ?", ends)
-        known.update((row[:-1], row[-1]) for row in rows if row[:-1] in wanted)
-
-    _with_database(memory, read)
-    size = hashlib.sha256().digest_size  # SQLite has no checksums
-    found = {index: known[stamp] for index, stamp in enumerate(stamps) if stamp in known}
-    return {index: digest for index, digest in found.items() if isinstance(digest, bytes) and len(digest) == size}
-
-
-def _remember(memory: Path | None, rows: list[tuple[bytes, int, int, int, bytes]]) -> None:
-    if memory is None or not rows:
-        return
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-    statement = "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?)"
-    _with_database(memory, lambda connection: connection.executemany(statement, rows))
+def _accepts(decoding: Decoding, size: Size) -> bool:
+    try:
+        decoding.check(size, "")
+    except ImageError:
+        return False
+    return True
