@@ -405,6 +405,35 @@ def test_a_store_that_vanishes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
     assert store.find(keys([1])) == keys([1])
 
 
+@pytest.mark.parametrize("ending", [".keys", ".rows"])
+def test_of_segments_that_may_not_be_read_only_their_own_rows_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ending: str
+) -> None:
+    filled(tmp_path / "store")
+    closed = only(tmp_path / "store", ending)
+    store = FeatureStore(tmp_path / "store")
+    add(store, [8, 9])
+    store.close()
+    for name in ("fromfile", "memmap"):
+        opened = getattr(feature_store.np, name)
+
+        def refusing(path: Path, *arguments: Any, opened: Callable[..., Any] = opened, **options: Any) -> Any:
+            if path == closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(feature_store.np, name, refusing)
+    store = FeatureStore(tmp_path / "store")
+    assert store.find(keys(list(range(10)))) == keys(list(range(8)))
+    assert_holds(store, [8, 9])
+    add(store, list(range(8)))
+    store.close()
+    assert not store.in_memory
+    assert_holds(store, list(range(10)))
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.endswith(".keys cannot be read (Permission denied); what it holds is computed again")
+
+
 def make_stores(root: Path, ages: dict[str, int], size: int = 100) -> None:
     for name, seconds in ages.items():
         (root / name).mkdir(parents=True)

@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[Row, int]] = {
     "small-shm": (hosts.small_shm, 40),
     "out-of-memory": (hosts.out_of_memory, 60),
     "extreme-shapes": (hosts.extreme_shapes, 6),
+    "second-user": (hosts.second_user, 24),
     "malicious": (checkpoints.malicious, 154),
     "mutated-checkpoints": (checkpoints.mutated_checkpoints, 10_000),
     "mutated-images": (inputs.mutated_images, 20_000),

@@ -1,4 +1,4 @@
-"""Rows about the machine: in which order it writes, little shared memory, no memory, images that ask for much of it."""
+"""Rows about the machine: how it writes, little shared memory, no memory, images that ask for much of it, its users."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
-from stress.tools import RECIPES, Child, NotRun, Outcome, broken, command, draw
+from stress.tools import RECIPES, Child, NotRun, Outcome, broken, command, draw, trained, without_privileges
 from tl_trainer.models.prefix import FrozenPrefix
 from tl_trainer.network import Network
 
@@ -240,3 +240,94 @@ def _full_gpu(phase: str) -> Callable[[], None]:
         Network.logits = forward  # type: ignore[method-assign]
 
     return prepare
+
+
+class Shared(NamedTuple):
+    """What a second user may do with the features of a first one: the modes of folders and files, where not READ_ONLY.
+
+    cached: how many of 27 features the second user finds, and in another run. said: what is told in each of these.
+    """
+
+    modes: dict[str, int]
+    cached: tuple[int, int]
+    said: tuple[str, ...] = ()
+    damaged: str = ""  # the kind of file that is damaged before
+
+
+READ_ONLY, WRITABLE, FIRST_USER = 0o555, 0o777, 65534
+OPEN = {"folder": WRITABLE, "store": WRITABLE}
+IN_MEMORY, NOT_REMEMBERED = "new features are kept in memory", "files.sqlite cannot be written"
+SHARED: dict[str, Shared] = {
+    "read only": Shared({}, (21, 21), (IN_MEMORY, NOT_REMEMBERED)),
+    "rows closed": Shared({**OPEN, ".rows": 0}, (0, 27), (".keys cannot be read", NOT_REMEMBERED)),
+    "database closed": Shared({**OPEN, ".sqlite": 0}, (21, 27), ("files.sqlite cannot be used (unable to open",)),
+    "all open": Shared({**OPEN, ".sqlite": WRITABLE}, (21, 27)),
+    "folders open": Shared(OPEN, (21, 27), (NOT_REMEMBERED,)),
+    "store read only": Shared({"folder": WRITABLE}, (21, 21), (IN_MEMORY, NOT_REMEMBERED)),
+    "records closed": Shared({**OPEN, ".keys": 0}, (0, 27), (".keys cannot be read", NOT_REMEMBERED)),
+    "description closed": Shared({**OPEN, ".json": 0}, (0, 0), ("cannot be read", IN_MEMORY, NOT_REMEMBERED)),
+    "store closed": Shared({"folder": WRITABLE, "store": 0}, (0, 0), ("cannot be read", IN_MEMORY, NOT_REMEMBERED)),
+    "all closed": Shared({"folder": 0}, (0, 0), ("cannot be read", IN_MEMORY, NOT_REMEMBERED)),
+    "rows damaged": Shared({}, (19, 19), ("1 cached features", IN_MEMORY, NOT_REMEMBERED), ".rows"),
+    "database damaged": Shared({}, (21, 21), ("files.sqlite is damaged", IN_MEMORY), ".sqlite"),
+}
+
+
+def second_user(count: int, folder: Path, rng: random.Random) -> Outcome:
+    """A features.dir of another user: what may be read is used and left as it is, the rest computed, and that is said.
+
+    Twice by the second user, then by the first, who may read everything: the same weights each time.
+    """
+    outcome, features, data = Outcome(), folder / "features", draw(folder / "data")
+    for path in data.rglob("*.png"):
+        os.utime(path, (1e9, 1e9))  # a file that may still be written is not remembered
+    words = ("--data-dir", data, *RECIPES["cached"], "output.tensorboard=false", "train.epochs=1")
+
+    def run(place: Path, *more: object, prepare: Callable[[], None] = lambda: None) -> Child:
+        child = command("train", *words, "--output", place, *more, logs=place, prepare=prepare)
+        child.wait()
+        return child
+
+    new = [path.rename(folder / f"{path.parent.name} {path.name}") for path in data.glob("train/*/0[45].png")]
+    assert run(folder / "first", f"features.dir={features}").code == 0
+    for path in new:
+        path.rename(data / "train" / path.name.replace(" ", "/"))
+    assert run(folder / "whole").code == 0
+    expected = trained(folder / "whole" / "run-1")
+    for number in range(count):
+        name, shared = list(SHARED.items())[number % len(SHARED)]
+        problems, own = [], shutil.copytree(features, folder / f"features-{number}")
+        before = _given_away(own, shared)
+        for again, cached in enumerate((*shared.cached, None)):
+            if cached is None:
+                for path in sorted(before):
+                    path.chmod(WRITABLE)
+                changed = [path.name for path, data in before.items() if data and path.read_bytes() != data]
+                problems += [f"changed: {changed}"] if changed else []
+            place, second = folder / f"{number}-{again}", cached is not None
+            child = run(place, f"features.dir={own}", prepare=without_privileges if second else lambda: None)
+            found = sum(map(int, re.findall(r"computed, (\d+) cached", said := child.said())))
+            if child.code != 0 or trained(place / "run-1") != expected:
+                problems.append(f"exit {child.code}, or other weights: {said[-300:]}")
+            elif second and (found != cached or not all(word in said for word in shared.said)):
+                problems.append(f"{found} cached: {said[:600]}")
+            elif second and not shared.said and "warning" in said:
+                problems.append(f"a warning: {said[:300]}")
+        outcome.count(f"{name}: {problems[0]}" if problems else None)
+    return outcome
+
+
+def _given_away(features: Path, shared: Shared) -> dict[Path, bytes]:
+    """Make features the first user's; all paths, with the content of each file that only he may write to."""
+    found = {}
+    for path in sorted([features, *features.rglob("*")], reverse=True):
+        kind = ("folder" if path == features else "store") if path.is_dir() else path.suffix
+        mode, data = shared.modes.get(kind, READ_ONLY), bytearray(b"" if path.is_dir() else path.read_bytes())
+        if kind == shared.damaged:
+            data[10] ^= 1
+            path.write_bytes(data)
+        found[path] = b"" if mode == WRITABLE else bytes(data)
+        path.chmod(mode)
+        if os.geteuid() == 0:
+            os.chown(path, FIRST_USER, FIRST_USER)
+    return found

@@ -68,6 +68,7 @@ class FeatureStore:
         self.dtype = torch.float32
         self._writer: _Segment | _Memory | None = None
         self._left_out: set[tuple[Path, int]] = set()  # damaged rows of segments that may be another user's
+        self._unreadable: set[Path] = set()  # what that is said of
         with _where_allowed():
             folder.mkdir(parents=True, exist_ok=True)
         self.refresh()
@@ -76,14 +77,18 @@ class FeatureStore:
         """Read what is there now, leaving out, with a warning, what is damaged."""
         self.index, self.segments, self._readable = {}, [], True
         try:
-            if not self._read_description():
-                return
-            for path in sorted(self.folder.glob("*.keys")):
-                with contextlib.suppress(FileNotFoundError):  # another run has just removed this store to make room
-                    self._read_segment(path)
+            described, paths = self._read_description(), sorted(self.folder.glob("*.keys"))
         except PermissionError as error:
             self._readable = False
-            log.warning("%s cannot be read (%s); what it holds is computed again", self.folder, error.strerror)
+            self._say_unreadable(self.folder, error)
+            return
+        for path in paths if described else []:
+            try:
+                self._read_segment(path)
+            except FileNotFoundError:  # another run has just removed this store to make room
+                continue
+            except PermissionError as error:
+                self._say_unreadable(path, error)
 
     def find(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those of the keys that are not there, or whose row does not have its checksum any more; each once."""
@@ -183,6 +188,11 @@ class FeatureStore:
         self._left_out.update((records, number) for number in numbers)
         _blank(records, numbers)
 
+    def _say_unreadable(self, path: Path, error: PermissionError) -> None:
+        if path not in self._unreadable:
+            log.warning("%s cannot be read (%s); what it holds is computed again", path, error.strerror)
+        self._unreadable.add(path)
+
     def _read_description(self) -> bool:
         path = self.folder / "store.json"
         if not path.exists():
@@ -203,7 +213,8 @@ class FeatureStore:
         rows_before = _size(rows_path)  # before the records, for while they are read another run may add both
         records = np.fromfile(path, dtype=_RECORD, count=_size(path) // _RECORD.itemsize)
         raw, there = records.tobytes(), _size(rows_path) // self.row_bytes
-        damaged = []
+        shape, damaged = (min(there, len(records)), self._row_numbers), []
+        rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape) if shape[0] else None
         for number in range(len(records)):
             record = raw[number * _RECORD.itemsize : (number + 1) * _RECORD.itemsize]
             if record == _BLANK or (path, number) in self._left_out:
@@ -215,9 +226,7 @@ class FeatureStore:
         if damaged:
             log.warning("%s: %d features are damaged or cut off and are computed again", path, len(damaged))
             self._leave_out(path, damaged)
-        if readable := min(there, len(records)):
-            shape = (readable, self._row_numbers)
-            rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape)
+        if rows is not None:
             self.segments.append(_Rows(path, rows, records["row_sum"]))
         if rows_before > len(records) * self.row_bytes or _size(path) % _RECORD.itemsize:
             log.warning("%s has an unfinished end; what it lacks is computed again", path)

@@ -31,6 +31,7 @@ COUNTS = {
     "small-shm": 2,
     "out-of-memory": 3,
     "extreme-shapes": 1,
+    "second-user": 3,
     "malicious": 8,
     "mutated-checkpoints": 150,
     "mutated-images": 400,
