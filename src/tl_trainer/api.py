@@ -137,17 +137,23 @@ class Model:
         return stream()
 
     def evaluate(
-        self, split: str | None = None, *, tta: str | None = None, report: Location | None = None
+        self,
+        split: str | None = None,
+        *,
+        tta: str | None = None,
+        report: Location | None = None,
+        ignore_extra: bool = False,
     ) -> dict[str, Any]:
         """The figures on a split of the configured dataset, as `tl-eval --json` prints them.
 
         split: None takes test where there is one, else val, else all. report: a folder to write the report into.
+        ignore_extra: leave images of classes out that the checkpoint does not have, instead of refusing them.
         """
         with _called(self._progress):
             folder = None if report is None else Path(report)
             if folder is not None:
                 make_folder(folder, "--report")
-            evaluation = evaluate_checkpoint(self._parts, split, tta)
+            evaluation = evaluate_checkpoint(self._parts, split, tta, ignore_extra=ignore_extra)
             if folder is None:
                 return evaluation.headline
             loaded = self._parts.loaded

@@ -15,8 +15,9 @@ from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import verified
-from tl_trainer.errors import InputError
+from tl_trainer.errors import DataError, InputError
 from tl_trainer.evaluate import averaged
+from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
 from tl_trainer.plots import png
 from tl_trainer.tasks import Task
@@ -72,23 +73,31 @@ class Evaluation:
         return {key: value for key, value in self.measured.items() if key != "per_class"}
 
 
-def evaluate_checkpoint(parts: Parts, what: str | None = None, tta: str | None = None) -> Evaluation:
+def evaluate_checkpoint(
+    parts: Parts, what: str | None = None, tta: str | None = None, *, ignore_extra: bool = False
+) -> Evaluation:
     """The evaluation of a restored classifier on a split of the configured dataset.
 
     what: the split; None takes test where there is one, else val, and all of a folder without splits, unless the run
-    drew its val split from it. tta: as `data.transforms.tta_pipelines`.
+    drew its val split from it. tta: as `data.transforms.tta_pipelines`. ignore_extra: whether images of other classes
+    than the checkpoint's are left out, instead of being an error. Classes that the split lacks are named.
     """
     saved, config = parts.saved, parts.config
     assert saved is not None
     pipelines = tta_pipelines(saved.preprocessing, tta)
-    dataset = open_dataset(config.data, saved.classes, parts.decoding)
+    dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
     what = what or _default_split(dataset, saved.val_names)
     if what in ("train", "val") and saved.val_names is not None:
         dataset = with_val(config, dataset, parts.task, saved)
     _leave_out_unwritable_cache(parts)
-    split = verified(dataset.split(what), what, config.data, memory_of(config))
+    if not (split := dataset.split(what)):
+        raise DataError(
+            f"{dataset.where}: nothing to evaluate: no image of the checkpoint's classes ({listed(saved.classes)})"
+        )
+    split = verified(split, what, config.data, memory_of(config))
     kept, duplicates = unrepeated({what: split}, config.data)
     split = kept[what]
+    _name_absent(saved.classes, split, what)
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
@@ -100,6 +109,14 @@ def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
     if "test" in dataset.splits or "all" not in dataset.splits:
         return "test" if "test" in dataset.splits else "val"
     return "val" if val_names is not None and set(val_names) <= {*dataset.splits["all"].names} else "all"
+
+
+def _name_absent(classes: Sequence[str], split: Split, what: str) -> None:
+    """Say which classes have no image in the split: the figures are over the others."""
+    present = set(split.targets)
+    if absent := [name for label, name in enumerate(classes) if label not in present]:
+        some = f"the figures are over the other {len(present)} classes"
+        log.warning("%s has no image of %s; %s", what, listed([*map(repr, absent)]), some)
 
 
 def _leave_out_unwritable_cache(parts: Parts) -> None:

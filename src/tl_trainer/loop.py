@@ -15,7 +15,7 @@ from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import RunError
 from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
-from tl_trainer.ground.wording import printable
+from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
 from tl_trainer.saver import REMEDY, Saver, State
 from tl_trainer.tasks import Task
@@ -131,6 +131,4 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
 
 def _names(split: Split, batch: Batch) -> str:
     """Some of a batch's images, for the person who has to look for the bad one."""
-    shown = [printable(split.name(index)) for index in batch.indices[:NAMED].tolist()]
-    more = len(batch.indices) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    return listed([split.name(index) for index in batch.indices.tolist()], NAMED)

@@ -20,7 +20,6 @@ from typing import IO
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tl_trainer.assembly import Parts
 from tl_trainer.data import images
@@ -65,9 +64,9 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
                 raise InputError("-: no paths on stdin; write one on each line")
             yield from itertools.chain([first], listed)
         elif os.path.isdir(argument):  # noqa: PTH112  (Path's own raises for a name that is too long)
-            found = [str(file) for file in walk(Path(argument)) if file.suffix.lower() in IMG_EXTENSIONS]
+            found = [str(file) for file in walk(Path(argument)) if file.suffix.lower() in images.ENDINGS]
             if not found:
-                raise InputError(f"{argument}: no images in this folder (endings: {' '.join(IMG_EXTENSIONS)})")
+                raise InputError(f"{argument}: no images in this folder (endings: {' '.join(images.ENDINGS)})")
             yield from found
         elif glob.has_magic(argument) and not os.path.exists(argument):  # noqa: PTH110
             matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)

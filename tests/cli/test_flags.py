@@ -36,8 +36,8 @@ FLAGS = {
         "words",
     ],
     "eval": [
-        "--batch-size", "--checkpoint", "--data-dir", "--device", "--json", "--on-bad-image", "--report", "--split",
-        "--tta", "--workers", "-b", "-j", "overrides",
+        "--batch-size", "--checkpoint", "--data-dir", "--device", "--ignore-extra", "--json", "--on-bad-image",
+        "--report", "--split", "--tta", "--workers", "-b", "-j", "overrides",
     ],
     "predict": [
         "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",

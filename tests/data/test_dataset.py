@@ -172,16 +172,16 @@ def test_an_unknown_split_lists_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("found", "complaint"),
     [
-        (["a", "b"], "here has no class 'c'; the 3 classes are fixed by train"),
-        (["a", "b", "c", "d", "e"], "here has an extra class 'd', 'e'; the 3 classes are fixed by train"),
-        (["a", "b", "C"], "here has no class 'c' and an extra class 'C'; the 3 classes are fixed by train"),
-        ([], "here has no class 'a', 'b', 'c'; the 3 classes are fixed by train"),
+        (["a", "b"], "here has no class 'c'; the 3 classes are those of train"),
+        (["a", "b", "c", "d", "e"], "here has the unknown classes 'd', 'e'; the 3 classes are those of train"),
+        (["a", "b", "C"], "here has no class 'c' and has the unknown class 'C'; the 3 classes are those of train"),
+        ([], "here has no class 'a', 'b', 'c'; the 3 classes are those of train"),
     ],
 )
 def test_enforce_classes(found: list[str], complaint: str) -> None:
     with pytest.raises(DataError) as caught:
         enforce_classes(["a", "b", "c"], found, "here", "train")
-    assert str(caught.value) == f"{complaint} and must be the same here: add, rename or remove what differs"
+    assert str(caught.value) == f"{complaint}: add, rename or remove what differs"
     enforce_classes(["a", "b", "c"], ["c", "b", "a"], "here", "train")
 
 

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from conftest import draw_split
 from tiny import paths_of
 from tl_trainer.config.schema import DataSection
-from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.folders import open_folders, walk
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError
@@ -44,12 +44,89 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_split_folders(tmp_path: Path, val: str) -> None:
-    root = _layout(tmp_path / "root", {"train": "ant bee", val: "ant bee"})
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Train", "Val", "Test"),
+        ("training", "validation", "testing"),
+        ("TRAINING", "Valid", "TEST"),
+        ("train", "dev", "test"),
+    ],
+)
+def test_split_folders(tmp_path: Path, train: str, val: str, test: str) -> None:
+    root = _layout(tmp_path / "root", {train: "ant bee", val: "ant bee"})
     assert _sizes(open_folders(root, None)) == {"train": 2, "val": 2}
-    _layout(root, {"test": "ant bee"})
+    _layout(root, {test: "ant bee"})
     assert list(open_folders(root, None).splits) == ["train", "val", "test"]
+
+
+READ = "would be read as {} classes"
+
+
+@pytest.mark.parametrize(
+    ("layout", "complaint"),
+    [
+        ({"train2014": "ant bee", "val2014": "ant bee"}, f"{READ.format(2)} (train2014, val2014), but train2014, val"),
+        ({"train2014": ".", "val2014": "."}, "look like splits; call these train, val or test, with a folder for each"),
+        ({"Train_images": "ant", "test set": "ant", "docs": "."}, "but Train_images, test set look like splits"),
+        ({"flowers/Train": "rose", "cars/train": "bus"}, "but cars is a dataset with splits (train); give {}/cars"),
+        (
+            {"flowers/train": "rose", "flowers/val": "rose"},
+            f"{READ.format(1)} (flowers), but flowers is a dataset with",
+        ),
+        (
+            {"ant": "train val", "bee": "train val"},
+            "/ant would be read as one class with the images of train, val; put",
+        ),
+    ],
+)
+def test_what_looks_like_splits_does_not_become_classes(tmp_path: Path, layout: dict[str, str], complaint: str) -> None:
+    root = _layout(tmp_path / "root", layout)
+    with pytest.raises(DataError) as caught:
+        open_folders(root, None)
+    assert complaint.format(root) in str(caught.value)
+    assert str(caught.value).startswith(str(root))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {".": "trains valve tester"},
+        {".": "train_station test-tube car"},
+        {"train station": "indoor outdoor", "car": "."},
+        {"ant": "train", "bee": "."},  # a folder of some more images
+    ],
+)
+def test_classes_that_only_sound_like_splits_are_classes(tmp_path: Path, layout: dict[str, str]) -> None:
+    root = _layout(tmp_path / "root", layout)
+    assert open_folders(root, None).classes == sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layout", "fit", "sizes"),
+    [
+        ({"test": "ant"}, "fewer", [1, 0]),
+        ({"test": "ant bee cow"}, "any", [1, 1]),
+        ({"test": "ant cow"}, "any", [1, 0]),
+    ],
+)
+def test_an_evaluation_may_lack_classes_and_leave_others_out(
+    tmp_path: Path, layout: dict[str, str], fit: Fit, sizes: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = _layout(tmp_path / "root", layout)
+    (root / "test" / "bee").mkdir(exist_ok=True)  # an empty folder is as good as none
+    split = open_folders(root, ["ant", "bee"], fit).split("test")
+    assert [list(split.targets).count(label) for label in (0, 1)] == sizes
+    left_out = [message for message in _warnings(caplog) if "left out" in message]
+    assert left_out == [f"{root / 'test'}: left out, since they are no classes of the checkpoint: cow"] * (fit == "any")
+
+
+def test_an_extra_class_of_an_evaluation_is_refused_with_the_flag(tmp_path: Path) -> None:
+    root = _layout(tmp_path / "root", {"test": "ant cow"})
+    with pytest.raises(DataError, match=r"has the unknown class 'cow'; .* the images of unknown classes out with --ig"):
+        open_folders(root, ["ant", "bee"], "fewer")
 
 
 def test_train_and_test_without_val(tmp_path: Path) -> None:
@@ -98,11 +175,11 @@ def test_classes_come_from_the_train_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "complaint"),
     [
-        ({"train": "ant bee cow", "val": "ant cow"}, "val has no class 'bee'; the 3 classes are fixed by"),
-        ({"train": "ant bee", "val": "ant bee cow"}, "val has an extra class 'cow'; the 2 classes are fixed by"),
+        ({"train": "ant bee cow", "val": "ant cow"}, "val has no class 'bee'; the 3 classes are those of"),
+        ({"train": "ant bee", "val": "ant bee cow"}, "val has the unknown class 'cow'; the 2 classes are those of"),
         ({"train": "ant bee", "val": "ant bee", "test": "ant"}, "test has no class 'bee'"),
         ({"train": "ant bee", "val": "Ant bee"}, "val has no class 'ant'"),
-        ({"train": "a b c d e f g", "val": "a"}, "'b', 'c', 'd', 'e', 'f' and more"),
+        ({"train": "a b c d e f g", "val": "a"}, "'b', 'c', 'd', 'e', 'f' and 1 more"),
     ],
 )
 def test_a_class_missing_from_or_extra_in_a_split(tmp_path: Path, layout: dict[str, str], complaint: str) -> None:
@@ -116,9 +193,9 @@ def test_a_class_missing_from_or_extra_in_a_split(tmp_path: Path, layout: dict[s
 def test_classes_of_a_checkpoint_are_enforced(tmp_path: Path) -> None:
     root = _layout(tmp_path / "root", {".": "ant bee"})
     assert open_folders(root, ["ant", "bee"]).classes == ["ant", "bee"]
-    with pytest.raises(DataError, match="has no class 'cow'; the 3 classes are fixed by the checkpoint"):
+    with pytest.raises(DataError, match="has no class 'cow'; the 3 classes are those of the checkpoint"):
         open_folders(root, ["ant", "bee", "cow"])
-    with pytest.raises(DataError, match="has an extra class 'bee'; the 1 classes are fixed by the checkpoint"):
+    with pytest.raises(DataError, match="has the unknown class 'bee'; the 1 classes are those of the checkpoint"):
         open_folders(root, ["ant"])
 
 
@@ -211,12 +288,12 @@ def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_files_with_another_ending_are_counted_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = _layout(tmp_path / "root", {"train": "ant bee", "val": "ant bee"})
-    _touch(root / "train" / "ant" / "b.gif", root / "val" / "bee" / "LABELS.TXT", root / "val" / "bee" / "readme")
+    _touch(root / "train" / "ant" / "b.heic", root / "val" / "bee" / "LABELS.TXT", root / "val" / "bee" / "readme")
     dataset = open_folders(root, None)
     assert _sizes(dataset) == {"train": 2, "val": 2}
     [warning] = _warnings(caplog)
-    assert "3 file(s) left out for their ending (.gif, .txt, no ending), e.g. " in warning
-    assert warning.endswith(str(Path("train", "ant", "b.gif")))
+    assert "3 file(s) left out for their ending (.heic, .txt, no ending), e.g. " in warning
+    assert warning.endswith(str(Path("train", "ant", "b.heic")))
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -275,6 +352,5 @@ def test_files_come_in_the_order_of_their_paths_which_is_not_that_of_their_text(
 def test_the_real_photographs(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = open_dataset(DataSection(root=str(photos)))
     assert dataset.classes == ["ants", "bees"]
-    assert _sizes(dataset) == {"train": 244, "val": 153}
-    [warning] = _warnings(caplog)
-    assert "1 file(s) left out for their ending (.gif)" in warning
+    assert _sizes(dataset) == {"train": 245, "val": 153}
+    assert _warnings(caplog) == []

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
     add("--on-bad-image", choices=("error", "skip"), help="what to do with images that cannot be read (default: as "
         "trained)")  # fmt: skip
+    add("--ignore-extra", action="store_true", help="leave images of classes out that the checkpoint does not have")
     add("--tta", choices=TTA, help=TTA_HELP)
     add("--report", type=given, metavar="DIR", help="write a page with pictures (report.html) and all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
@@ -69,7 +70,7 @@ def _eval(args: argparse.Namespace) -> int:
     from tl_trainer import api
 
     model = api.load(args.checkpoint, progress=not args.quiet, **overrides)
-    result = model.evaluate(args.split, tta=args.tta, report=args.report)
+    result = model.evaluate(args.split, tta=args.tta, report=args.report, ignore_extra=args.ignore_extra)
     sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import numpy as np
 
 from tl_trainer.config.schema import CsvSection
-from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Files, Split
+from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import unknown
 
 if TYPE_CHECKING:
     from _csv import Reader
+
+log = logging.getLogger(__name__)
 
 
 class Columns(NamedTuple):
@@ -49,7 +52,7 @@ class Below(Sequence[Path]):
         return self.folder / self.names[index]
 
 
-def open_csv(root: Path, section: CsvSection, classes: list[str] | None) -> Dataset:
+def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fit = "exact") -> Dataset:
     """The dataset of a CSV file; without a split column it has one split, `all`. Raises DataError with file:line.
 
     The classes are the sorted labels of the train rows. Another split may lack some of them, since labels are names
@@ -68,8 +71,14 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None) -> Data
     splits = {}
     for name in (split for split in (*SPLIT_NAMES, "all") if split in there):
         rows = array("q", (row for row, split in enumerate(by_image) if split == name))
-        if (row := next((row for row in rows if labels[row] not in index), None)) is not None:
-            raise DataError(f"{table}:{lines[row]}: {unknown('label', labels[row], classes)}, fixed by {fixed_by}")
+        extra = [row for row in rows if labels[row] not in index]
+        if extra and fit != "any":
+            more = "; --ignore-extra leaves such rows out" if fit == "fewer" else ""
+            wrong = unknown("label", labels[extra[0]], classes)
+            raise DataError(f"{table}:{lines[extra[0]]}: {wrong}, fixed by {fixed_by}{more}")
+        if extra:
+            log.warning("%s: %d rows left out, since their labels are no classes of %s", table, len(extra), fixed_by)
+            rows = array("q", (row for row in rows if labels[row] in index))
         names = [images[row] for row in rows]
         files = Files(Below(root / section.images, names), names)
         splits[name] = Split(files, [index[labels[row]] for row in rows], range(len(names)))
@@ -97,7 +106,6 @@ def _columns(table: Path, section: CsvSection) -> Columns:
 
 
 def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
-    aliases = {alias: split for split, names in SPLIT_NAMES.items() for alias in names}
     wanted = [section.image_column, section.label_column, *filter(None, [section.split_column])]
     header = next(filter(None, reader), None)  # blank lines are no rows
     if header is None:
@@ -118,9 +126,9 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
         image, label, *rest = values = [row[index].strip() for index in places]
         if "" in values:
             raise DataError(f"{table}:{reader.line_num}: no {wanted[values.index('')]} in this row")
-        split = aliases.get(rest[0].lower()) if rest else "all"
+        split = SPLIT_OF.get(rest[0].lower()) if rest else "all"
         if split is None:
-            raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], aliases)}")
+            raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], SPLIT_OF)}")
         lines.append(reader.line_num)
         images.append(image + suffix)
         labels.append(one.setdefault(label, label))

@@ -1,7 +1,8 @@
 """Classes and splits: what every source becomes, and the rules that hold for all of them.
 
 The class list is fixed by the training split (lexicographic folder order, as torchvision's ImageFolder) and enforced on
-every other one: a missing or an extra class is an error that names it, never a shifted index.
+every other one: a missing or an extra class is an error that names it, never a shifted index. An evaluation may go
+without some classes of its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
 from tl_trainer.data import images
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
-from tl_trainer.ground.wording import printable
+from tl_trainer.ground.wording import listed, printable
 
-# Each split and the names its folder or its value in a CSV column may have.
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# Each split and the names that its folder or its value in a CSV column may have, in any case.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+
+# How the classes of a dataset may differ from a given list: not at all; some may be absent; others may be there too,
+# whose images are left out.
+Fit = Literal["exact", "fewer", "any"]
 
 
 class Stamp(NamedTuple):
@@ -229,18 +239,23 @@ def _require(same: bool, place: str) -> None:
         raise ImageError(f"{printable(place)}: has changed since it was read first; put it back, or start again")
 
 
-def enforce_classes(expected: Sequence[str], found: Iterable[str], where: object, fixed_by: str) -> None:
-    """Raise DataError naming the classes that are missing from or extra in `found`."""
+def enforce_classes(
+    expected: Sequence[str], found: Iterable[str], where: object, fixed_by: str, fit: Fit = "exact"
+) -> None:
+    """Raise DataError naming the classes that are missing from or extra in `found`, where `fit` does not allow it."""
     found = set(found)
     missing, extra = [name for name in expected if name not in found], sorted(found.difference(expected))
     faults = []
-    for word, names in (("no", missing), ("an extra", extra)):
-        if names:
-            faults.append(f"{word} class {', '.join(map(repr, names[:5]))}{' and more' if len(names) > 5 else ''}")
+    if missing and fit == "exact":
+        faults.append(f"has no class {listed([*map(repr, missing)])}")
+    if extra and fit != "any":
+        faults.append(f"has the unknown {'class' if len(extra) == 1 else 'classes'} {listed([*map(repr, extra)])}")
     if faults:
+        remedy = "add, rename or remove what differs"
+        if fit == "fewer":
+            remedy = "rename what differs, or leave the images of unknown classes out with --ignore-extra"
         raise DataError(
-            f"{where} has {' and '.join(faults)}; the {len(expected)} classes are fixed by {fixed_by} and must be the "
-            "same here: add, rename or remove what differs"
+            f"{where} {' and '.join(faults)}; the {len(expected)} classes are those of {fixed_by}: {remedy}"
         )
 
 

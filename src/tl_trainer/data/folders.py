@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Files, Split, enforce_classes
+from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split, enforce_classes
+from tl_trainer.data.images import ENDINGS
 from tl_trainer.errors import DataError
+from tl_trainer.ground.wording import listed
 
 log = logging.getLogger(__name__)
 
+LOOKED_INTO = 20  # class folders: where one has splits of its own, all have
+# train2014, val_images, Test set; not trains, nor value.
+_SPLIT_LIKE = re.compile(rf"({'|'.join(sorted(SPLIT_OF, reverse=True))})(?![a-z])", re.IGNORECASE)
 
-def open_folders(root: Path, classes: list[str] | None) -> Dataset:
+
+def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact") -> Dataset:
+    """The dataset in a folder. classes: a checkpoint's, which it must have as `fit` says. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.root or --data-dir to the folder with your images")
     folders = _split_folders(root)
@@ -23,11 +29,15 @@ def open_folders(root: Path, classes: list[str] | None) -> Dataset:
         if "train" not in folders and "all" not in folders:
             raise DataError(f"{root} has {', '.join(folders)} but no train folder")
         classes = _class_names(folders.get("train", root))
+        _refuse_splits(folders.get("train", root), classes)
     left_out: list[str] = []
     splits = {}
     for name, folder in folders.items():
-        enforce_classes(classes, _class_names(folder), folder, fixed_by)
-        splits[name] = _scan(folder, classes, root, left_out)
+        there = _class_names(folder)
+        enforce_classes(classes, there, folder, fixed_by, fit)
+        if extra := sorted(set(there).difference(classes)):
+            log.warning("%s: left out, since they are no classes of %s: %s", folder, fixed_by, listed(extra))
+        splits[name] = _scan(folder, classes, root, left_out, may_lack=fit != "exact")
     if left_out:
         endings = ", ".join(sorted({Path(name).suffix.lower() or "no ending" for name in left_out}))
         log.warning("%s: %d file(s) left out for their ending (%s), e.g. %s", root, len(left_out), endings, left_out[0])
@@ -37,18 +47,13 @@ def open_folders(root: Path, classes: list[str] | None) -> Dataset:
 
 def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
     """Name what looks like a part of the dataset and is not used: images in no class, folders beside the splits."""
-    loose = [
-        path
-        for folder in folders.values()
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMG_EXTENSIONS
-    ]
+    loose = [path for folder in folders.values() for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS]
     if loose:
         log.warning("%s: %d image(s) in no class folder are not used, e.g. %s", root, len(loose), loose[0])
     used = {*folders.values()}
     beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and path not in used]
     if beside and root not in used:
-        log.warning("%s: not a split and not used: %s", root, ", ".join(beside[:5]))
+        log.warning("%s: not a split and not used: %s", root, listed(beside))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -57,26 +62,54 @@ def _split_folders(root: Path) -> dict[str, Path]:
     A folder with a split's name that holds images and no class folders is a class where others beside it hold images.
     """
     folders = {}
-    for split, names in SPLIT_NAMES.items():
-        present = [root / name for name in names if (root / name).is_dir()]
-        if len(present) > 1:
-            raise DataError(
-                f"{root} has {' and '.join(path.name for path in present)}; keep one of them as its {split} split"
-            )
-        if present:
-            folders[split] = present[0]
+    for split, names in _splits_in(root).items():
+        if len(names) > 1:
+            raise DataError(f"{root} has {' and '.join(names)}; keep one of them as its {split} split")
+        folders[split] = root / names[0]
     flat = [folder.name for folder in folders.values() if not _folders_in(folder) and _has_images(folder)]
     if len(flat) < len(folders) or not folders:
         return folders or {"all": root}
-    beside = [name for name in _folders_in(root) if name.lower() not in flat and _has_images(root / name)]
+    beside = [name for name in _folders_in(root) if name not in flat and _has_images(root / name)]
     if not beside:
         return folders
     log.warning(
         "%s: %s is taken as a class beside %s, since it has images and no class folders; as a split it would need a "
         "folder for each class",
-        *(root, " and ".join(flat), ", ".join(beside[:5])),
+        *(root, " and ".join(flat), listed(beside)),
     )
     return {"all": root}
+
+
+def _splits_in(folder: Path) -> dict[str, list[str]]:
+    """The folders in it that have the name of a split, by the split, in the order of SPLIT_NAMES."""
+    names = _folders_in(folder)
+    found = {split: [name for name in names if SPLIT_OF.get(name.lower()) == split] for split in SPLIT_NAMES}
+    return {split: present for split, present in found.items() if present}
+
+
+def _refuse_splits(folder: Path, classes: list[str]) -> None:
+    """Raise DataError where what would be taken for classes are splits, or datasets with splits of their own."""
+    read = f"{folder} would be read as {len(classes)} classes ({listed(classes)})"
+    for name in classes[:LOOKED_INTO]:
+        inside = _splits_in(folder / name)
+        parts = [part for names in inside.values() for part in names]
+        if any(_folders_in(folder / name / part) for part in parts):
+            raise DataError(f"{read}, but {name} is a dataset with splits ({listed(parts)}); give {folder / name}")
+        if len(inside) > 1:
+            raise DataError(
+                f"{folder / name} would be read as one class with the images of {listed(parts)}; put the classes into "
+                f"the splits, such as {folder / parts[0] / name}"
+            )
+    like = {name: SPLIT_OF[match[1].lower()] for name in classes if (match := _SPLIT_LIKE.match(name))}
+    if len({*like.values()}) > 1 and (len(like) == len(classes) or all(_only_folders(folder / name) for name in like)):
+        raise DataError(
+            f"{read}, but {listed([*like])} look like splits; call these train, val or test, with a folder for each "
+            "class in them"
+        )
+
+
+def _only_folders(folder: Path) -> bool:
+    return bool(_folders_in(folder)) and not _has_images(folder)
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -86,7 +119,7 @@ def _folders_in(folder: Path) -> list[str]:
 
 def _has_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(Path(entry.name).suffix.lower() in IMG_EXTENSIONS for entry in entries)
+        return any(Path(entry.name).suffix.lower() in ENDINGS for entry in entries)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -96,7 +129,7 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> Split:
+def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str], *, may_lack: bool) -> Split:
     """All images below the class folders, in sorted order; what has another ending goes into `left_out`."""
     paths: list[str] = []
     names: list[str] = []
@@ -106,13 +139,13 @@ def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str]) -> 
         inside = (folder / name).relative_to(root).as_posix()
         for path in _walk(top):  # text: a Path for each of a million files would take longer than all the rest
             relative = inside + path[len(top) :].replace(os.sep, "/")
-            if os.path.splitext(path)[1].lower() in IMG_EXTENSIONS:  # noqa: PTH122
+            if os.path.splitext(path)[1].lower() in ENDINGS:  # noqa: PTH122
                 paths.append(path)
                 names.append(relative)
                 targets.append(label)
             else:
                 left_out.append(relative)
-        if len(paths) == before:
+        if len(paths) == before and not may_lack:
             raise DataError(f"{folder / name}: no images in this class folder; add some or remove it from every split")
     return Split(Files(paths, names), targets, range(len(paths)))
 

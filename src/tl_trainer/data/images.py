@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # The photo formats; Pillow's other decoders (PSD, EPS, FITS, ...) are never reached, whatever a file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What their files are called; where a folder is searched, other files are left out.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 # EXIF orientation -> what makes the image upright; 1 is upright already.
 _UPRIGHT = {

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tl_trainer.config.schema import DataSection, expand
 from tl_trainer.data.csv_table import open_csv
-from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
@@ -14,25 +14,27 @@ from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.errors import SettingError
 
 
-def open_dataset(data: DataSection, classes: list[str] | None = None, decoding: Decoding = STANDARD) -> Dataset:
+def open_dataset(
+    data: DataSection, classes: list[str] | None = None, decoding: Decoding = STANDARD, fit: Fit = "exact"
+) -> Dataset:
     """The dataset that the configuration's `data` section names; where it has no splits of its own, one called `all`.
 
-    `classes` is a checkpoint's class list: the dataset must have exactly these. `decoding` is for its images. Raises
-    DataError.
+    `classes` is a checkpoint's class list, which the dataset must have as `fit` says. `decoding` is for its images.
+    Raises DataError.
     """
-    dataset = _opened(data, classes)
+    dataset = _opened(data, classes, fit)
     splits = {name: replace(split, images=split.images.decoded(decoding)) for name, split in dataset.splits.items()}
     return replace(dataset, splits=splits)
 
 
-def _opened(data: DataSection, classes: list[str] | None) -> Dataset:
+def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
     root = expand(data.root)
     if data.source == "demo":
-        return open_folders(demo_folder(), classes)
+        return open_folders(demo_folder(), classes, fit)
     if data.source == "imagefolder":
-        return open_folders(root, classes)
+        return open_folders(root, classes, fit)
     if data.source == "csv":
-        return open_csv(root, data.csv, classes)
+        return open_csv(root, data.csv, classes, fit)
     return open_torchvision(data.source, root, data.download, classes)
 
 

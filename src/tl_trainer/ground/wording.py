@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 120
@@ -35,6 +35,12 @@ def _moves_the_cursor(character: str) -> bool:
 def printable_lines(text: str) -> str:
     """The same for a message of several lines."""
     return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Some names on one line: `a, b, c and 12 more`."""
+    shown_ = ", ".join(map(printable, names[:most]))
+    return shown_ + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def unknown(what: str, given: object, valid: Iterable[str]) -> str:

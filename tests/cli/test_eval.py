@@ -1,0 +1,46 @@
+"""tl-eval on data that is not quite what the checkpoint was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import COLOURS, Run, draw_split, last_json
+from test_end_to_end import SMALL
+
+pytestmark = pytest.mark.usefixtures("without_pictures", "own_logging")
+
+
+@pytest.fixture
+def run_dir(tl: Run, colours: Path) -> Path:
+    """A run on blue, green and red."""
+    return Path(last_json(tl("train", "--data-dir", colours, "--epochs", 2, "--json", *SMALL))["run_dir"])
+
+
+def test_classes_that_are_absent_are_named_and_the_others_evaluated(tl: Run, run_dir: Path, tmp_path: Path) -> None:
+    few = {name: COLOURS[name] for name in ("blue", "red")}
+    draw_split(tmp_path / "new", 2, size=43, classes=few)
+    (tmp_path / "new" / "green").mkdir()
+    done = tl("eval", "--checkpoint", run_dir, "--data-dir", "new", "--json")
+    found = last_json(done)
+    assert (found["n"], found["balanced_accuracy"]) == (4, found["top1"])
+    assert "all has no image of 'green'; the figures are over the other 2 classes" in done.stderr
+
+
+def test_other_classes_are_refused_unless_they_are_ignored(tl: Run, run_dir: Path, tmp_path: Path) -> None:
+    draw_split(tmp_path / "new", 2, size=43, classes={**COLOURS, "black": (0, 0, 0)})
+    words = ("eval", "--checkpoint", run_dir, "--data-dir", "new")
+    refused = tl(*words)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("tl-eval: new has the unknown class 'black'; the 3 classes are")
+    done = tl(*words, "--ignore-extra", "--json")
+    assert last_json(done)["n"] == 6
+    assert "new: left out, since they are no classes of the checkpoint: black" in done.stderr
+
+
+def test_nothing_but_other_classes_is_refused(tl: Run, run_dir: Path, tmp_path: Path) -> None:
+    draw_split(tmp_path / "new", 1, classes={"black": (0, 0, 0)})
+    done = tl("eval", "--checkpoint", run_dir, "--data-dir", "new", "--ignore-extra")
+    assert done.returncode == 2
+    assert "new: nothing to evaluate: no image of the checkpoint's classes (blue, green, red)" in done.stderr
