@@ -17,10 +17,11 @@ from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
-from tl_trainer.saver import REMEDY, Saver, State
+from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
 
+ABSURD = 20  # times the loss of guessing: a healthy run may start there, and falls from it
 NAMED = 3  # images of a batch whose loss is not finite
 
 
@@ -98,8 +99,9 @@ class Training:
 def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
     """Train from where the state stands to the last epoch, validating after each.
 
-    Raises RunError as soon as a loss is not finite, and whatever `pause` raises.
+    Raises RunError as soon as a loss is not finite, or absurd without falling, and whatever `pause` raises.
     """
+    before = math.inf
     state, progress, steps = training.state, training.state.progress, len(training.feed.batches)
     while progress.epoch < training.epochs:
         name = f"epoch {progress.epoch + 1}/{training.epochs}"
@@ -123,10 +125,26 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
         state.schedule.epoch_ended(val["loss"])
         done = progress.epoch_ended(val, training.task.better)
         tracker.epoch(done, val, lr)
+        before = _loss_of(training, done, val["loss"], before)
         if done.improved:
             saver.improved(scores)
             tracker.improved(progress.epoch, scores)
     saver.finish()
+
+
+def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float) -> float:
+    """The lower of the epoch's two losses; RunError where both are absurd and it is not below that of the epoch before.
+
+    Only the validation loss of a network that overfits grows so large, only the training loss of one that settles in
+    its first epoch. After the last epoch nothing can fall any more.
+    """
+    loss, guessing = min(done.train_loss, val_loss), training.task.guessing_loss
+    if loss > ABSURD * guessing and (loss >= before or done.epoch == training.epochs):
+        raise RunError(
+            f"after epoch {done.epoch}/{training.epochs} the training loss is {done.train_loss:,.4g} and the validation "
+            f"loss {val_loss:,.4g}, where guessing gives {guessing:.2g}; {REMEDY}"
+        )
+    return loss
 
 
 def _names(split: Split, batch: Batch) -> str:

@@ -6,6 +6,7 @@ and `Task` their union; the loop, the batches, the saving and the commands know 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,11 @@ class SingleLabel:
     def figures(self, scores: Scores) -> Figures:
         """The figures of an epoch: `loss`, `n` (images), and those in `columns`."""
         return metrics.figures(scores)
+
+    @property
+    def guessing_loss(self) -> float:
+        """The loss of a classifier that holds every class for equally likely."""
+        return math.log(len(self.classes))
 
     def check(self, figures: Any) -> None:
         """Raise ValueError for what `figures` cannot have given."""

@@ -69,6 +69,7 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         _check_floors()
+        _check_alone()
         return command(args)
     except Terminated:
         return _fail(parser.prog, "terminated", 143)
@@ -134,6 +135,15 @@ class _BarSafeHandler(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes that torchrun has started: each would do the whole work."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise InputError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which is not supported yet; start it "
+            "once, without torchrun"
+        )
 
 
 def _check_floors() -> None:

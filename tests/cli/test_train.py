@@ -1,0 +1,50 @@
+"""tl-train where something is wrong or missing: what it says, and what it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import Run, draw_split, last_json
+from test_end_to_end import SMALL
+
+pytestmark = pytest.mark.usefixtures("without_pictures", "own_logging")
+
+
+@pytest.fixture
+def greys() -> Path:
+    """Three classes that nobody could tell apart."""
+    for number, split in enumerate(("train", "val")):
+        draw_split(Path("greys", split), 8, size=40 + number, classes=dict.fromkeys("abc", (90, 90, 90)))
+    return Path("greys")
+
+
+NO_RATE = [word for word in SMALL if "lr=" not in word]
+
+
+@pytest.mark.parametrize(("rate", "epochs"), [("1e3", 4), ("1e3", 1), ("1e30", 4)])
+def test_a_run_whose_loss_is_absurd_fails_with_the_remedy(tl: Run, greys: Path, rate: str, epochs: int) -> None:
+    done = tl("train", "--data-dir", greys, "--epochs", epochs, "--lr", rate, "--json", *NO_RATE)
+    assert (done.returncode, done.stdout) == (1, "")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("tl-train: after epoch ")
+    assert "where guessing gives 1.1; lower the rate with --lr" in line
+    assert not list(Path("runs").glob("*/result.json"))
+
+
+def test_a_run_that_recovers_from_an_absurd_loss_goes_on(tl: Run, colours: Path) -> None:
+    """What can be told apart is learned at any rate."""
+    found = last_json(tl("train", "--data-dir", colours, "--epochs", 3, "--lr", "1e3", "--json", *NO_RATE))
+    assert float(Path(found["run_dir"], "metrics.csv").read_text().splitlines()[1].split(",")[1]) > 1e3
+    assert found["val"]["top1"] == 1.0
+
+
+@pytest.mark.parametrize(("count", "refused"), [("4", True), ("1", False), ("", False)])
+def test_one_of_several_processes_is_refused(
+    tl: Run, monkeypatch: pytest.MonkeyPatch, count: str, refused: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    done = tl("train", "--print-config")
+    assert done.returncode == (2 if refused else 0)
+    assert ("started as one of 4 processes (WORLD_SIZE), which is not supported yet" in done.stderr) == refused
