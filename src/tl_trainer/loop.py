@@ -141,8 +141,8 @@ def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float
     loss, guessing = min(done.train_loss, val_loss), training.task.guessing_loss
     if loss > ABSURD * guessing and (loss >= before or done.epoch == training.epochs):
         raise RunError(
-            f"after epoch {done.epoch}/{training.epochs} the training loss is {done.train_loss:,.4g} and the validation "
-            f"loss {val_loss:,.4g}, where guessing gives {guessing:.2g}; {REMEDY}"
+            f"after epoch {done.epoch}/{training.epochs} the training loss is {done.train_loss:,.4g} and the "
+            f"validation loss {val_loss:,.4g}, where guessing gives {guessing:.2g}; {REMEDY}"
         )
     return loss
 

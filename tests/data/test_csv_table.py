@@ -74,13 +74,66 @@ def test_through_the_configuration(tmp_path: Path) -> None:
         ROWS.replace("\n", "\n\n").encode(),
         ROWS.replace("dog", '"dog"').encode(),
         ROWS.replace(",dog", ", dog ").encode(),
+        ROWS.replace(",", ";").encode(),
+        b"\xef\xbb\xbf\r\n" + ROWS.replace(",", "\t").encode(),
     ],
-    ids=["BOM", "CRLF", "no newline at the end", "blank lines", "quoted", "spaces"],
+    ids=["BOM", "CRLF", "no newline at the end", "blank lines", "quoted", "spaces", "semicolons", "tabs"],
 )
 def test_the_same_table_written_otherwise(tmp_path: Path, text: bytes) -> None:
     dataset = _open(tmp_path, text)
     assert dataset.classes == ["cat", "dog"]
     assert list(dataset.split("all").targets) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["hat|pants", "hat", "pants"], "hat|pants"),
+        (["hat pants", "hat", "pants"], "hat pants"),
+        (["pants; hat", "hat; shirt", "pants; shirt"], "hat; shirt"),
+        (["polar bear", "brown bear", "panda"], None),
+        (["red car", "blue car", "red bus", "blue bus"], None),
+        (["hound, afghan", "hound, basset", "beagle"], None),
+    ],
+)
+def test_several_labels_in_one_are_named(
+    tmp_path: Path, labels: list[str], shown: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f'{number}.jpg,"{label}"\n' for number, label in enumerate(2 * labels))
+    assert _open(tmp_path, "id,label\n" + rows).classes == sorted(labels)
+    assert [f"labels such as {shown!r} look like several labels in one" in line for line in caplog.messages] == [
+        True for _ in filter(None, [shown])
+    ]
+
+
+@pytest.mark.parametrize(("distinct", "refused"), [(40, True), (21, True), (20, False)])
+def test_a_column_of_numbers_is_no_column_of_classes(tmp_path: Path, distinct: int, refused: bool) -> None:
+    text = "id,label\n" + "".join(f"{row}.jpg,{row % distinct / 8}\n" for row in range(40))
+    if refused:
+        complaint = _complaint(tmp_path, text)
+        assert complaint.startswith(f" {distinct} different labels in 40 rows, such as 0.0, 0.125, 0.25")
+        assert complaint.endswith("is label the column of the classes? set data.csv.label_column")
+    else:
+        assert len(_open(tmp_path, text).classes) == distinct
+
+
+@pytest.mark.parametrize(
+    ("ids", "suffix", "remedy"),
+    [
+        (("1.png", "2.png"), ".png", "1.png.png is not there, nor are others that it names; set data.csv.suffix= (to"),
+        (("1", "2"), "", "1 is not there, nor are others that it names; set data.csv.suffix=.png, since"),
+        (("1", "2"), ".jpg", "1.jpg is not there, nor are others that it names; set data.csv.suffix=.png, since"),
+        (("a/1.png", "a/2.png"), "", "a/1.png is not there, nor are others that it names; set data.csv.images to"),
+    ],
+)
+def test_images_that_are_not_there_name_the_key(tmp_path: Path, ids: tuple[str, str], suffix: str, remedy: str) -> None:
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "labels.csv").write_text(f"id,label\n{ids[0]},dog\n{ids[1]},cat\n")
+    data = DataSection(source="csv", root=str(tmp_path), csv=CsvSection(suffix=suffix))
+    with pytest.raises(DataError) as caught:
+        open_dataset(data)
+    assert str(caught.value).startswith(f"{tmp_path / 'labels.csv'}: {tmp_path}/{remedy}")
 
 
 def test_labels_in_any_script_and_with_commas(tmp_path: Path) -> None:
@@ -93,14 +146,13 @@ def test_labels_in_any_script_and_with_commas(tmp_path: Path) -> None:
         ("id,lable\n1,dog\n", {}, "1: unknown column 'label'; did you mean 'lable'? (valid: id, lable)"),
         ("id,label\n1,dog\n", {"image_column": "file"}, "1: unknown column 'file' (valid: id, label)"),
         (ROWS, {"split_column": "Split"}, "1: unknown column 'Split'"),
-        ("id;label\n1;dog\n", {}, "1: unknown column 'id'"),
         ("", {}, " empty file; its first line must name the columns"),
         ("id,label\n1,dog\n2,\n", {}, "3: no label in this row"),
         ("id,label\n1,dog\n2\n", {}, "3: no label in this row"),
         ("id,label\n1,dog\n,cat\n", {}, "3: no id in this row"),
         ("id,label\n1,dog\n2,  \n", {}, "3: no label in this row"),
         ("id,label,split\n1,dog,train\n2,cat,\n", {"split_column": "split"}, "3: no split in this row"),
-        ("id,label\n1,dog\n2,hound, afghan\n", {}, "3: more values than columns; quote those with a comma"),
+        ("id,label\n1,dog\n2,hound, afghan\n", {}, "3: more values than columns; quote those with a separator"),
         (SPLIT_ROWS.replace("3.jpg,dog", "3.jpg,dgo"), {"split_column": "split"}, "4: unknown label 'dgo'; did you"),
         (SPLIT_ROWS.replace("4.jpg,cat", "4.jpg,cow"), {"split_column": "split"}, "5: unknown label 'cow'"),
         (SPLIT_ROWS.replace("val", "vla"), {"split_column": "split"}, "4: unknown split 'vla'; did you mean"),

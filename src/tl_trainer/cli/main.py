@@ -141,8 +141,8 @@ def _check_alone() -> None:
     """Refuse to be one of several processes that torchrun has started: each would do the whole work."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise InputError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which is not supported yet; start it "
-            "once, without torchrun"
+            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which is not supported yet; start "
+            "it once, without torchrun"
         )
 
 

@@ -61,6 +61,11 @@ class CsvSection(Section):
     )
     suffix: str = Field("", description="What is added to image_column to make the file name, e.g. .jpg")
 
+    @field_validator("suffix", mode="before")
+    @classmethod
+    def _nothing_is_empty(cls, suffix: object) -> object:
+        return "" if suffix is None else suffix
+
 
 class DataSection(Section):
     source: Source | Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$")] = Field(

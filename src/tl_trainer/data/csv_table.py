@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,18 @@ import numpy as np
 
 from tl_trainer.config.schema import CsvSection
 from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split
+from tl_trainer.data.images import ENDINGS
 from tl_trainer.errors import DataError
-from tl_trainer.ground.wording import unknown
+from tl_trainer.ground.wording import listed, unknown
 
 if TYPE_CHECKING:
     from _csv import Reader
 
 log = logging.getLogger(__name__)
+
+MOST_CLASSES, FEWEST_ROWS = 0.5, 20  # more labels than this share of so many rows are numbers or names, not classes
+SEVERAL = 0.1  # of the labels, above which those that are made of others are named
+SAMPLE = 20  # rows whose images are looked for before any is read
 
 
 class Columns(NamedTuple):
@@ -67,6 +74,7 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fi
             raise DataError(f"{table}: no row is in the train split")
         pairs = zip(labels, by_image, strict=True)
         classes = sorted({label for label, split in pairs if split in ("train", "all")})
+        _check_labels(classes, len(labels), table, section.label_column)
     index = {label: position for position, label in enumerate(classes)}
     splits = {}
     for name in (split for split in (*SPLIT_NAMES, "all") if split in there):
@@ -85,14 +93,54 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fi
     return Dataset(classes, splits, str(table))
 
 
+def _check_labels(classes: list[str], rows: int, table: Path, column: str) -> None:
+    """Raise DataError for a column of other things than classes; say where labels look like several in one."""
+    if len(classes) > MOST_CLASSES * rows and rows >= FEWEST_ROWS:
+        raise DataError(
+            f"{table}: {len(classes):,} different labels in {rows:,} rows, such as {listed(classes, 3)}; is {column} "
+            "the column of the classes? set data.csv.label_column"
+        )
+    for separator in "|;, ":
+        parts = {label: [part.strip() for part in label.split(separator)] for label in classes if separator in label}
+        known = {label for label in classes if label not in parts}
+        if separator != " ":  # "polar bear" and "brown bear" share a word, and are one label each
+            times = Counter(part for several in parts.values() for part in several)
+            known |= {part for part, count in times.items() if count > 1}
+        several = [label for label, split in parts.items() if known.issuperset(split)]
+        if len(several) > SEVERAL * len(classes):
+            log.warning(
+                "%s: labels such as %r look like several labels in one, and each becomes a class of its own; several "
+                "labels per image are not supported yet",
+                *(table, several[0]),
+            )
+            return
+
+
+def check_found(dataset: Dataset, section: CsvSection) -> None:
+    """Raise DataError where none of some images is there, with the key that would find them."""
+    paths = [str(split.images.paths[row]) for split in dataset.splits.values() if isinstance(split.images, Files)
+             for row in range(0, len(split), -(-len(split) // SAMPLE))]  # fmt: skip
+    if any(map(os.path.exists, paths)):
+        return
+    tried, key = paths[0], "data.csv.images to the folder of the images"
+    bare = tried.removesuffix(section.suffix)
+    if section.suffix and os.path.exists(bare):  # noqa: PTH110
+        key = f"data.csv.suffix= (to nothing), since {bare} is there"
+    elif ending := next((ending for ending in ENDINGS if os.path.exists(bare + ending)), None):  # noqa: PTH110
+        key = f"data.csv.suffix={ending}, since {bare}{ending} is there"
+    raise DataError(f"{dataset.where}: {tried} is not there, nor are others that it names; set {key}")
+
+
 def _columns(table: Path, section: CsvSection) -> Columns:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            columns = _read(csv.reader(file), table, section)
+            header = next(filter(str.strip, file), "")
+            file.seek(0)
+            columns = _read(csv.reader(file, delimiter=max(",;\t", key=header.count)), table, section)
     except OSError as error:
         raise DataError(f"{table}: cannot be read: {error.strerror}; set data.root and data.csv.labels") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: not a CSV file in UTF-8: {error}") from error
+        raise DataError(f"{table}: not a CSV file in UTF-8: {error}; save it as CSV in UTF-8") from error
     if not columns.images:
         raise DataError(f"{table}: no rows below the header")
     hashes = np.sort(np.fromiter(map(hash, columns.images), np.int64, len(columns.images)))
@@ -120,7 +168,7 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
     one: dict[str, str] = {}  # object for each label
     for row in filter(None, reader):
         if len(row) > width:
-            raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a comma")
+            raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a separator")
         if len(row) < width:
             row += [""] * (width - len(row))
         image, label, *rest = values = [row[index].strip() for index in places]

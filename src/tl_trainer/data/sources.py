@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tl_trainer.config.schema import DataSection, expand
-from tl_trainer.data.csv_table import open_csv
+from tl_trainer.data.csv_table import check_found, open_csv
 from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
@@ -34,7 +34,9 @@ def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
     if data.source == "imagefolder":
         return open_folders(root, classes, fit)
     if data.source == "csv":
-        return open_csv(root, data.csv, classes, fit)
+        dataset = open_csv(root, data.csv, classes, fit)
+        check_found(dataset, data.csv)
+        return dataset
     return open_torchvision(data.source, root, data.download, classes)
 
 
