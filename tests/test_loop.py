@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tiny import IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny_template
+from tl_trainer import optim
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
+from tl_trainer.config.schema import OptimizerSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
-from tl_trainer.loop import Step, Training, fit
+from tl_trainer.loop import Gather, Step, Training, fit
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
@@ -44,6 +46,10 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd-plateau": ({"name": "sgd", "lr": 0.8}, {"name": "plateau", "patience": 0, "factor": 0.5}),
     "adamw-step": ({"name": "adamw", "lr": 0.02, "weight_decay": 0.1}, {"name": "step", "step_epochs": 1}),
 }
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw-step": {"clip_norm": 0.5, "accumulate": 3}
+}  # updates of 3 batches and of 1
 
 
 class Killed(BaseException):
@@ -99,7 +105,7 @@ class Run:
 
         names = [f"{index}.jpg" for index in range(IMAGES)]
         split = Split(Files([Path(name) for name in names], names), [0] * IMAGES, range(IMAGES))
-        step = Step(forward, _Criterion(self.criterion), state.optimizer, state.scaler)
+        step = make_step(state, self.criterion, state.scaler, forward, **OPTIONS.get(self.recipe, {}))
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
         fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs), tracker, saver)
@@ -309,8 +315,18 @@ def test_a_run_that_is_killed_before_any_write_arrives_at_the_same(
     assert kills >= EVENTS  # a last.pth per event and a best.pth per improvement
 
 
-def make_step(state: State, criterion: Callable[[Tensor, Tensor], Tensor], scaler: torch.amp.GradScaler) -> Step:
-    return Step(state.classifier.train(), _Criterion(criterion), state.optimizer, scaler)
+def make_step(
+    state: State,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    scaler: torch.amp.GradScaler,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    *,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+) -> Step:
+    gather = Gather(state, STEPS, accumulate) if accumulate > 1 else None
+    forward = forward or state.classifier.train()
+    return Step(forward, _Criterion(criterion), state.optimizer, scaler, clip_norm, gather)
 
 
 def first_batch() -> Batch:
@@ -360,6 +376,45 @@ def test_gradients_are_those_of_the_scaled_loss() -> None:
     plain, after_plain, scaled, after_scaled = found
     assert torch.equal(scaled, 1024 * plain)
     assert torch.equal(after_scaled, after_plain)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("limit", [0.01, 0.3, 1e6])
+def test_clipping_bounds_the_norm_of_all_gradients_and_keeps_their_direction(limit: float, scaled: bool) -> None:
+    moves = []
+    for clip_norm in (None, limit):
+        state = tiny_state(3, EPOCHS, {"name": "sgd", "lr": 1.0, "momentum": 0.0}, {})
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        before = nn.utils.parameters_to_vector(state.classifier.parameters()).detach()
+        torch.manual_seed(0)  # of the dropout
+        make_step(state, functional.cross_entropy, scaler, clip_norm=clip_norm)(first_batch())
+        moves.append(nn.utils.parameters_to_vector(state.classifier.parameters()).detach() - before)
+    free, clipped = moves
+    wanted = free * min(1.0, limit / free.norm().item())
+    torch.testing.assert_close(clipped, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.5}, {"name": "adamw", "lr": 0.01}])
+@pytest.mark.parametrize(("parts", "accumulate"), [([8, 8, 8, 8], 4), ([8, 8, 8, 5], 4), ([12, 12, 12, 4], 3)])
+def test_accumulated_batches_are_one_large_batch(optimizer: dict[str, Any], parts: list[int], accumulate: int) -> None:
+    """Also where the last batch is smaller, and where the last group has fewer batches; without BatchNorm."""
+    batch = Batch(torch.randn(sum(parts), 6), torch.arange(sum(parts)) % 3, torch.arange(sum(parts)))
+    pieces = [Batch(*columns) for columns in zip(*(column.split(parts) for column in batch), strict=True)]
+    groups = [pieces[first : first + accumulate] for first in range(0, len(pieces), accumulate)]
+    found = []
+    for gathers in (True, False):
+        torch.manual_seed(0)
+        state = tiny_state(3, EPOCHS, optimizer, {})
+        network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        updates = optim.build_optimizer(network.parameters(), OptimizerSection(**optimizer))
+        gather = Gather(state, len(pieces), accumulate) if gathers else None
+        step = Step(network, nn.CrossEntropyLoss(), updates, state.scaler, gather=gather)
+        whole = [Batch(*map(torch.cat, zip(*group, strict=True))) for group in groups]
+        for each in pieces if gathers else whole:
+            step(each)
+            state.progress.batch_ended(0.0, len(each.targets), 0.0)
+        found.append(nn.utils.parameters_to_vector(network.parameters()).detach())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_the_loss_of_a_batch_updates_nothing() -> None:

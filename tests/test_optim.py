@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from tl_trainer.config.schema import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
-from tl_trainer.optim import FACTORS, OPTIMIZERS, Schedule, build_optimizer
+from tl_trainer.optim import FACTORS, OPTIMIZERS, Schedule, build_optimizer, parameter_groups
 
 LR = 0.02
 
@@ -42,6 +42,8 @@ def trained(model: nn.Module, optimizer: optim.Optimizer) -> list[torch.Tensor]:
         ({"name": "sgd", "weight_decay": 0.1}, optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
         ({"name": "adam"}, optim.Adam, {}),
         ({"name": "adam", "weight_decay": 0.1}, optim.Adam, {"weight_decay": 0.1}),
+        ({"name": "adam", "betas": [0.5, 0.9]}, optim.Adam, {"betas": (0.5, 0.9)}),
+        ({"name": "adamw", "betas": [0.5, 0.9]}, optim.AdamW, {"betas": (0.5, 0.9), "weight_decay": 0.0}),
         ({"name": "adamw"}, optim.AdamW, {"weight_decay": 0.0}),
         ({"name": "adamw", "weight_decay": 0.1}, optim.AdamW, {"weight_decay": 0.1}),
     ],
@@ -56,6 +58,33 @@ def test_an_optimizer_is_torchs_own(
     for mine, theirs, before in zip(found, wanted, start, strict=True):
         assert torch.equal(mine, theirs)
         assert not torch.equal(mine, before)
+
+
+def test_each_layer_has_its_rate_and_only_weights_decay(caplog: pytest.LogCaptureFixture) -> None:
+    layers = [
+        ("head", {"head.weight": nn.Parameter(torch.ones(3, 5)), "head.bias": nn.Parameter(torch.ones(3))}),
+        ("norm", {"norm.weight": nn.Parameter(torch.ones(5))}),
+        (
+            "embed",
+            {"pos_embed": nn.Parameter(torch.ones(1, 7, 5)), "conv.weight": nn.Parameter(torch.ones(5, 3, 2, 2))},
+        ),
+    ]
+    section = OptimizerSection(name="adamw", lr=LR, weight_decay=0.3, decay="weights", layer_decay=0.5)
+    with caplog.at_level("DEBUG"):
+        groups = parameter_groups(layers, section)
+    names = {id(parameter): name for _, named in layers for name, parameter in named.items()}
+    table = [([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
+    assert table == [
+        (["head.weight"], LR, 0.3), (["head.bias"], LR, 0.0), (["norm.weight"], LR / 2, 0.0),
+        (["conv.weight"], LR / 4, 0.3), (["pos_embed"], LR / 4, 0.0),
+    ]  # fmt: skip
+    assert [(line.split()[0], float(line.split()[2])) for line in caplog.messages] == [
+        ("head", LR), ("head", LR), ("norm", LR / 2), ("embed", LR / 4), ("embed", LR / 4),
+    ]  # fmt: skip
+    optimizer = build_optimizer(groups, section)
+    assert [group["lr"] for group in optimizer.param_groups] == [rate for _, rate, _ in table]
+    decaying = parameter_groups(layers, OptimizerSection(name="adamw", lr=LR, weight_decay=0.3, layer_decay=0.5))
+    assert [group["weight_decay"] for group in decaying] == [0.3] * 3
 
 
 def test_the_names_are_those_of_the_schema() -> None:
@@ -146,6 +175,15 @@ def test_cosine_falls_after_the_warm_up() -> None:
     reference = lr_scheduler.CosineAnnealingLR(optim.SGD(network().parameters(), lr=LR), T_max=(EPOCHS - 2) * STEPS)
     assert found[: 2 * STEPS] == pytest.approx([LR * (step + 1) / 10 for step in range(10)])
     assert found[2 * STEPS :] == pytest.approx(torchs_rates(reference, (EPOCHS - 2) * STEPS))
+
+
+def test_batches_of_one_update_have_one_rate() -> None:
+    """Two and two and one in an epoch of five: the rates are those of an epoch of three."""
+    optimizer = optim.SGD(network().parameters(), lr=LR)
+    section = ScheduleSection(name="cosine", warmup_epochs=1)
+    wanted, gathering = Schedule(optimizer, section, EPOCHS, 3), Schedule(optimizer, section, EPOCHS, STEPS, 2)
+    found = rates(gathering)
+    assert found == [wanted.set_rate(epoch * 3 + step) for epoch in range(EPOCHS) for step in (0, 0, 1, 1, 2)]
 
 
 def test_a_run_that_is_all_warm_up() -> None:

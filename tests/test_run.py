@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tl_trainer import assembly, run
+from tl_trainer.assembly import set_up
 from tl_trainer.config.load import Loaded, load
 from tl_trainer.errors import DataError, Interrupted
 from tl_trainer.ground.signals import StopRequest
+from tl_trainer.loop import Gather
 from tl_trainer.tracking import Tracker
 
 WORDS: list[tuple[str, Any]] = [
@@ -61,6 +63,25 @@ def test_a_single_last_image_does_not_end_a_run_whose_batch_norm_trains(colours:
         ("transforms.eval", [{"Resize": [32, 32]}]), ("train.batch_size", 23),
     ]  # fmt: skip
     assert run.train(load(None, [("data.root", str(colours)), *words]), None, StopRequest())["epochs"] == 2
+
+
+def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> None:
+    options = {
+        "optimizer": {
+            "name": "adamw", "betas": [0.5, 0.9], "weight_decay": 0.1, "decay": "weights", "layer_decay": 0.5,
+        },
+        "clip_norm": 0.25, "accumulate": 2, "batch_size": 8, "freeze_batchnorm": True,
+    }  # fmt: skip
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "trainable": "conv5"}
+    setup = set_up(load(None, [("data.root", str(colours)), *WORDS, ("model", model), ("train", options)]))
+    state = setup.new_state(3)
+    groups = state.optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        (1e-3, 0.1, 1), (1e-3, 0.0, 1), (5e-4, 0.1, 1),  # head, its bias, the convolution; its BatchNorm is frozen
+    ]  # fmt: skip
+    assert groups[0]["betas"] == (0.5, 0.9)
+    training = run.new_training(setup, {"train": setup.feeds()["train"]}, state, lambda: None)
+    assert (training.step.clip_norm, training.step.gather) == (0.25, Gather(state, 3, 2))
 
 
 class StopsAfter(StopRequest):

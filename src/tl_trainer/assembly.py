@@ -41,7 +41,7 @@ from tl_trainer.models.heads import build_head
 from tl_trainer.models.prefix import pays_to_compile
 from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
-from tl_trainer.optim import Schedule, build_optimizer
+from tl_trainer.optim import Schedule, build_optimizer, parameter_groups
 from tl_trainer.saver import Progress, State
 from tl_trainer.settings import (
     NOT_TAKEN,
@@ -123,9 +123,11 @@ class Setup:
     def new_state(self, batches: int) -> State:
         """The optimizer and all that changes with it, at the beginning; `batches` is their number in an epoch."""
         section, network = self.parts.config.train, self.parts.network
-        trainable = [parameter for parameter in network.classifier.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(trainable, section.optimizer)
-        schedule = Schedule(optimizer, section.schedule, section.epochs, batches)
+        classifier, alike = network.classifier, section.optimizer.layer_decay == 1 and section.optimizer.decay == "all"
+        trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        groups = trainable if alike else parameter_groups(classifier.layers(), section.optimizer)
+        optimizer = build_optimizer(groups, section.optimizer)
+        schedule = Schedule(optimizer, section.schedule, section.epochs, batches, section.accumulate)
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
         return State(network.classifier, optimizer, schedule, scaler, Progress())
 
@@ -247,7 +249,7 @@ def _new_classifier(config: Config, weights: Weights, classes: int, image: Tenso
     size = feature_size(backbone, model.backbone, weights, model.tap, image)
     torch.manual_seed(config.seed)
     head = new_head(size, classes, model.head)
-    return Classifier(backbone, head, model.trainable), size
+    return Classifier(backbone, head, model.trainable, freeze_batchnorm=config.train.freeze_batchnorm), size
 
 
 def new_head(features: int, classes: int, section: HeadSection) -> nn.Sequential:

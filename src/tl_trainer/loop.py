@@ -17,6 +17,7 @@ from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
+from tl_trainer.optim import weights_of
 from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
@@ -26,17 +27,39 @@ NAMED = 3  # images of a batch whose loss is not finite
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Says when gradients become an update: after every `accumulate` batches, and at the end of an epoch."""
+
+    state: State
+    batches: int  # of an epoch
+    accumulate: int
+
+    def __call__(self, images: int) -> int | None:
+        """Count the images of a batch; how many the update is of, None where more batches come first."""
+        progress = self.state.progress
+        progress.gathered += images
+        done = progress.batch + 1
+        if done % self.accumulate and done < self.batches:
+            return None
+        gathered, progress.gathered = progress.gathered, 0
+        return gathered
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch -> an update of the weights.
 
-    What else a step may do, such as mixing images, clipping gradients, accumulating them, averaging weights or
-    learning from a teacher, is a line or a small function here; the loop knows none of it.
+    What else a step may do, such as mixing images, averaging weights or learning from a teacher, is a line or a small
+    function here; the loop knows none of it. clip_norm: as `train.clip_norm`. gather: None where every batch is an
+    update.
     """
 
     forward: Forward
     criterion: nn.Module
     optimizer: optim.Optimizer
     scaler: torch.amp.GradScaler
+    clip_norm: float | None = None
+    gather: Gather | None = None
 
     def __call__(self, batch: Batch) -> float:
         """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
@@ -46,18 +69,35 @@ class Step:
         loss = self.loss(batch)
         if loss.device.type == "cuda":
             value = _underway(loss)
-            self._update(loss)
+            self._learn(loss, len(batch.targets))
             return value()
         found = loss.item()
         if math.isfinite(found):
-            self._update(loss)
+            self._learn(loss, len(batch.targets))
         return found
 
-    def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    def _learn(self, loss: Tensor, images: int) -> None:
+        """Add the gradient of the batch's mean loss, and update the weights unless more batches are to come first."""
+        loss = self.scaler.scale(loss if self.gather is None else loss * images)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.gather is None:
+            self._update(1)
+        elif (gathered := self.gather(images)) is not None:
+            self._update(gathered)
+
+    def _update(self, gathered: int) -> None:
+        """Update the weights with the gradients divided by `gathered`."""
+        if gathered != 1 or self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            weights = weights_of(self.optimizer)
+            for weight in weights if gathered != 1 else ():
+                if weight.grad is not None:
+                    weight.grad /= gathered
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, batch: Batch) -> Tensor:
         """The batch's mean loss, a scalar with its graph."""

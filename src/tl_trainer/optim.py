@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn, optim
 
 from tl_trainer.config.schema import OptimizerSection, ScheduleSection
 
-Parameters = Iterable[nn.Parameter]
+log = logging.getLogger(__name__)
+
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+# What `decay: weights` spares beside vectors: the position embeddings and extra tokens of vision transformers.
+SPARED = ("pos_embed", "relative_position", "cls_token", "class_token", "reg_token")
 
 OPTIMIZERS: dict[str, Callable[[Parameters, OptimizerSection], optim.Optimizer]] = {
     "sgd": lambda parameters, section: optim.SGD(
@@ -20,34 +26,76 @@ OPTIMIZERS: dict[str, Callable[[Parameters, OptimizerSection], optim.Optimizer]]
         nesterov=section.nesterov,
         weight_decay=section.weight_decay,
     ),
-    "adam": lambda parameters, section: optim.Adam(parameters, lr=section.lr, weight_decay=section.weight_decay),
-    "adamw": lambda parameters, section: optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay),
+    "adam": lambda parameters, section: optim.Adam(
+        parameters, lr=section.lr, betas=_betas(section), weight_decay=section.weight_decay
+    ),
+    "adamw": lambda parameters, section: optim.AdamW(
+        parameters, lr=section.lr, betas=_betas(section), weight_decay=section.weight_decay
+    ),
 }
 
 
 def build_optimizer(parameters: Parameters, section: OptimizerSection) -> optim.Optimizer:
-    """The optimizer for the parameters that train."""
+    """The optimizer for the parameters that train, or for their groups."""
     return OPTIMIZERS[section.name](parameters, section)
+
+
+def parameter_groups(
+    layers: Sequence[tuple[str, Mapping[str, nn.Parameter]]], section: OptimizerSection
+) -> list[dict[str, Any]]:
+    """Parameter groups, each with its rate and weight decay, and with -v a table of them.
+
+    layers: the parameters by layer and name, the head's first; the rate of layer i is lr * layer_decay**i (Clark et
+    al., ELECTRA, 2020). With `decay: weights`, vectors and SPARED have no weight decay.
+    """
+    groups = []
+    for depth, (layer, parameters) in enumerate(layers):
+        kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in parameters.items():
+            spared = parameter.ndim < 2 or any(word in name for word in SPARED)
+            kinds[section.decay == "all" or not spared].append(parameter)
+        rate = section.lr * section.layer_decay**depth
+        for decays, members in kinds.items():
+            if members:
+                decay = section.weight_decay if decays else 0.0
+                groups.append({"params": members, "lr": rate, "weight_decay": decay})
+                log.debug("  %-24s  lr %-8.3g  weight decay %-6.3g  %d tensors", layer, rate, decay, len(members))
+    return groups
+
+
+def weights_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+    """The weights that it updates, in its order."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _betas(section: OptimizerSection) -> tuple[float, float]:
+    first, second = section.betas
+    return first, second
 
 
 class Schedule:
     """The learning rate as a factor of its base value, set before each step.
 
     cosine: Loshchilov & Hutter, SGDR (ICLR 2017), without restarts. Warm-up rises linearly to the base rate over the
-    first `warmup_epochs` and multiplies whatever the schedule says.
+    first `warmup_epochs` and multiplies whatever the schedule says. accumulate: the batches of a step.
     """
 
-    def __init__(self, optimizer: optim.Optimizer, section: ScheduleSection, epochs: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, optimizer: optim.Optimizer, section: ScheduleSection, epochs: int, batches: int, accumulate: int = 1
+    ) -> None:
         self.optimizer = optimizer
         self.section = section
-        self.total_steps = epochs * steps_per_epoch
-        self.warmup_steps = round(section.warmup_epochs * steps_per_epoch)
-        self.steps_per_epoch = steps_per_epoch
+        self.batches, self.accumulate = batches, accumulate  # of an epoch, of a step
+        self.steps_per_epoch = -(-batches // accumulate)
+        self.total_steps = epochs * self.steps_per_epoch
+        self.warmup_steps = round(section.warmup_epochs * self.steps_per_epoch)
         self.base = [group["lr"] for group in optimizer.param_groups]
         self.plateau: dict[str, Any] = {"best": math.inf, "bad_epochs": 0, "factor": 1.0}
 
-    def set_rate(self, step: int) -> float:
-        """Set the rate for the step with this number, counted from 0 over all epochs; returns the first group's."""
+    def set_rate(self, batch: int) -> float:
+        """Set the rate for the batch with this number, counted from 0 over all epochs; returns the first group's."""
+        epoch, batch = divmod(batch, self.batches)
+        step = epoch * self.steps_per_epoch + batch // self.accumulate
         factor = FACTORS[self.section.name](self, step)
         if step < self.warmup_steps:
             factor *= (step + 1) / self.warmup_steps

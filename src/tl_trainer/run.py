@@ -29,7 +29,7 @@ from tl_trainer.ground.files import csv_text, make_folder, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
-from tl_trainer.loop import Step, Training, fit
+from tl_trainer.loop import Gather, Step, Training, fit
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.saver import RESULT, EpochDone, Saver, State
@@ -116,12 +116,14 @@ def dry_run(loaded: Loaded) -> dict[str, Any]:
 def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Callable[[], None]) -> Training:
     """What `fit` works with."""
     parts, feed = setup.parts, feeds["train"]
-    criterion = parts.task.criterion(parts.config.train.loss, setup.dataset.split("train").targets)
+    section, batches = parts.config.train, len(feed.batches)
+    criterion = parts.task.criterion(section.loss, setup.dataset.split("train").targets).to(parts.network.device)
+    gather = Gather(state, batches, section.accumulate) if section.accumulate > 1 else None
     return Training(
         task=parts.task,
         state=state,
         feed=feed,
-        step=Step(feed.logits, criterion.to(parts.network.device), state.optimizer, state.scaler),
+        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather),
         validate=lambda after_batch: parts.scores(feeds["val"], "val", after_batch),
         pause=pause,
         device=parts.network.device,

@@ -20,7 +20,7 @@ from tl_trainer.ground.files import keep_previous
 from tl_trainer.ground.wording import shown
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.optim import Schedule
+from tl_trainer.optim import Schedule, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Progress(BaseModel):
     loss: float = 0.0
     images: NonNegativeInt = 0
     seconds: float = 0.0
+    gathered: NonNegativeInt = 0  # images whose gradients wait for the update that they are part of
     best_epoch: NonNegativeInt = 0
     best: dict[str, int | float] | None = None
     # Of a head that was found: `model.head.normalise` as it was configured; the checkpoint's own says what was found.
@@ -109,6 +110,7 @@ class State:
         return {
             "progress": self.progress.model_dump(),
             "optimizer": self.optimizer.state_dict(),
+            "gradients": [w.grad for w in weights_of(self.optimizer)] if self.progress.gathered else [],
             "plateau": dict(self.schedule.plateau),
             "scaler": self.scaler.state_dict(),
             "random": random_state,
@@ -132,6 +134,9 @@ class State:
             plateau[name] = found
         self.scaler.load_state_dict(resume["scaler"])
         self.progress = Progress.model_validate(resume["progress"])
+        if self.progress.gathered:
+            for weight, gradient in zip(weights_of(self.optimizer), resume["gradients"], strict=True):
+                weight.grad = None if gradient is None else gradient.to(weight.device)
         torch.set_rng_state(resume["random"]["cpu"])
         if "cuda" in resume["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(resume["random"]["cuda"], self._device)

@@ -79,7 +79,7 @@ def _check_stages(config: Config) -> None:
     except SettingError:  # which the check before has said
         return
     backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
-    classifier = Classifier(backbone, nn.Identity(), model.trainable)
+    classifier = Classifier(backbone, nn.Identity(), model.trainable, freeze_batchnorm=config.train.freeze_batchnorm)
     if classifier.trains_batch_norm and config.train.batch_size == 1:
         raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
 

@@ -47,7 +47,8 @@ KEYS = """
     features.cache features.views features.dir features.limit_gb performance.compile
     train.search train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
-    train.optimizer.nesterov
+    train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
+    train.clip_norm train.accumulate train.freeze_batchnorm
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights
@@ -95,6 +96,10 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.batch_size", [1], [0]),
         ("train.optimizer.lr", [1e-9, 1, 10.0], [0.0, -1e-3, float("inf"), float("nan"), "1e-3"]),
         ("train.optimizer.weight_decay", [0.0, 0.1], [-0.1, float("inf")]),
+        ("train.optimizer.betas", [[0.0, 0.99]], [[0.9], [0.9, 1.0], [0.9, 0.9, 0.9], 0.9]),
+        ("train.optimizer.layer_decay", [0.1, 1.0], [0.0, 1.01]),
+        ("train.clip_norm", [None, 0.1], [0.0, -1.0]),
+        ("train.accumulate", [1, 4], [0, 1.5]),
         ("train.schedule.warmup_epochs", [0.0, 2.5, 10.0], [-1.0, 10.5]),
         ("train.loss.label_smoothing", [0.0, 0.99], [-0.1, 1.0]),
         ("train.loss.class_weights", ["none", "balanced"], ["None", None]),
@@ -117,6 +122,7 @@ def test_range(key: str, inside: list[object], outside: list[object]) -> None:
     [
         (OptimizerSection, "momentum", {"sgd"}),
         (OptimizerSection, "nesterov", {"sgd"}),
+        (OptimizerSection, "betas", {"adam", "adamw"}),
         (ScheduleSection, "step_epochs", {"step"}),
         (ScheduleSection, "patience", {"plateau"}),
         (ScheduleSection, "factor", {"step", "plateau"}),

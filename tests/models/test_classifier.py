@@ -134,6 +134,26 @@ def test_prefix_and_suffix_make_the_whole(trainable: str) -> None:
     assert expected.shape == (8, CLASSES)
 
 
+def test_frozen_batch_norm_stays_as_it_is_in_stages_that_train() -> None:
+    classifier = Classifier(small_backbone(), build_head(6, [5], CLASSES, 0.5), "all", freeze_batchnorm=True)
+    assert small_classifier("all").trains_batch_norm and not classifier.trains_batch_norm
+    before = copy.deepcopy(classifier.state_dict())
+    train_a_little(classifier)
+    same = {key for key, value in classifier.state_dict().items() if torch.equal(value, before[key])}
+    assert same == {key for key in before if key.startswith(("backbone.model.low.1.", "backbone.model.high.1."))}
+
+
+def test_layers_are_the_parameters_that_train_from_the_head_down() -> None:
+    names = [(layer, [*parameters]) for layer, parameters in small_classifier("low.1").layers()]
+    inside = "backbone.model."
+    assert names == [
+        ("head", ["head.1.weight", "head.1.bias", "head.4.weight", "head.4.bias"]),
+        ("high.1", [f"{inside}high.1.weight", f"{inside}high.1.bias"]),
+        ("high.0", [f"{inside}high.0.weight", f"{inside}high.0.bias"]),
+        ("low.1", [f"{inside}low.1.weight", f"{inside}low.1.bias"]),
+    ]
+
+
 @pytest.mark.parametrize("trainable", FROZEN_BLOCKS)
 def test_trained_and_frozen_state_are_the_state_dict_in_two(trainable: str) -> None:
     classifier = small_classifier(trainable)

@@ -183,12 +183,33 @@ class PerformanceSection(Section):
 
 
 class OptimizerSection(NamedSection):
-    only_for: ClassVar[dict[str, tuple[str, ...]]] = {"momentum": ("sgd",), "nesterov": ("sgd",)}
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "momentum": ("sgd",),
+        "nesterov": ("sgd",),
+        "betas": ("adam", "adamw"),
+    }
     name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
     lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     nesterov: bool = Field(False, description="Nesterov momentum for sgd.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="How much of the running means of the gradient and of its square adam and adamw keep per update.",
+    )
+    decay: Literal["all", "weights"] = Field(
+        "all",
+        description="What weight_decay is for: all, or weights, which are neither biases nor parameters of norms nor "
+        "position embeddings.",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="What the rate is multiplied by with each stage further from the head; 1 is the same for all.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSection:
@@ -229,6 +250,16 @@ class TrainSection(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
     schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
+    clip_norm: float | None = Field(
+        None, gt=0, description="The largest norm of all gradients together; null does not limit it."
+    )
+    accumulate: int = Field(
+        1, ge=1, description="Batches per update of the weights, which takes the mean gradient over their images."
+    )
+    freeze_batchnorm: bool = Field(
+        False,
+        description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
+    )
     precision: Precision = Field(
         "auto",
         description="fp32, bf16, fp16 (CUDA), or auto: for what is frozen bf16 where the device has it natively, for "
@@ -241,9 +272,8 @@ class TrainSection(Section):
             raise ValueError(
                 f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})"
             )
-        says_how = (
-            self.model_fields_set & {"epochs"} or self.optimizer.model_fields_set | self.schedule.model_fields_set
-        )
+        trains = {"epochs", "clip_norm", "accumulate"}
+        says_how = self.model_fields_set & trains or self.optimizer.model_fields_set | self.schedule.model_fields_set
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         return self

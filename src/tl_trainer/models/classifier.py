@@ -16,13 +16,15 @@ class Classifier(nn.Module):
     """`trainable` says where training starts: head, a stage name, or all. Everything before is frozen.
 
     A frozen stage stays in eval mode also while the rest trains: no dropout, BatchNorm statistics fixed.
-    Raises SettingError for an unknown stage.
+    freeze_batchnorm: whether BatchNorm stays as it is in the stages that train too. Raises SettingError for an unknown
+    stage.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module, trainable: str) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, trainable: str, *, freeze_batchnorm: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.freeze_batchnorm = freeze_batchnorm
         stages = backbone.stages
         start = {"head": len(stages), "all": 0}.get(trainable)
         start = backbone.index(trainable) if start is None else start
@@ -30,6 +32,8 @@ class Classifier(nn.Module):
         self.trained: list[Stage] = stages[start:]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not self._is_frozen(name))
+        for norm in self._norms() if freeze_batchnorm else ():
+            norm.requires_grad_(False)
         self.train(self.training)
 
     def prefix(self, images: Tensor) -> Tensor:
@@ -56,14 +60,24 @@ class Classifier(nn.Module):
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
-        for stage in self.frozen:
-            stage.module.eval()
+        for module in [stage.module for stage in self.frozen] + (self._norms() if self.freeze_batchnorm else []):
+            module.eval()
         return self
 
     @property
     def trains_batch_norm(self) -> bool:
         """Whether a BatchNorm takes its statistics from the batch, so that a batch needs two images."""
-        return any(isinstance(module, _BatchNorm) for stage in self.trained for module in stage.module.modules())
+        return not self.freeze_batchnorm and bool(self._norms())
+
+    def layers(self) -> list[tuple[str, dict[str, nn.Parameter]]]:
+        """The parameters that train, by layer: the head's, then those of each stage, the one before the head first."""
+        rest = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        layers = [("head", {name: rest.pop(name) for name in [*rest] if name.startswith("head.")})]
+        for stage in reversed(self.trained):
+            owned = [name for name in rest if stage.owns(name.removeprefix("backbone.model."))]
+            if owned:
+                layers.append((stage.name, {name: rest.pop(name) for name in owned}))
+        return layers
 
     def trained_state(self) -> State:
         """The tensors that training changes: the suffix, its BatchNorm statistics, and the head."""
@@ -81,6 +95,10 @@ class Classifier(nn.Module):
     def restore(self, trained: State, frozen: State | None) -> None:
         """Take over saved tensors as they are; RuntimeError where they do not fit. frozen: None keeps those it has."""
         self.load_state_dict(with_versions({**(frozen or {}), **trained}, self), strict=frozen is not None, assign=True)
+
+    def _norms(self) -> list[nn.Module]:
+        """The BatchNorm of the stages that train."""
+        return [module for stage in self.trained for module in stage.module.modules() if isinstance(module, _BatchNorm)]
 
     def _is_frozen(self, key: str) -> bool:
         name = key.removeprefix("backbone.model.")
