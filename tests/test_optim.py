@@ -70,7 +70,7 @@ def test_each_layer_has_its_rate_and_only_weights_decay(caplog: pytest.LogCaptur
         ),
     ]
     section = OptimizerSection(name="adamw", lr=LR, weight_decay=0.3, decay="weights", layer_decay=0.5)
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", logger="tl_trainer.optim"):
         groups = parameter_groups(layers, section)
     names = {id(parameter): name for _, named in layers for name, parameter in named.items()}
     table = [([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]) for group in groups]
