@@ -460,7 +460,7 @@ def test_a_writer_that_cannot_be_made_is_left_out_too(
     assert len(rows(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("broken", ["add_text", "add_image", "add_scalar", "add_pr_curve", "close"])
+@pytest.mark.parametrize("broken", ["add_text", "_get_file_writer", "add_scalar", "add_pr_curve", "close"])
 def test_a_writer_that_fails_is_left_out_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

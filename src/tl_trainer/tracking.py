@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from tl_trainer.errors import RunError
 from tl_trainer.ground.failures import is_worker_death
@@ -93,7 +93,9 @@ class Tracker:
     @_on_tensorboard
     def images(self, tag: str, batch: Tensor, captions: Sequence[str], epoch: int = 0) -> None:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
-        self.writer.add_image(tag, pil_to_tensor(picture_grid(batch, captions)), epoch)
+        buffer = io.BytesIO()
+        picture_grid(batch, captions).save(buffer, "PNG", compress_level=1)  # more makes photographs hardly smaller
+        self._add_png(tag, buffer.getvalue(), epoch)
 
     def epoch(self, done: EpochDone, val: Figures, lr: float | None) -> None:
         """Log an epoch, its validation figures, and the rate of its last step; None where the head was found.
@@ -161,16 +163,18 @@ class Tracker:
         self.writer.add_embedding(reduced, names, thumbnails, PROJECTOR, "features")
 
     def _draw(self, epoch: int, scores: Scores, pictures: Pictures) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         for name, data in pictures().items():
-            width, height = Image.open(io.BytesIO(data)).size
-            image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=data)
-            value = Summary.Value(tag=f"val/{name}", image=image)
-            self.writer._get_file_writer().add_summary(Summary(value=[value]), epoch)
+            self._add_png(f"val/{name}", data, epoch)
         for name, labels, shares in self.task.precision_recall(scores):
             self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels, shares, epoch)
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
+
+    def _add_png(self, tag: str, data: bytes, epoch: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = Image.open(io.BytesIO(data)).size
+        image = Summary.Image(width=width, height=height, encoded_image_string=data)
+        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
     @_on_tensorboard
     def flush(self) -> None:

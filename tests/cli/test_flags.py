@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import logging
 import re
@@ -82,6 +83,30 @@ def test_every_short_flag_of_tl_train_is_a_key_of_the_configuration() -> None:
         value: Any = Config()
         for part in key.split("."):
             value = getattr(value, part)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_garbage_collector_rests_while_torch_is_imported(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    collecting = []
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "tl_trainer.api":
+                collecting.append(gc.isenabled())
+                raise KeyboardInterrupt
+
+    for name in ("torch", "tl_trainer.api"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(tl_trainer, "api", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    words = {"train": ["--dry-run"], "eval": ["--checkpoint", "x"], "predict": ["a.jpg", "--checkpoint", "x"]}
+    try:
+        assert COMMANDS[command].main(words[command]) == 130
+        assert collecting == [False]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_choices_and_defaults() -> None:

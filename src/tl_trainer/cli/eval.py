@@ -17,6 +17,7 @@ from tl_trainer.cli.main import (
     overrides_of,
     positive,
     run_command,
+    without_collection,
     worker_setting,
 )
 
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     overrides = overrides_of(args, FLAGS, ON_A_CHECKPOINT)
-    from tl_trainer import api
+    with without_collection():
+        from tl_trainer import api
 
     model = api.load(args.checkpoint, progress=not args.quiet, **overrides)
     result = model.evaluate(args.split, tta=args.tta, report=args.report, ignore_extra=args.ignore_extra)

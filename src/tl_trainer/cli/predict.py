@@ -21,6 +21,7 @@ from tl_trainer.cli.main import (
     overrides_of,
     positive,
     run_command,
+    without_collection,
 )
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.ground.progress import bar, bars
@@ -66,7 +67,8 @@ def _predict(args: argparse.Namespace) -> int:
     if not paths:
         raise InputError("no images: give files, folders, globs, or - for paths on stdin")
     overrides = overrides_of(args, {"device": "device"}, ON_A_CHECKPOINT)
-    from tl_trainer import api
+    with without_collection():
+        from tl_trainer import api
     from tl_trainer.predict import expand_inputs, line_waiting, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)

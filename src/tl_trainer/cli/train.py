@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_trainer.cli.main import exists, given, new_parser, overrides_of, run_command, worker_setting
+from tl_trainer.cli.main import exists, given, new_parser, overrides_of, run_command, without_collection, worker_setting
 from tl_trainer.errors import InputError
 from tl_trainer.ground.wording import shown, unknown
 
@@ -154,7 +154,8 @@ def _cleared(loaded: Loaded) -> str:
 
 def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
     """Train, or with --dry-run begin to; what is printed of it."""
-    from tl_trainer import api
+    with without_collection():
+        from tl_trainer import api
     from tl_trainer.ground.signals import StopRequest
 
     resume, progress = args.resume is not None and (args.resume or True), not args.quiet
