@@ -61,10 +61,8 @@ def splits(images: int, width: int, classes: int) -> list[tuple[Tensor, Tensor]]
 
 def searched(features: Tensor, targets: Tensor, classes: int) -> list[Head]:
     shares, soft = torch.ones(1, len(features)), functional.one_hot(targets, classes).float()
-    return [
-        lambda x, weight=found.weight[0], bias=found.bias[0]: x @ weight + bias  # type: ignore[misc]
-        for found in path(Axes.of(features), soft, shares, STRENGTHS)
-    ]
+    found = [solution.head() for solution in path(Axes.of(features), soft, shares, STRENGTHS)]
+    return [lambda x, weight=weight, bias=bias: x @ weight.T + bias for weight, bias in found]  # type: ignore[misc]
 
 
 def sklearns(features: Tensor, targets: Tensor, classes: int) -> list[Head]:

@@ -29,7 +29,8 @@ def solutions(features: Tensor, soft: Tensor, shares: Tensor | None = None) -> l
 
 
 def logits(solution: Solution, features: Tensor, problem: int = 0) -> Tensor:
-    return features @ solution.weight[problem] + solution.bias[problem]
+    weight, bias = solution.head(problem)
+    return features @ weight.T + bias
 
 
 @pytest.mark.parametrize("shape", [(200, 12), (40, 90)])
@@ -55,12 +56,12 @@ def test_it_minimises_torchs_weighted_cross_entropy(smoothing: float) -> None:
     soft = weights * (functional.one_hot(targets, 3) * (1 - smoothing) + smoothing / 3)
     criterion = nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
     for solution in solutions(features, soft):
-        weight, bias = solution.weight[0].requires_grad_(), solution.bias[0].requires_grad_()
-        loss = criterion(features @ weight + bias, targets) / soft.sum()
+        weight, bias = (part.requires_grad_() for part in solution.head())
+        loss = criterion(features @ weight.T + bias, targets) / soft.sum()
         objective = loss + solution.strength / 2 * weight.square().sum()
         by_weight, by_bias = torch.autograd.grad(objective, (weight, bias))
-        scale = torch.cat([features, torch.ones(len(features), 1)], dim=1).square().mean(dim=0)[:, None]
-        slope = torch.cat([by_weight, by_bias[None]])
+        scale = torch.cat([features, torch.ones(len(features), 1)], dim=1).square().mean(dim=0)
+        slope = torch.cat([by_weight, by_bias[:, None]], dim=1)
         assert (slope.square() / scale).sum() < 1e-3 * objective
 
 
@@ -81,8 +82,9 @@ def test_a_column_without_information_and_two_rows_are_no_problem() -> None:
     features = torch.tensor([[0.0, 1.0, 5.0], [1.0, 1.0, 5.0]])
     found = solutions(features, torch.eye(2))
     for solution in found:
-        assert solution.weight.isfinite().all()
-        assert solution.weight[0, 1:].abs().max() < 1e-4
+        weight, _ = solution.head()
+        assert weight.isfinite().all()
+        assert weight[:, 1:].abs().max() < 1e-4
     assert (logits(found[-1], features).argmax(dim=1) == torch.tensor([0, 1])).all()
     same = solutions(torch.ones(4, 3), torch.eye(2).repeat(2, 1))[-1]
     torch.testing.assert_close(logits(same, torch.ones(4, 3)).softmax(dim=1), torch.full((4, 2), 0.5))

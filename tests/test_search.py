@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from torch.nn import functional
 
 import tl_trainer
 from conftest import Run, draw_split
-from tl_trainer import checkpoint, run, search
+from tl_trainer import checkpoint, logistic, run, search
 from tl_trainer.api import train
 from tl_trainer.errors import InputError, Interrupted, RunError
 from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
+from tl_trainer.logistic import Solution, path
 from tl_trainer.search import FOLDS, STRENGTHS, UNIT, Found, Row, Table, best_lines, find
 from tl_trainer.tasks import SingleLabel
 
@@ -93,6 +96,34 @@ def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
     lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
     assert search._best([lowest, equal, worse]) is equal
     assert search._best([worse, lowest]) is lowest
+
+
+def test_a_head_that_did_not_converge_or_diverged_is_a_row_that_says_so_and_is_never_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = table(60, 1), table(250, 2)
+    best = find(*tables, scalings=["raw"]).best
+
+    def spoilt(*args: Any) -> Iterator[Solution]:
+        for solution in path(*args):
+            if solution.strength == best.strength:
+                solution = solution._replace(converged=~solution.converged)
+            elif solution.strength == STRENGTHS[3]:
+                solution = solution._replace(converged=~solution.converged, point=solution.point * float("nan"))
+            yield solution
+
+    monkeypatch.setattr(search, "path", spoilt)
+    found = find(*tables, scalings=["raw"])
+    notes = {row["strength"]: row["note"] for row in csv.DictReader(found.table().splitlines()) if row["note"]}
+    assert notes == {str(STRENGTHS[3]): "diverged", str(best.strength): "did not converge"}
+    assert found.best.note == ""
+    assert found.best.strength != best.strength
+    assert not any(row.note for row in found.shown(40))
+    assert len(found.curves()["raw"]) == len([row for row in found.rows if row.loss is not None]) - 2
+    monkeypatch.undo()
+    monkeypatch.setattr(logistic, "PRECISION", -1)
+    with pytest.raises(RunError, match=r"none of the heads .* converged; set train\.search=off"):
+        find(*tables, scalings=["raw"])
 
 
 def test_ridge_and_nearest_neighbours_are_what_their_names_say() -> None:
@@ -272,7 +303,7 @@ def test_a_search_that_cannot_be_repeated_is_no_training(
 def test_features_that_are_not_finite_are_named(config: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     take = Features.take
     monkeypatch.setattr(Features, "take", lambda self, *which: take(self, *which) * float("inf"))
-    with pytest.raises(RunError, match="the features of the train images are not finite"):
+    with pytest.raises(RunError, match="the features of the train images are not finite or too large"):
         train(config)
 
 

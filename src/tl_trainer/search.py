@@ -7,6 +7,7 @@ on validation images, and where these are few also by that of cross-validation o
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ class Table(NamedTuple):
 class Row:
     """A candidate: method, how the features are scaled, its strength or number of neighbours, and how good it is.
 
-    loss: the log loss in nats; None for a method that gives no probabilities.
+    loss: the log loss in nats; None for a method that gives no probabilities. note: why it may not be chosen, if so.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Row:
     strength: float
     loss: float | None
     top1: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,14 @@ class Found:
         """(strength, log loss, top-1) of the linear candidates, by how their features are scaled."""
         found: dict[str, list[tuple[float, float, float]]] = {}
         for row in self.rows:
-            if row.loss is not None:
+            if row.loss is not None and not row.note:
                 found.setdefault(row.scaling, []).append((row.strength, row.loss, row.top1))
         return found
 
     def shown(self, count: int = 8) -> list[Row]:
         """The choice, the linear candidates of the lowest log loss, and the best of each other method."""
-        linear = sorted((row for row in self.rows if row.loss is not None), key=lambda row: row.loss or 0.0)
+        linear = [row for row in self.rows if row.loss is not None and not row.note]
+        linear.sort(key=lambda row: row.loss or 0.0)
         others: dict[str, Row] = {}
         for row in self.rows:
             if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
@@ -175,15 +178,15 @@ def _views_that_fit(features: Features, classes: int, device: torch.device) -> i
     free = free_on(device) if device.type == "cuda" else free_memory()
     rows, width = len(features.targets), features.take(0, [0]).numel()
     heads = 4 * len(SCALINGS) * len(STRENGTHS) * width * classes
-    view = 4 * rows * (4 * width + 5 * (FOLDS + 1) * classes)
+    view = 4 * rows * (4 * width + 10 * (FOLDS + 1) * classes)
     return min(len(features.keys), max(0, int((free / 2 - heads) // view)))
 
 
 def _table(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
     parts, count = setup.parts, len(features.targets)
     rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
-    if not rows.isfinite().all():
-        raise RunError(f"the features of the {name} images are not finite; set train.precision=fp32")
+    if not rows.norm().isfinite():
+        raise RunError(f"the features of the {name} images are not finite or too large; set train.precision=fp32")
     soft = parts.task.soft_targets(parts.config.train.loss, setup.dataset.split(name).targets)
     table = Table(rows, features.targets.repeat(views), soft.repeat(views, 1), torch.arange(count).repeat(views))
     return Table(*(column.to(_device(parts.network.device)) for column in table))
@@ -202,7 +205,10 @@ def find(
     drawn: bool = False,
     pause: Callable[[], None] = lambda: None,
 ) -> Found:
-    """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train."""
+    """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train.
+
+    Raises RunError where no candidate converges.
+    """
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
     fold = _folds(train) if few else torch.full_like(train.targets, FOLDS)
     held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
@@ -214,16 +220,19 @@ def find(
         of_val = scaling(val.features)
         solutions = path(Axes.of(scaling(train.features)), train.soft, (~held_out).to(train.soft), STRENGTHS)
         for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
-            logits = of_val @ solution.weight[-1] + solution.bias[-1]
+            weight, bias = solution.head()
+            logits = of_val @ weight.T + bias
             if few:
                 logits = torch.cat([logits, solution.logits[fold[judged], judged]])
             losses = functional.cross_entropy(logits.double(), targets, reduction="none")
-            row = Row(LINEAR, name, solution.strength, losses.mean().item(), _top1(logits, targets))
-            weight = solution.weight[-1] * scaling.scale[:, None]
-            solved.append(_Solved(row, losses, weight, solution.bias[-1] - scaling.shift @ weight))
+            loss, note = losses.mean().item(), "" if solution.converged.all() else "did not converge"
+            note = note if math.isfinite(loss) else "diverged"
+            row = Row(LINEAR, name, solution.strength, loss, _top1(logits, targets), note)
+            weight = weight * scaling.scale
+            solved.append(_Solved(row, losses, weight, bias - weight @ scaling.shift))
             pause()
-            lowest = min(lowest, losses.mean().item())
-            if losses.mean() > HOPELESS * lowest:
+            lowest = min(lowest, loss)
+            if loss > HOPELESS * lowest:
                 break
     best = _best(solved)
     parts = [(train, val)]
@@ -233,11 +242,11 @@ def find(
     rows = [*(candidate.row for candidate in solved), *_simpler(parts, pause)]
     words = f"{len(val.targets):,} validation images"
     words += f" and {FOLDS}-fold cross-validation over train" if few else ""
-    return Found(rows, best.row, best.weight.T.contiguous(), best.bias, words)
+    return Found(rows, best.row, best.weight, best.bias, words)
 
 
 class _Solved(NamedTuple):
-    """A linear candidate: its row, the loss of each image it was judged by (N,), its weight (D, C) and bias (C,)."""
+    """A linear candidate: its row, the loss of each image it was judged by (N,), its weight (C, D) and bias (C,)."""
 
     row: Row
     losses: Tensor
@@ -250,6 +259,9 @@ def _best(solved: Sequence[_Solved]) -> _Solved:
 
     They are within one standard error of the difference (Breiman et al., 1984).
     """
+    solved = [candidate for candidate in solved if not candidate.row.note]
+    if not solved:
+        raise RunError("none of the heads that were compared converged; set train.search=off to train one for epochs")
     lowest = min(solved, key=lambda candidate: candidate.losses.mean().item())
     worse = [(candidate, candidate.losses - lowest.losses) for candidate in solved]
     tied = [candidate for candidate, by in worse if by.mean() <= by.std(correction=0) / len(by) ** 0.5]
