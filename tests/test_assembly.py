@@ -220,7 +220,7 @@ def test_a_single_training_image_is_refused_where_batch_norm_trains(colours: Pat
 def test_a_run_without_an_epoch_has_no_classifier_yet(tmp_path: Path) -> None:
     checkpoint.save(tiny_template(), tmp_path / "last.pth")
     with pytest.raises(CheckpointError, match=rf"no epoch of this run has ended yet; go on with --resume {tmp_path}"):
-        restore(tmp_path)
+        restore(tmp_path / "best.pth")
 
 
 @pytest.mark.parametrize(

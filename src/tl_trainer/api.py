@@ -32,6 +32,7 @@ from tl_trainer.ground.wording import unknown
 from tl_trainer.predict import Predictor, Row, Source, embed, explain
 from tl_trainer.report import write_report
 from tl_trainer.resume import Resumption
+from tl_trainer.runs import best_of
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +74,14 @@ def dry_run(
 
 
 def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> Model:
-    """The trained classifier in a checkpoint, or in the best.pth of a run directory.
+    """The trained classifier in a checkpoint, in the best.pth of a run directory, or of the newest in a folder of runs.
 
     overrides: keys of the configuration that do not change what was trained, such as `device="cpu"`,
     `data__root="more-photos"`, `train__batch_size=8`. Raises a TrainerError.
     """
     with _called(progress):
-        return Model(restore(Path(checkpoint), _dotted(overrides)), checkpoint, progress)
+        path = best_of(Path(checkpoint))
+        return Model(restore(path, _dotted(overrides)), path, progress)
 
 
 class Model:

@@ -178,14 +178,12 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
 
 
 def restore(path: Path, overrides: Overrides = ()) -> Parts:
-    """The classifier of a checkpoint, or of a run directory's best.pth, in eval mode on its device.
+    """The classifier of a checkpoint, in eval mode on its device.
 
     overrides: dotted keys of SETTABLE. Needs no network, unless the run was killed before its backbone was written into
     best.pth and the weights are no longer cached. Raises CheckpointError where the file is damaged or does not fit
     together, ConfigError for a wrong override.
     """
-    if path.is_dir():
-        path = path / "best.pth"
     if not path.exists() and path.with_name("last.pth").exists():
         raise CheckpointError(f"{path}: no epoch of this run has ended yet; go on with --resume {path.parent}")
     saved, overrides = checkpoint.load(path), list(overrides)

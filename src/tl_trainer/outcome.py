@@ -27,7 +27,8 @@ from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import make_folder, write_text
 from tl_trainer.plots import png, strengths_figure
 from tl_trainer.report import write_report
-from tl_trainer.saver import RESULT, Saver
+from tl_trainer.runs import RESULT
+from tl_trainer.saver import Saver
 from tl_trainer.search import Found
 from tl_trainer.tracking import Tracker
 

@@ -18,7 +18,8 @@ from tl_trainer.errors import CheckpointError, DataError, InputError
 from tl_trainer.ground.files import previous, remove_unfinished
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import is_out_of_memory
-from tl_trainer.saver import RESULT, Progress, State
+from tl_trainer.runs import RESULT
+from tl_trainer.saver import Progress, State
 from tl_trainer.tasks import SingleLabel
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Gather, Step, Training, fit
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
-from tl_trainer.saver import RESULT, EpochDone, Saver, State
+from tl_trainer.runs import RESULT
+from tl_trainer.saver import EpochDone, Saver, State
 from tl_trainer.search import Found, search
 from tl_trainer.tracking import Tracker, graph_of
 

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_SAVES = 5.0
 REMEDY = "lower the rate with --lr or set train.schedule.warmup_epochs"
 
-RESULT = "result.json"  # written last of all: where it is missing, so may be the report and the final figures
-
 
 class EpochDone(NamedTuple):
     """An epoch that has ended, counted from 1: mean training loss, seconds and images without validation."""

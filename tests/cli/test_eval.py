@@ -44,3 +44,11 @@ def test_nothing_but_other_classes_is_refused(tl: Run, run_dir: Path, tmp_path: 
     done = tl("eval", "--checkpoint", run_dir, "--data-dir", "new", "--ignore-extra")
     assert done.returncode == 2
     assert "new: nothing to evaluate: no image of the checkpoint's classes (blue, green, red)" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--checkpoint", "runs"], ["runs"], ["runs/run-1"], ["runs/run-1/best.pth"], []])
+def test_a_run_may_be_given_as_a_word_and_the_newest_one_is_found(tl: Run, run_dir: Path, words: list[str]) -> None:
+    done = tl("eval", *words, "--json", "features.cache=off")
+    assert last_json(done)["n"] == 12
+    said = f"checkpoint: {run_dir / 'best.pth'} (val top-1 100.0%)" in done.stderr
+    assert said == ("run-1" not in "".join(words))

@@ -171,7 +171,6 @@ EMPTY = [
         ("train", ["--epochs", "many"]),
         ("train", ["--lr"]),
         ("train", ["--config"]),
-        ("eval", []),
         ("eval", ["--checkpoint", "best.pth", "--split", "dev"]),
         ("eval", ["--checkpoint", "best.pth", "--stray"]),
         ("predict", []),
@@ -206,6 +205,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
         ("train", ["a=" + "x" * 5000], "tl-train: the command line: a: unknown key 'a'"),
         ("train", ["--resume", "a=" + "x" * 5000], "tl-train: the command line: a: unknown key 'a'"),
         ("train", ["x" * 5000], "tl-train: 'xxx"),
+        ("eval", [], "tl-eval: no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no best.pth\n"),
         ("predict", ["a.jpg"], "tl-predict: no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no"),
     ],
 )

@@ -48,3 +48,16 @@ def test_one_of_several_processes_is_refused(
     done = tl("train", "--print-config")
     assert done.returncode == (2 if refused else 0)
     assert ("started as one of 4 processes (WORLD_SIZE), which is not supported yet" in done.stderr) == refused
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--list"], "--list what? one of backbones, transforms, configs, runs, such as: tl-train --list backbones"),
+        (["--list", "models"], "--list models *: unknown list 'models'"),
+    ],
+)
+def test_what_can_be_listed_is_said(tl: Run, words: list[str], said: str) -> None:
+    done = tl("train", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tl-train: {said}")

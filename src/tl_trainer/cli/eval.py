@@ -8,10 +8,12 @@ import sys
 from typing import Any
 
 from tl_trainer.cli.main import (
+    CHECKPOINT_HELP,
     ON_A_CHECKPOINT,
     OVERRIDES_HELP,
     TTA,
     TTA_HELP,
+    default_checkpoint,
     given,
     new_parser,
     overrides_of,
@@ -23,7 +25,7 @@ from tl_trainer.cli.main import (
 
 EPILOG = """\
 examples:
-  tl-eval --checkpoint runs/flowers102-1/best.pth
+  tl-eval runs/flowers102-1
   tl-eval --checkpoint best.pth --data-dir new-photos --split all --json
   tl-eval --checkpoint best.pth --tta flip --report report features.cache=off
 """
@@ -43,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-eval."""
     parser = new_parser("tl-eval", "Measure a checkpoint on a split of its dataset or of another folder.", EPILOG)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-    add("--checkpoint", type=given, required=True, metavar="FILE", help="a run directory or its best.pth")
+    add("overrides", nargs="*", metavar="RUN|key=value", help="what --checkpoint takes; " + OVERRIDES_HELP)
+    add("--checkpoint", type=given, metavar="FILE", help=CHECKPOINT_HELP)
     add("--data-dir", type=given, metavar="DIR", help="another folder with the same classes (default: the one it was "
         "trained on)")  # fmt: skip
     add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
@@ -67,11 +69,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.checkpoint is None and (words := [word for word in args.overrides if "=" not in word]):
+        args.checkpoint = words[0]
+        args.overrides.remove(words[0])
+    path = args.checkpoint or default_checkpoint()
     overrides = overrides_of(args, FLAGS, ON_A_CHECKPOINT)
     with without_collection():
         from tl_trainer import api
 
-    model = api.load(args.checkpoint, progress=not args.quiet, **overrides)
+    model = api.load(path, progress=not args.quiet, **overrides)
     result = model.evaluate(args.split, tta=args.tta, report=args.report, ignore_extra=args.ignore_extra)
     sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0

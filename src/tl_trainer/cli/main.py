@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from tl_trainer import __version__
@@ -26,6 +27,9 @@ TTA_HELP = "average over views of each image: with its mirror image, five crops,
 NO_KEYS = ("config", "checkpoint", "resume", "progress", "stop")  # what the api calls its own parameters
 ON_A_CHECKPOINT = "features.cache=off"  # a word that can be set on top of one
 OVERRIDES_HELP = f"a key of the configuration that does not change what was trained, such as {ON_A_CHECKPOINT}"
+CHECKPOINT_HELP = (
+    "a best.pth, a run directory, or a folder of runs, whose newest is taken (default: $TL_CHECKPOINT, else ./runs)"
+)
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -92,8 +96,11 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Import torch within the block in two thirds of the time: what a module defines is no garbage, but the collector
-    looks through all of it again and again, and once more at the end of the process."""
+    """Import torch within the block in two thirds of the time.
+
+    What a module defines is no garbage, but the collector would look through all of it again and again, and once more
+    at the end of the process.
+    """
     if "torch" in sys.modules:
         yield
         return
@@ -103,6 +110,15 @@ def without_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def default_checkpoint() -> str:
+    """$TL_CHECKPOINT, else the folder of runs, whose newest one is then taken; InputError where that has none."""
+    if given := os.environ.get("TL_CHECKPOINT"):
+        return given
+    if not any(Path("runs").glob("*/best.pth")):
+        raise InputError("no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no best.pth")
+    return "runs"
 
 
 def exists(path: str) -> bool:

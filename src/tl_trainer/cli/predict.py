@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
-import os
 import re
 import sys
 from pathlib import Path
 
 from tl_trainer.cli.main import (
+    CHECKPOINT_HELP,
     ON_A_CHECKPOINT,
     OVERRIDES_HELP,
     TTA,
     TTA_HELP,
+    default_checkpoint,
     exists,
     given,
     new_parser,
@@ -43,8 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin; "
         "key=value sets " + OVERRIDES_HELP)  # fmt: skip
-    add("--checkpoint", type=given, metavar="FILE", help="a run directory or its best.pth (default: $TL_CHECKPOINT, "
-        "else the newest run under ./runs)")  # fmt: skip
+    add("--checkpoint", type=given, metavar="FILE", help=CHECKPOINT_HELP)
     add("--topk", type=positive, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    path = Path(args.checkpoint) if args.checkpoint else _default_checkpoint()
+    path = args.checkpoint or default_checkpoint()
     args.overrides = [word for word in args.paths if _is_override(word)]
     paths = [word for word in args.paths if word not in args.overrides]
     if not paths:
@@ -107,15 +107,3 @@ def _is_override(word: str) -> bool:
     """Whether it is key=value, and neither a file nor a glob; what begins with a bracket is a list of YAML's."""
     key = re.match(r"[a-z_]+(\.[a-z_]+)*=([\[{])?", word)
     return key is not None and not exists(word) and (key[2] is not None or not glob.has_magic(word))
-
-
-def _default_checkpoint() -> Path:
-    if given := os.environ.get("TL_CHECKPOINT"):
-        path = Path(given)
-    else:
-        found = sorted(Path("runs").glob("*/best.pth"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise InputError("no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT; ./runs has no best.pth")
-        path = found[-1]
-    log.info("checkpoint: %s", path)
-    return path

@@ -62,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
     add("--clear-cache", action="store_true", help="remove the cached features (features.dir) and stop")
-    add("--list", nargs="+", metavar=("WHAT", "PATTERN"), help="list backbones, transforms or configs and stop, those "
-        "that match the pattern: --list backbones 'timm/vit_small*'")  # fmt: skip
+    add("--list", nargs="*", metavar="WHAT", help="list backbones, transforms, configs or runs and stop, those that "
+        "match a pattern: --list backbones 'timm/vit_small*'; --list runs 'elsewhere/*'")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     return parser
 
@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace) -> int:
         args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
     elif data:
         overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
-    if args.list:
+    if args.list is not None:
         sys.stdout.write(_listed(*args.list))
     elif args.print_schema:
         sys.stdout.write(_schema() + "\n")
@@ -104,9 +104,11 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _listed(what: str, pattern: str = "*", *more: str) -> str:
+def _listed(what: str = "", pattern: str = "*", *more: str) -> str:
     from tl_trainer.models.listing import LISTS
 
+    if not what:
+        raise InputError(f"--list what? one of {', '.join(LISTS)}, such as: tl-train --list backbones 'timm/vit*'")
     if what not in LISTS or more:
         raise InputError(f"--list {' '.join((what, pattern, *more))}: {unknown('list', what, LISTS)}, then one pattern")
     lines = LISTS[what](pattern)

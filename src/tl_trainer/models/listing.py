@@ -1,4 +1,4 @@
-"""What `tl-train --list` shows: backbones, transforms and bundled configurations whose names match a pattern."""
+"""What `tl-train --list` shows: backbones, transforms, bundled configurations and runs whose names match a pattern."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torchvision.models import get_model_weights
 
+from tl_trainer import runs
 from tl_trainer.config.load import bundled_folder
 from tl_trainer.data.transforms import TRANSFORMS
 from tl_trainer.models import embedded, timm_models, torchvision_models
@@ -34,7 +35,12 @@ def configs(pattern: str) -> list[str]:
     return [f"{path.name:26} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}" for path in files]
 
 
-LISTS: dict[str, Callable[[str], list[str]]] = {"backbones": backbones, "transforms": transforms, "configs": configs}
+LISTS: dict[str, Callable[[str], list[str]]] = {
+    "backbones": backbones,
+    "transforms": transforms,
+    "configs": configs,
+    "runs": runs.table,
+}
 
 
 def _own(pattern: str) -> Iterator[str]:

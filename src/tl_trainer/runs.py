@@ -1,0 +1,86 @@
+"""Run directories: which there are, what each has reached, and which one is meant."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tl_trainer.errors import InputError
+from tl_trainer.ground.wording import printable
+
+log = logging.getLogger(__name__)
+
+BEST, RESULT = "best.pth", "result.json"  # the latter is written last of all: where it is missing, so is more
+
+
+class Run(NamedTuple):
+    """A run directory with a best.pth; `result` is what its result.json holds, empty where it has none (yet)."""
+
+    path: Path
+    result: dict[str, Any]
+
+    @property
+    def reached(self) -> str:
+        """Its top-1 on the validation images in words."""
+        return f"val top-1 {self.result['val']['top1']:.1%}" if self.result else "its run has not ended"
+
+
+def runs_of(pattern: str) -> list[Run]:
+    """The runs whose folders match the pattern, such as `runs/*`, the newest first."""
+    found = sorted(map(Path, glob.glob(f"{pattern}/{BEST}")), key=_modified, reverse=True)  # noqa: PTH207
+    return [Run(path.parent, _result(path.with_name(RESULT))) for path in found]
+
+
+def best_of(path: Path) -> Path:
+    """The checkpoint that a path means: the file, the best.pth of a run directory, or of a folder of runs that of its
+    newest one, which is said. A run that has ended goes before one that has not, since such a one may have failed.
+    """
+    if not path.is_dir() or (path / BEST).exists() or (path / "last.pth").exists():
+        return path / BEST if path.is_dir() else path
+    found = runs_of(f"{glob.escape(str(path))}/*")
+    if not found:
+        raise InputError(f"{path}: no {BEST} in it, nor in a folder in it; give a run directory or its {BEST}")
+    newest = next((run for run in found if run.result), found[0])
+    log.info("checkpoint: %s (%s)", newest.path / BEST, newest.reached)
+    return newest.path / BEST
+
+
+def table(pattern: str) -> list[str]:
+    """A line each, the newest first: folder, data, backbone, top-1 on val and test, how long it took."""
+    rows = [("run", "data", "backbone", "val", "test", "time")]
+    for run in runs_of("runs/*" if pattern == "*" else pattern):
+        described = run.path / "config.yaml"
+        config = yaml.safe_load(described.read_text(encoding="utf-8")) if described.is_file() else {}
+        val, test = (f"{run.result[split]['top1']:.1%}" if split in run.result else "" for split in ("val", "test"))
+        took = str(timedelta(seconds=round(run.result["seconds"]))) if run.result else "not ended"
+        backbone = config.get("model", {}).get("backbone", "")
+        rows.append((printable(str(run.path)), _data(config.get("data", {})), backbone, val, test, took))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return lines if len(lines) > 1 else []
+
+
+def _data(section: dict[str, Any]) -> str:
+    root = str(section.get("root", ""))
+    if section.get("source") == "csv":
+        return printable(str(Path(root, section["csv"]["labels"])))
+    return printable(root) if section.get("source") == "imagefolder" else str(section.get("source", ""))
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What result.json holds; nothing where it is missing or damaged: --resume then writes it again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "val" in found else {}
