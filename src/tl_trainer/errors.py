@@ -23,6 +23,10 @@ class InputError(TrainerError):
     exit_code = 2
 
 
+class DownloadError(InputError):
+    """Weights that are not here and cannot be fetched."""
+
+
 class DataError(InputError):
     """The dataset is not what was announced: classes, labels, images."""
 

@@ -8,6 +8,8 @@ import pytest
 
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
+from tl_trainer.errors import DownloadError
+from tl_trainer.models import timm_models
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "own_logging")
 
@@ -61,3 +63,35 @@ def test_what_can_be_listed_is_said(tl: Run, words: list[str], said: str) -> Non
     done = tl("train", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"tl-train: {said}")
+
+
+def test_without_a_word_it_says_how_to_start(tl: Run) -> None:
+    done = tl("train")
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *ways = done.stderr.splitlines()
+    assert first == "tl-train: nothing to train on; start with one of"
+    assert [way.split()[1] for way in ways] == ["--config", "photos/", "--help"]
+    assert max(map(len, ways)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["colours", "model.backbone=timm/test_vit", "transforms.size=160"], "tl-train colours --dry-run"),
+        (
+            ["colours", "--config", "dinov2.yaml", "model.backbone=timm/test_vit"],
+            "tl-train colours --config dinov2.yaml --dry-run 'model={}' 'transforms={}'",
+        ),
+    ],
+)
+def test_without_a_network_the_whole_command_is_given_that_works(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], command: str
+) -> None:
+    def fetch(config: object, revision: object) -> Path:
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(timm_models, "_fetch", fetch)
+    done = tl("train", *words, "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"Or, without a network: {command}"
+    assert tl(*command.replace("'", "").removeprefix("tl-").split()).returncode == 0

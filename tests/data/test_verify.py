@@ -554,8 +554,7 @@ def test_an_unreadable_image_is_an_error_before_the_first_epoch(damaged: Split) 
         verified(damaged, "train", DataSection(), None)
     first, *rest = str(caught.value).splitlines()
     assert first == (
-        "2 of 6 train images cannot be used; replace or remove them, or set data.on_bad_image: skip "
-        "(tl-eval: --on-bad-image skip)"
+        "2 of 6 train images cannot be used; replace or remove them, or leave them out with data.on_bad_image=skip"
     )
     assert [line.split(": ")[0] for line in rest] == [str(paths_of(damaged)[index]) for index in (2, 5)]
 

@@ -67,7 +67,8 @@ def test_a_file_that_runs_code_is_refused_and_its_code_never_runs(
         load_plain(path)
     assert not marker.exists()
     assert str(caught.value) in (
-        "best.pth: refused: it holds more than plain data and tensors, which could run code when loaded",
+        "best.pth: refused: it holds more than plain data and tensors, which could run code when loaded; of a "
+        "pickled model save the tensors: torch.save(model.state_dict(), 'weights.pth')",
         "best.pth: damaged or not a PyTorch file",
     )
     assert "refused" in str(caught.value) or save is as_new_pickle

@@ -306,18 +306,17 @@ def closed_port() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_offline_three_lines_name_the_url_the_place_and_the_alternatives(
+def test_offline_two_lines_name_the_url_the_place_and_the_alternatives(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(WEIGHTS.value, "url", f"http://{closed_port()}/model-0123456789.pth")
     with pytest.raises(InputError) as caught:
         build_backbone(NAME, resolve_weights(NAME, "IMAGENET1K_V1"), "logits", 0)
-    first, second, third = str(caught.value).splitlines()
+    first, second = str(caught.value).splitlines()
     assert first.startswith(f"{WEIGHTS.url} cannot be downloaded: ")
     assert "refused" in first
     assert str(cache / "model-0123456789.pth") in second
-    assert "state_dict" in third
-    assert "model.backbone=efficientnet_lite0 comes with tl-trainer and needs no network." in third
+    assert "or set model.weights to a state_dict file. The weights of efficientnet_lite0 come with" in second
     assert files_in(cache) == []
 
 
@@ -469,7 +468,7 @@ def test_the_inceptions_weights_expect_the_input_of_another_framework() -> None:
         (lambda state: state.pop("conv5.0.weight"), "1 tensors are missing, the first conv5.0.weight"),
         (lambda state: state.update({"fc.bias": torch.zeros(7)}), r"fc\.bias is \(7,\), .* has \(1000,\)"),
         (lambda state: state.update({"fc.bias": [1.0]}), "not a state_dict"),
-        (lambda state: state.clear(), "tensors are missing"),
+        (lambda state: state.clear(), "not a state_dict"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(change: Callable[[State], None], expected: str) -> None:
@@ -486,6 +485,24 @@ def test_another_models_weights() -> None:
     path = saved(noise("squeezenet1_1"))
     with pytest.raises(CheckpointError, match=f"not weights of {NAME}: .* the first conv1.0.weight"):
         build_backbone(NAME, resolve_weights(NAME, str(path)), "penultimate", 0)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+def test_what_a_training_script_saved_is_unwrapped_and_said(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tl_trainer")
+    state = {f"module.{name}": value for name, value in noise().items()}
+    path = saved({key: state, "epoch": 3, "optimizer": {"state": {}}})
+    backbone = build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0)
+    assert torch.equal(backbone.model.state_dict()["fc.bias"], state["module.fc.bias"])
+    assert f"{path}: the weights are taken from its {key!r}" in caplog.messages
+
+
+def test_a_pickled_model_is_answered_with_how_to_save_its_tensors(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError, match=r"refused.*; of a pickled model save the tensors: torch\.save\(model\.st"
+    ):
+        build_backbone(NAME, resolve_weights(NAME, str(tmp_path / "model.pth")), "logits", 0)
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": {}, "epoch": 3}])

@@ -69,6 +69,7 @@ def positive(text: str) -> int:
 def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[str] | None) -> int:
     """Parse, run, and turn every exception into a sentence on stderr and an exit code."""
     args = parser.parse_intermixed_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     _set_up_logging(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes

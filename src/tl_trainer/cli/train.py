@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_trainer.cli.main import exists, given, new_parser, overrides_of, run_command, without_collection, worker_setting
-from tl_trainer.errors import InputError
+from tl_trainer.errors import DownloadError, InputError
 from tl_trainer.ground.wording import shown, unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
@@ -27,6 +29,11 @@ examples:
   tl-train --config demo.yaml train.optimizer.name=sgd 'transforms.train=[{Resize: 64}]'
   tl-train --resume runs/flowers102-1
 """
+
+START = """nothing to train on; start with one of
+  tl-train --config demo.yaml    the demo: pictures drawn by code, a minute
+  tl-train photos/               your photographs, in a folder for each class
+  tl-train --help                everything else"""
 
 # The flags that are short for an override.
 FLAGS = {
@@ -79,6 +86,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and "=" in args.resume and not exists(args.resume):
         args.words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
+    if not args.argv:
+        raise InputError(START)
     data = [word for word in args.words if data_at(Path(word).expanduser())]
     args.overrides = [word for word in args.words if word not in data]
     if strange := [word for word in args.overrides if "=" not in word]:
@@ -100,8 +109,20 @@ def _train(args: argparse.Namespace) -> int:
         with _configuration(args, overrides) as loaded:
             sys.stdout.write(_configured(loaded) if args.print_config else _cleared(loaded))
     else:
-        sys.stdout.write(_performed(args, overrides) + "\n")
+        try:
+            sys.stdout.write(_performed(args, overrides) + "\n")
+        except DownloadError as error:
+            if args.resume is not None:
+                raise
+            raise DownloadError(f"{error}\nOr, without a network: {_with_own_backbone(args.argv)}") from error
     return 0
+
+
+def _with_own_backbone(words: Sequence[str]) -> str:
+    """The same command with the backbone whose weights come with tl-trainer, which is the default of `model`."""
+    kept = [word for word in words if not re.match(r"(model|transforms)[.=]", word)]
+    from_file = any(word.startswith("--config") for word in words)
+    return shlex.join(["tl-train", *kept, *(["model={}", "transforms={}"] if from_file else [])])
 
 
 def _listed(what: str = "", pattern: str = "*", *more: str) -> str:

@@ -79,8 +79,8 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     listing = "\n".join(str(bad[index]) for index in sorted(bad)[:2])
     if data.on_bad_image == "error":
         raise DataError(
-            f"{len(bad)} of {of} cannot be used; replace or remove them, or set data.on_bad_image: skip "
-            f"(tl-eval: --on-bad-image skip)\n{listing}"
+            f"{len(bad)} of {of} cannot be used; replace or remove them, or leave them out with "
+            f"data.on_bad_image=skip\n{listing}"
         )
     log.warning("skipped %d of %s that cannot be read, e.g.\n%s", len(bad), of, listing)
 

@@ -91,7 +91,8 @@ def load_plain(path: Path, *, mapped: bool = True) -> Any:
     except pickle.UnpicklingError as error:
         if "Unsupported operand" not in str(error):  # that is a byte which is no pickle at all
             raise CheckpointError(
-                f"{path}: refused: it holds more than plain data and tensors, which could run code when loaded"
+                f"{path}: refused: it holds more than plain data and tensors, which could run code when loaded; "
+                "of a pickled model save the tensors: torch.save(model.state_dict(), 'weights.pth')"
             ) from error
         raise CheckpointError(f"{path}: damaged or not a PyTorch file") from error
     except Exception as error:  # torch's readers raise anything on broken bytes, OSError to KeyError

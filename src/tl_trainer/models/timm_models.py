@@ -16,18 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tl_trainer.data.transforms import Preprocessing
-from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.errors import CheckpointError, DownloadError, InputError, SettingError
 from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models.chain import WHOLE, Backbone, chain, pools, tapped
-from tl_trainer.models.weights import ANOTHER, Weights, given_file, in_file, unknown_weights
+from tl_trainer.models.weights import ANOTHER, OWN, Weights, given_file, in_file, tensors_of, unknown_weights
 
 log = logging.getLogger(__name__)
 
 PREFIX = "timm/"
 FILE = "model.safetensors"  # what timm calls the weights in each repository of the hub
-NO_NETWORK = "model.backbone=efficientnet_lite0 needs no network: its weights come with tl-trainer."
 
 
 def check(name: str) -> None:
@@ -97,10 +96,7 @@ def empty(name: str, tap: str, size: int | None) -> Backbone:
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, by name; never runs code from it. Raises CheckpointError."""
     if path.suffix != ".safetensors":
-        state = load_plain(path)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise CheckpointError(f"{path}: not a state_dict (names and tensors)")
-        return state
+        return tensors_of(load_plain(path), path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -221,7 +217,7 @@ def _fetch(config: Any, revision: str | None) -> Path:
     except Exception as error:  # the hub's own, or those of its HTTP library, which is another one in each version
         address = huggingface_hub.hf_hub_url(config.hf_hub_id, FILE, revision=revision)
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
+        raise DownloadError(
             f"{address} cannot be downloaded: {reason}\n"
-            f"Fetch that file on another machine and set model.weights to it.\n{NO_NETWORK}"
+            f"Fetch that file on another machine, and set model.weights to it. {OWN}"
         ) from error

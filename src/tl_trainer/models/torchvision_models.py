@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 
 from tl_trainer.data.transforms import Preprocessing
-from tl_trainer.errors import CheckpointError, InputError, SettingError
+from tl_trainer.errors import CheckpointError, DownloadError, InputError, SettingError
 from tl_trainer.ground.downloads import stall_timeout
 from tl_trainer.ground.files import content_hash
 from tl_trainer.ground.locks import sole_use
@@ -25,7 +25,16 @@ from tl_trainer.ground.progress import bars_shown
 from tl_trainer.ground.sealed import load_plain
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models.chain import Backbone, tapped
-from tl_trainer.models.weights import ANOTHER, Weights, given_file, in_file, unknown_weights, with_versions
+from tl_trainer.models.weights import (
+    ANOTHER,
+    OWN,
+    Weights,
+    given_file,
+    in_file,
+    tensors_of,
+    unknown_weights,
+    with_versions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +139,9 @@ def fetch(weights: WeightsEnum) -> Path:
     except RuntimeError as error:  # torch.hub's word for a wrong hash
         raise InputError(f"{url}: the download is damaged ({error}); try again") from error
     except (OSError, HTTPException) as error:
-        raise InputError(
+        raise DownloadError(
             f"{url} cannot be downloaded: {getattr(error, 'reason', None) or error}\n"
-            f"Fetch that file on another machine and put it at {path}\n"
-            "or set model.weights to a state_dict file that is here. model.backbone=efficientnet_lite0 comes with "
-            "tl-trainer and needs no network."
+            f"Fetch that file on another machine and put it at {path}, or set model.weights to a state_dict file. {OWN}"
         ) from error
     return path
 
@@ -162,9 +169,7 @@ def _construct(name: str, pretrained: bool, size: int | None) -> nn.Module:
 
 
 def _load(model: nn.Module, path: Path, name: str) -> None:
-    loaded = load_plain(path)
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path}: not a state_dict (names and tensors) of {name}")
+    loaded = tensors_of(load_plain(path), path)
     state = {_modern(key.removeprefix("module.")): value for key, value in loaded.items()}
     wanted = model.state_dict()
     if missing := [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]:

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tl_trainer.data.transforms import Preprocessing
-from tl_trainer.errors import SettingError
+from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.wording import unknown
 
 log = logging.getLogger(__name__)
 
+UNDER = ("state_dict", "model", "model_state_dict")  # where training scripts keep the weights among other things
 # How to choose a preprocessing for a file that says nothing of its own.
 ANOTHER = "set transforms.size, or transforms.eval and transforms.train, for another preprocessing"
+
+# What to do without a network.
+OWN = "The weights of efficientnet_lite0 come with tl-trainer."
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ def in_file(weights: str, path: Path, preset: Preprocessing, said: str, *, class
         return path
 
     return Weights(weights, preset, fetch, classifier)
+
+
+def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state_dict that a file holds, or has under one of UNDER, which is said. Raises CheckpointError."""
+    for key in UNDER:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            log.info("%s: the weights are taken from its %r", path, key)
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{path}: not a state_dict (names and tensors); make one with torch.save(model.state_dict(), 'weights.pth')"
+        )
+    return content
 
 
 def unknown_weights(backbone: str, weights: str, valid: Iterable[str]) -> SettingError:
