@@ -194,7 +194,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
     [
         ("train", ["--config", "nope"], "tl-train: --config nope: no such file, and unknown bundled configuration"),
         ("train", ["photos"], "tl-train: 'photos' is neither a folder nor a CSV file that is there, nor key=value\n"),
-        ("train", ["--epochs", "0"], "tl-train: the command line: train.epochs: should be greater than or equal to 1"),
+        ("train", ["--epochs", "0"], "tl-train: the command line: train.epochs: should be 1 or more"),
         ("train", ["--lr", "nan"], "tl-train: the command line: train.optimizer.lr: should be "),
         (
             "train",

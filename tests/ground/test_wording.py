@@ -22,9 +22,32 @@ def test_unknown_lists_the_valid_names_and_the_nearest(given: object, sentence: 
 
 
 def test_unknown_does_not_list_hundreds_of_names() -> None:
-    sentence = unknown("backbone", "name007x", [f"name{n:03}" for n in range(200)])
+    names = [f"name{n:03}" for n in range(200)]
+    sentence = unknown("label", "name007x", names)
     assert "did you mean 'name007'" in sentence
-    assert "(valid: 200 names, listed by `tl-train --print-schema`)" in sentence
+    assert sentence.endswith("(valid: 200 names, such as name000, name001, name002)")
+    assert unknown("label", "x", names, "tl-train --list y").endswith(
+        "(valid: 200 names, listed by `tl-train --list y`)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "valid", "meant"),
+    [
+        ("effnet", ["efficientnet_b0", "efficientnet_v2_s", "resnet18"], "'efficientnet_b0' or 'efficientnet_v2_s'"),
+        ("vit", ["vit_b_16", "vit_l_32", "maxvit_t"], "'vit_b_16' or 'vit_l_32'"),
+        ("timm/vit", ["timm/vit_b", "timm/eva"], "'timm/vit_b'"),
+        ("RandomFlip", ["RandomCrop", "RandomHorizontalFlip", "RandomVerticalFlip"],
+         "'RandomVerticalFlip' or 'RandomHorizontalFlip'"),
+        ("resent50", ["resnet50", "alexnet"], "'resnet50'"),
+    ],
+)  # fmt: skip
+def test_a_family_is_known_by_its_short_name(given: str, valid: list[str], meant: str) -> None:
+    assert f"unknown x '{given}'; did you mean {meant}? (valid: " in unknown("x", given, valid)
+
+
+def test_what_is_like_nothing_gets_no_hint() -> None:
+    assert unknown("x", "re", ["recall", "resize"]) == "unknown x 're' (valid: recall, resize)"
 
 
 def test_a_value_is_quoted_on_one_short_line() -> None:

@@ -21,12 +21,11 @@ from tl_trainer.config.schema import Config, expand
 from tl_trainer.errors import ConfigError, InputError, SettingError
 from tl_trainer.ground.wording import shown, unknown
 
-MAX_BYTES = 100_000
-MAX_DEPTH = 32
-MAX_NODES = 2_000
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 100_000, 32, 2_000
 MAX_PROBLEMS = 30  # that are named
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; check its brackets and indentation"
 COMMAND_LINE = "the command line"
+BY_NAME = (("train", "optimizer"), ("train", "schedule"))  # sections for which their name may stand alone
 
 KeyPath = tuple[str | int, ...]
 Override = tuple[str, Any]
@@ -146,15 +145,19 @@ def to_json_schema(names: Mapping[str, list[str]]) -> str:
     return json.dumps(schema, indent=2)
 
 
-# Where pydantic's own words would not help; the only pattern is that of data.source.
-_PHRASES = {"model_type": "keys and values", "string_pattern_mismatch": "torchvision:<Class>"}
+# What pydantic's errors ask for, in our words; the only pattern is that of data.source.
+_PHRASES = {
+    "model_type": "keys and values", "dict_type": "keys and values", "list_type": "a list", "string_type": "text",
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "bool_type": "true or false", "string_pattern_mismatch": "torchvision:<Class>", "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more", "less_than": "less than {lt:g}", "less_than_equal": "{le:g} or less",
+}  # fmt: skip
 
 
 class _Refused(Exception):
     def __init__(self, reason: str, line: int = 0) -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.line = line
+        self.reason, self.line = reason, line
 
 
 class _Dumper(yaml.SafeDumper):
@@ -300,7 +303,10 @@ def _fill_empty_sections(data: dict[str, Any], section: type[BaseModel]) -> None
 def _set(data: dict[str, Any], key: str, value: Any, origins: dict[KeyPath, str]) -> None:
     path = tuple(key.split("."))
     for depth, part in enumerate(path[:-1], start=1):
-        if not isinstance(data.get(part), dict):
+        inner = data.get(part)
+        if isinstance(inner, str) and path[:depth] in BY_NAME:
+            data[part] = {"name": inner}
+        elif not isinstance(inner, dict):
             if part in data and _key_path(path[:depth])[1] is not None:
                 return  # the file has no section where one belongs: a mistake that an override must not hide
             data[part] = {}
@@ -330,16 +336,15 @@ def _sentence(items: list[ErrorDetails]) -> str:
     if first["type"] == "extra_forbidden":
         path, section = _key_path(first["loc"])
         assert section is not None
-        elsewhere = [key for key in _dotted_keys(Config) if key.endswith(f".{path[-1]}")]
-        return unknown("key", path[-1], section.model_fields) + (
-            f"; there is {', '.join(elsewhere)}" if elsewhere else ""
-        )
+        elsewhere = ", ".join(key for key in _dotted_keys(Config) if key.endswith(f".{path[-1]}"))
+        return unknown("key", path[-1], section.model_fields) + (f"; there is {elsewhere}" if elsewhere else "")
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {shown(given)}")
     allowed = [choice for item in items for choice in _choices(item)]
     if isinstance(given, str) and any(item["type"] == "literal_error" for item in items):
         return unknown("value", given, allowed)
-    return f"should be {' or '.join(allowed)}, not {shown(given)}"
+    wanted = f"should be {', or '.join(allowed)}"
+    return f"has no value and {wanted}" if given is None else f"{wanted}, not {shown(given)}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -359,7 +364,8 @@ def _choices(item: ErrorDetails) -> list[str]:
     """What would have been right instead, in words."""
     if item["type"] == "literal_error":
         return re.findall(r"'([^']+)'", item["ctx"]["expected"])
-    return [_PHRASES.get(item["type"]) or item["msg"].removeprefix("Input should ").removeprefix("be ")]
+    phrase = _PHRASES.get(item["type"], item["msg"].removeprefix("Input should ").removeprefix("be "))
+    return [phrase.format(**item.get("ctx", {}))]
 
 
 def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel] | None]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -238,6 +239,13 @@ class LossSection(Section):
     )
 
 
+def _by_name(shown: Any) -> BeforeValidator:
+    """Take the name alone for a section; `shown` is what the JSON Schema tells."""
+    return BeforeValidator(
+        lambda given: {"name": given} if isinstance(given, str) else given, json_schema_input_type=shown
+    )
+
+
 class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
@@ -247,8 +255,12 @@ class TrainSection(Section):
     )
     epochs: int = Field(10, ge=1, description="Passes over the training images.")
     batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="What updates the weights.")
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection, description="How the learning rate changes.")
+    optimizer: Annotated[OptimizerSection, _by_name(OptimizerName | OptimizerSection)] = Field(
+        default_factory=OptimizerSection, description="What updates the weights; a name alone is {name: ...}."
+    )
+    schedule: Annotated[ScheduleSection, _by_name(ScheduleName | ScheduleSection)] = Field(
+        default_factory=ScheduleSection, description="How the learning rate changes; a name alone is {name: ...}."
+    )
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
     clip_norm: float | None = Field(
         None, gt=0, description="The largest norm of all gradients together; null does not limit it."

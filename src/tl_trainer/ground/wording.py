@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -43,12 +44,27 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return shown_ + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def unknown(what: str, given: object, valid: Iterable[str]) -> str:
-    """Say that `given` is not a valid `what`: the nearest valid names, and all of them where they fit on a line."""
+def unknown(what: str, given: object, valid: Iterable[str], listed_by: str | None = None) -> str:
+    """Say that `given` is not a valid `what`: the nearest valid names, and all of them where they fit on a line.
+
+    listed_by: the command that lists them where they do not fit.
+    """
     names = sorted(valid)
-    near = difflib.get_close_matches(str(given)[:200], names, n=3, cutoff=0.6)
+    near = _family(str(given), names) or difflib.get_close_matches(str(given)[:200], names, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listing = ", ".join(names)
     if len(listing) > 400:
-        listing = f"{len(names)} names, listed by `tl-train --print-schema`"
+        where = f"listed by `{listed_by}`" if listed_by else f"such as {', '.join(names[:3])}"
+        listing = f"{len(names)} names, {where}"
     return f"unknown {what} {shown(given)}{hint} (valid: {listing})"
+
+
+def _family(given: str, names: Sequence[str]) -> list[str]:
+    """The shortest names that begin like `given` and have all its letters in order, as `effnet` and efficientnet_b0."""
+    wanted = re.sub(r"[^a-z0-9/]", "", given[:200].lower())
+    near = []
+    for name in names:
+        letters = iter(name.lower())
+        if len(wanted) > 2 and name.lower().startswith(wanted[0]) and all(letter in letters for letter in wanted):
+            near.append(name)
+    return sorted(near, key=lambda name: (not name.lower().startswith(wanted), len(name), name))[:3]

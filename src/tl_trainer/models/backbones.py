@@ -15,6 +15,8 @@ from tl_trainer.models.weights import Weights
 
 BACKBONES = torchvision_models.NAMES | {embedded.NAME}  # and every `timm/<name>`
 
+LISTED = "tl-train --list backbones"
+
 
 def resolve_weights(backbone: str, weights: str, size: int | None = None) -> Weights:
     """The weights called so of the backbone called so, for images of `size` px (None: of what they were trained with).
@@ -27,7 +29,8 @@ def resolve_weights(backbone: str, weights: str, size: int | None = None) -> Wei
         return timm_models.resolve(backbone, weights).at(size)
     if backbone not in BACKBONES:
         raise SettingError(
-            "model.backbone", unknown("backbone", backbone, BACKBONES) + "; those of timm are called timm/<name>"
+            "model.backbone",
+            unknown("backbone", backbone, BACKBONES, LISTED) + "; those of timm are called timm/<name>",
         )
     return torchvision_models.resolve(backbone, weights).at(size)
 

@@ -36,7 +36,7 @@ def check(name: str) -> None:
     model, _, tag = name.removeprefix(PREFIX).partition(".")
     if not timm.is_model(model):
         known = [PREFIX + other for other in timm.list_models()]
-        raise SettingError("model.backbone", unknown("backbone", name, known))
+        raise SettingError("model.backbone", unknown("backbone", name, known, "tl-train --list backbones 'timm/*'"))
     if tag and tag not in _tags(model):
         raise SettingError("model.backbone", unknown(f"weights of {PREFIX}{model}", tag, _tags(model)))
 

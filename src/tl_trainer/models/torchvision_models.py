@@ -97,7 +97,7 @@ def build(name: str, weights: Weights, tap: str) -> Backbone:
 def empty(name: str, pretrained: bool, tap: str, size: int | None) -> Backbone:
     """The backbone without memory for its weights. SettingError for what is no model of NAMES."""
     if name not in NAMES:
-        raise SettingError("model.backbone", unknown("backbone", name, NAMES))
+        raise SettingError("model.backbone", unknown("backbone", name, NAMES, "tl-train --list backbones"))
     try:
         with torch.device("meta"):
             model = _construct(name, pretrained, size)
