@@ -32,9 +32,9 @@ COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
-        "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs", "--json",
-        "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j",
-        "words",
+        "--apply", "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs",
+        "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers",
+        "-b", "-j", "words",
     ],
     "eval": [
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--ignore-extra", "--json", "--on-bad-image",

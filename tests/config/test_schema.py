@@ -37,8 +37,8 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 FIELDS = dict(fields())
 KEYS = """
     seed device
-    data.source data.root data.download data.val_fraction data.on_bad_image data.on_duplicates data.max_megapixels
-    data.value_range data.workers
+    data.source data.root data.download data.val_fraction data.on_bad_image data.on_duplicates data.skip
+    data.max_megapixels data.value_range data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
     data.csv.suffix
     transforms.size transforms.train transforms.eval

@@ -38,6 +38,7 @@ START = """nothing to train on; start with one of
 # The flags that are short for an override.
 FLAGS = {
     "data_dir": "data.root",
+    "apply": "data.skip",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.optimizer.lr",
@@ -65,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=given, metavar="DIR", help="where run directories are made (output.dir)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run directory, or with the newest "
         "one of the same configuration")  # fmt: skip
+    add("--apply", type=given, metavar="FILE", help="leave out the images that a CSV file names, such as tl-check's "
+        "skip.csv (data.skip)")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")

@@ -90,6 +90,11 @@ class DataSection(Section):
         description="What to do with exact copies in two splits or under two labels: warn, error, or drop (from train "
         "what is also in val or test, and all copies under two labels in one split).",
     )
+    skip: str | None = Field(
+        None,
+        description="A CSV file whose column path, and split where there is one, names images to leave out, such as "
+        "the skip.csv of tl-check; null leaves out none.",
+    )
     max_megapixels: float = Field(
         89.5,
         gt=0,

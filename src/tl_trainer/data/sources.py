@@ -10,6 +10,7 @@ from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
+from tl_trainer.data.skip import without
 from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.errors import SettingError
 
@@ -23,6 +24,8 @@ def open_dataset(
     Raises DataError.
     """
     dataset = _opened(data, classes, fit)
+    if data.skip is not None:
+        dataset = without(dataset, expand(data.skip))
     splits = {name: replace(split, images=split.images.decoded(decoding)) for name, split in dataset.splits.items()}
     return replace(dataset, splits=splits)
 
