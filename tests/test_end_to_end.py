@@ -544,7 +544,7 @@ def test_quiet_draws_no_bar(colours: Path) -> None:
         (["train", "--data-dir", "nowhere"], "nowhere: no such folder; set data.root or --data-dir"),
         (["train", "model.backbone=resnet512"], "did you mean"),
         (["train", "transforms.train=[RandomRotate]"], "did you mean 'RandomRotation'"),
-        (["train", "train.epochs=0"], "the command line: train.epochs: should be greater than or equal to 1, not 0"),
+        (["train", "train.epochs=0"], "the command line: train.epochs: should be 1 or more, not 0"),
         (["train", "--device", "cuda:7"], "CUDA devices; use --device cpu"),
         (["train", "--resume", "nowhere"], "--resume nowhere: no such file; give a run directory or its last.pth"),
         (["train", "--resume"], "no run of this configuration under runs"),
