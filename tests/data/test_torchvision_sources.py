@@ -152,7 +152,7 @@ def test_classes_of_a_checkpoint_are_enforced(
     classes = CIFAR["cifar10"][1]
     assert _open("cifar10", tmp_path, classes, download=True).classes == classes
     with pytest.raises(
-        DataError, match=r"CIFAR10 in .* has no class 'truck'; the 4 classes are fixed by the checkpoint"
+        DataError, match=r"CIFAR10 in .* has no class 'truck'; the 4 classes are those of the checkpoint"
     ):
         _open("cifar10", tmp_path, [*classes, "truck"])
     with pytest.raises(DataError, match=r"CIFAR10 in .* has an extra class 'ship'"):
