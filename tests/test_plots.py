@@ -15,7 +15,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tl_trainer.metrics import Confusion, Scores, reliability
-from tl_trainer.plots import LONGEST_NAME, NUMBERED, WHOLE, WORST, confusion_figure, png, reliability_figure
+from tl_trainer.plots import (
+    LONGEST_NAME,
+    NUMBERED,
+    WHOLE,
+    WORST,
+    confusion_figure,
+    forecast_figure,
+    png,
+    reliability_figure,
+)
 
 AWKWARD = {
     "math": r"$\frac{$ $a_b$", "unclosed": "5$", "markup": "<b>x & y", "CJK": "日本語の花", "emoji": "🐝🦋",
@@ -166,3 +175,15 @@ def test_a_reliability_diagram_has_a_curve_for_each_and_the_images_of_the_last(n
     middles = [bar.get_x() + bar.get_width() / 2 for bar in lower.patches]
     assert middles == pytest.approx([(index + 0.5) / len(middles) for index in range(len(middles))])
     assert min(drawn(figure).size) > 400
+
+
+def test_a_forecast_shows_what_was_measured_the_law_and_its_interval() -> None:
+    figure = forecast_figure({60: [0.7, 0.72], 120: [0.8, 0.8]}, [(60, 0.71), (120, 0.8), (240, 0.85)], (0.82, 0.9))
+    law, dots, interval = figure.axes[0].lines
+    assert list(law.get_xdata()) == [60, 120, 240]
+    assert list(law.get_ydata()) == pytest.approx([71, 80, 85])
+    assert list(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [(60, 70), (60, 72), (120, 80), (120, 80)]
+    assert list(interval.get_xdata()) == [240, 240]
+    assert list(interval.get_ydata()) == pytest.approx([82, 90])
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["60", "120", "240"]
+    assert min(drawn(figure).size) > 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,11 @@ def test_a_run_that_says_nothing_of_training_finds_its_head(config: dict[str, ob
     page = (run_dir / "report" / "report.html").read_text()
     assert "How the head was found" in page
     assert f"{result['search']['candidates']} heads were compared" in page
+    assert "Will more photographs help?" in page
+    forecast = re.search(r'id="forecast">(.*)</p>', page)
+    assert forecast is not None
+    assert re.match(r"Twice as many photographs: \d+% expected \(95% interval [\d-]+%\), now \d+%\.$", forecast[1])
+    assert (run_dir / "report" / "forecast.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "report" / "search.png").read_bytes().startswith(b"\x89PNG")
     with (run_dir / "search.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -24,8 +24,9 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.errors import TrainerError
 from tl_trainer.evaluation import Evaluation
 from tl_trainer.feeds import Feed
+from tl_trainer.forecast import Forecast, forecast
 from tl_trainer.ground.files import make_folder, write_text
-from tl_trainer.plots import png, strengths_figure
+from tl_trainer.plots import forecast_figure, png, strengths_figure
 from tl_trainer.report import write_report
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Saver
@@ -75,7 +76,8 @@ def conclude(
             for name, of_split in scores.items()
         }
         if parts.config.output.report:
-            result["report"] = str(_report(setup, run_dir, evaluations, found))
+            about = _found(setup, feeds, found) if found else {}
+            result["report"] = str(_report(setup, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
         tracker.close()
@@ -86,21 +88,30 @@ def conclude(
     return result
 
 
-def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], found: Found | None) -> Path:
-    """The report on the best checkpoint, on the split that tl-eval would take too."""
+def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], of_run: dict[str, Any]) -> Path:
+    """The report on the best checkpoint, on the split that tl-eval would take too; of_run: what it tells of the run."""
     parts, what = setup.parts, "test" if "test" in evaluations else "val"
     log.info("writing the report on %s images", what)
-    about: dict[str, Any] = {
+    about = {
         "name": run_dir.name,
         "checkpoint": str(run_dir / "best.pth"),
         "config": to_yaml(parts.config),
+        **of_run,
     }
-    if found is not None:
-        about["search"] = {
-            **found.summary(), "shown": found.shown(), "picture": png(strengths_figure(found.curves()))
-        }  # fmt: skip
     make_folder(run_dir / "report", "--output")
     return write_report(run_dir / "report", evaluations[what], parts.network.classifier, parts.pipeline, about)
+
+
+def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]:
+    """What the report tells of a head that was found."""
+    pictures = {"search": png(strengths_figure(found.curves()))}
+    expected = forecast(setup, feeds, found.best)
+    if isinstance(expected, Forecast):
+        pictures["forecast"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))
+        told = {"sentence": expected.sentence, "how": expected.how}
+    else:
+        told = {"sentence": expected, "how": ""}
+    return {"search": {**found.summary(), "shown": found.shown()}, "forecast": told, "pictures": pictures}
 
 
 def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:

@@ -90,6 +90,31 @@ def strengths_figure(curves: dict[str, list[tuple[float, float, float]]]) -> Fig
     return figure
 
 
+def forecast_figure(
+    measured: dict[int, list[float]], law: Sequence[tuple[float, float]], interval: tuple[float, float]
+) -> Figure:
+    """Accuracy against the number of training images: a dot for each head, the law, the interval at the law's end.
+
+    measured: the accuracies of the heads trained on so many images. law: (images, accuracy), ascending.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    images, accuracies = zip(*law, strict=True)
+    axes.plot(images, [100 * share for share in accuracies], linewidth=1.2, color="tab:blue", label="power law")
+    dots = [(count, 100 * share) for count, shares in measured.items() for share in shares]
+    axes.plot(*zip(*dots, strict=True), ".", markersize=4, color="black", label="measured")
+    low, high = (100 * share for share in interval)
+    axes.plot([images[-1]] * 2, [low, high], linewidth=5, alpha=0.4, color="tab:blue", label="95% interval")
+    ticks = [*measured, images[-1]]
+    axes.set(xscale="log", xlabel="training images", ylabel="top-1 in %", ylim=(None, 100.5))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as a PNG file. A character that no font has is drawn as a box, without a warning for each."""
     import warnings

@@ -36,14 +36,14 @@ def write_report(
 ) -> Path:
     """Write every file of the report into `folder`, which is there; the path of its page.
 
-    about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`, and of a
-    head that was found `search`: what `search.Found.summary` gives, the rows `shown`, and a PNG `picture`.
+    about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`. Of a run
+    also PNG files by name under `pictures`, and of a head that was found `search` (what `search.Found.summary` gives,
+    and the rows `shown`) and `forecast` (`sentence` and `how`).
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
     pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
-    if "search" in about:
-        pictures["search.png"] = about["search"]["picture"]
+    pictures |= {f"{name}.png": data for name, data in about.get("pictures", {}).items()}
     predictions = _Predictions(evaluation)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
