@@ -50,7 +50,7 @@ def write_report(
         "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),
         "confusion_matrix.csv": _confusion_table(evaluation.scores, classes),
         "predictions.csv": csv_text(predictions.columns(), predictions.rows()),
-        "report.html": _template().render(
+        "report.html": template("report.html").render(
             measured=measured,
             pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
             pairs=list(_pair_examples(evaluation, predictions)),
@@ -108,7 +108,7 @@ def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterato
         cell = index[pair["label"]], index[pair["predicted"]]
         examples = [image for image in predictions.wrong if (targets[image], said[image]) == cell][:EXAMPLES]
         pictures = [
-            {"image": _thumbnail(evaluation.split.open(i, draft=SIDE)), **predictions.caption(i)} for i in examples
+            {"image": thumbnail(evaluation.split.open(i, draft=SIDE)), **predictions.caption(i)} for i in examples
         ]
         yield {**pair, "examples": pictures}
 
@@ -128,7 +128,7 @@ def _mistakes(
             pictures = [*map(functional.to_pil_image, pipeline.denormalise(pipeline.batch(batch)))]
             explained = False
         for index, picture in zip(numbers, pictures, strict=True):
-            shown.append({"image": _thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
+            shown.append({"image": thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
     return shown
 
 
@@ -147,7 +147,8 @@ def _six(share: float) -> float:
     return round(share, 6)
 
 
-def _thumbnail(picture: Image.Image, side: int = SIDE) -> str:
+def thumbnail(picture: Image.Image, side: int = SIDE) -> str:
+    """A small JPEG as the address of an `img`."""
     picture = picture.copy()
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -159,7 +160,8 @@ def _data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page of the package, to be rendered."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -167,7 +169,7 @@ def _template() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=_percent, printable=printable)
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
-from tl_trainer.ground.files import csv_text, make_folder, write_text
+from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
@@ -75,7 +74,7 @@ def train(
             resumption.go_on(state)
             (run_dir / RESULT).unlink(missing_ok=True)
         else:
-            run_dir = _new_run_dir(output, loaded.name)
+            run_dir = numbered_folder(output, loaded.name)
             stack.enter_context(sole_use(run_dir))
         log.info("%s\nrun directory: %s", summary(setup), run_dir)
         with stop:
@@ -202,14 +201,6 @@ def _template(setup: Setup) -> Checkpoint:
         val_names=val.names if setup.drawn else None,
         val_images=val.contents,
     )
-
-
-def _new_run_dir(output: Path, name: str) -> Path:
-    for number in count(1):
-        with contextlib.suppress(FileExistsError):
-            (output / f"{name}-{number}").mkdir()
-            return output / f"{name}-{number}"
-    raise AssertionError("count() does not end")
 
 
 def _describe(setup: Setup, run_dir: Path) -> None:

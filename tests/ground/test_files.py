@@ -18,6 +18,7 @@ from tl_trainer.ground.files import (
     cache_folder,
     content_hash,
     make_folder,
+    numbered_folder,
     remove_unfinished,
     write_atomically,
     write_text,
@@ -191,3 +192,11 @@ def test_what_a_killed_process_has_half_written_is_removed(tmp_path: Path) -> No
         "notes.tmp",
         "another's/.last.pth-8.tmp",
     ]
+
+
+def test_a_numbered_folder_takes_the_first_free_number(tmp_path: Path) -> None:
+    (tmp_path / "photos-1").mkdir()
+    (tmp_path / "photos-3").touch()
+    names = [numbered_folder(tmp_path, "photos").name for _ in range(2)]
+    assert names == ["photos-2", "photos-4"]
+    assert all((tmp_path / name).is_dir() for name in names)

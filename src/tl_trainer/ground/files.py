@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -120,6 +121,15 @@ def make_folder(path: Path, key: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with {key}") from error
+
+
+def numbered_folder(parent: Path, name: str) -> Path:
+    """A new folder in `parent`, called `name` and the first number that is free."""
+    for number in count(1):
+        with contextlib.suppress(FileExistsError):
+            (parent / f"{name}-{number}").mkdir()
+            return parent / f"{name}-{number}"
+    raise AssertionError("count() does not end")
 
 
 def _sync_folder(folder: Path) -> None:
