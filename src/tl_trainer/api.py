@@ -7,8 +7,10 @@ commands say goes to the logger `tl_trainer`. What is wrong is raised as a Train
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ from torch import Tensor
 from tl_trainer import resume as resuming
 from tl_trainer import run
 from tl_trainer.assembly import Parts, restore
-from tl_trainer.config.load import Loaded, Override, to_yaml
+from tl_trainer.config.load import Loaded, Override, data_at, to_yaml
 from tl_trainer.config.load import load as load_config
+from tl_trainer.config.schema import expand
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import InputError
 from tl_trainer.evaluation import evaluate_checkpoint
 from tl_trainer.ground.failures import in_sentences
-from tl_trainer.ground.files import make_folder
+from tl_trainer.ground.files import make_folder, numbered_folder
 from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
@@ -71,6 +74,24 @@ def dry_run(
     """Check all that `train` needs, up to the first batch, writing nothing; its shape and `loss`."""
     with _called(progress), _started(config, resume, overrides, hold=False) as (loaded, _):
         return run.dry_run(loaded)
+
+
+def check(config: Configuration = None, *, progress: bool = False, **overrides: Any) -> dict[str, Any]:
+    """Check the data of a configuration for copies, wrong labels and odd images; what check.json holds.
+
+    Such as `counts` by kind, the path of the `page`, and `skip`: a CSV file for `data.skip`. The files are written into
+    a new folder in output.dir. config, progress, overrides: as for `train`. Raises a TrainerError.
+    """
+    from tl_trainer import checks  # nobody else waits for these
+    from tl_trainer.checks_page import write_check
+
+    with _called(progress):
+        loaded = load_config(os.fspath(config) if isinstance(config, os.PathLike) else config, _dotted(overrides))
+        output = expand(loaded.config.output.dir)
+        make_folder(output, "--output")
+        checked = checks.check(loaded)
+        folder = numbered_folder(output, f"{loaded.name}-check")
+        return write_check(folder, checked, loaded.name, _train_command(config, overrides))
 
 
 def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> Model:
@@ -197,6 +218,15 @@ def _started(
     target = None if resume is True else os.fspath(resume)
     with resuming.resume(target, path, _dotted(overrides), hold=hold) as found:
         yield found
+
+
+def _train_command(config: Configuration, overrides: Mapping[str, Any]) -> str:
+    """The command that trains on the same; a mapping has none, and stands as its name."""
+    words = []
+    if isinstance(config, (str, os.PathLike)):
+        words = [os.fspath(config)] if data_at(expand(os.fspath(config))) else ["--config", os.fspath(config)]
+    given = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in _dotted(overrides))
+    return shlex.join(["tl-train", *words, *given])
 
 
 def _dotted(overrides: Mapping[str, Any]) -> list[Override]:

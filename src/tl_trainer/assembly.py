@@ -112,6 +112,7 @@ class Setup:
     drawn: bool  # whether the val split was drawn, and is not the source's own
     train_pipeline: Pipeline
     duplicates: list[str]  # what is said of them
+    skipped: dict[str, dict[str, str]]  # of each split the images that cannot be read, and why
 
     def feeds(self) -> dict[str, Feed]:
         """The batches of each split; what is frozen is computed here where it is not in the cache."""
@@ -156,7 +157,11 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         dataset = with_val(config, dataset, task, resumed)
         memory = memory_of(config) if remember else None
         dark = DarkImages()
-        splits = {name: verified(split, name, config.data, memory, dark) for name, split in dataset.splits.items()}
+        skipped: dict[str, dict[str, str]] = {name: {} for name in dataset.splits}
+        splits = {
+            name: verified(split, name, config.data, memory, dark, skipped[name])
+            for name, split in dataset.splits.items()
+        }
         dark.warn(f"{sum(map(len, splits.values()))} images")
         splits, duplicates = unrepeated(splits, config.data)
         image = pipeline.image(splits["train"].open(0))
@@ -174,7 +179,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         compiled = config.performance.compile == "auto" and pays_to_compile(device, images)
         network = Network(classifier, device, config.train.precision, compiled=compiled)
     parts = Parts(loaded, task, network, pipeline, identity, size, _feeds(config, network, identity), resumed)
-    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline, duplicates)
+    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline, duplicates, skipped)
 
 
 def restore(path: Path, overrides: Overrides = ()) -> Parts:

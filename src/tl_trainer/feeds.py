@@ -118,9 +118,9 @@ class Feeds:
             return self._of_features(FeatureBatches(features, batch_size=size))
         return self._of_images(ImageBatches(split, pipeline, batch_size=self.batch_size, workers=self.workers))
 
-    def embed(self, split: Split, pipeline: Pipeline) -> Tensor:
-        """The input of the head for every image of the split, (N, features) float32 on the CPU."""
-        feed = self.evaluation(split, "", pipeline)
+    def embed(self, split: Split, pipeline: Pipeline, what: str = "") -> Tensor:
+        """The input of the head for every image of the split, (N, features) float32 on the CPU. what: its name."""
+        feed = self.evaluation(split, what, pipeline)
         return evaluate(feed.embed, feed.batches.epoch(0, self.network.device)).logits
 
     def _of_features(self, batches: FeatureBatches) -> Feed:

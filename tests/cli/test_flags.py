@@ -20,6 +20,7 @@ import yaml
 import tl_trainer.resume
 from conftest import Run
 from tl_trainer import __version__, errors
+from tl_trainer.cli import check as tl_check
 from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
@@ -28,14 +29,15 @@ from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config
 from tl_trainer.data.transforms import tta_pipelines
 
-COMMANDS = {"train": tl_train, "eval": tl_eval, "predict": tl_predict}
+COMMANDS = {"train": tl_train, "check": tl_check, "eval": tl_eval, "predict": tl_predict}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
-        "--apply", "--batch-size", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run", "--epochs",
-        "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed", "--workers",
-        "-b", "-j", "words",
+        "--apply", "--batch-size", "--check", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run",
+        "--epochs", "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed",
+        "--workers", "-b", "-j", "words",
     ],
+    "check": ["--config", "--data-dir", "--device", "--json", "--output", "--workers", "-j", "words"],
     "eval": [
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--ignore-extra", "--json", "--on-bad-image",
         "--report", "--split", "--tta", "--workers", "-b", "-j", "overrides",

@@ -579,6 +579,13 @@ def test_unreadable_images_are_skipped_and_counted(
     assert "2.jpg: empty file" in record.getMessage()
 
 
+def test_what_is_wrong_with_the_skipped_is_told_to_whoever_asks(damaged: Split) -> None:
+    wrong: dict[str, str] = {}
+    verified(damaged, "val", SKIP, None, skipped=wrong)
+    assert [*wrong] == ["2.jpg", "5.jpg"]
+    assert wrong["2.jpg"] == f"{paths_of(damaged)[2]}: empty file (0 bytes); replace or remove it"
+
+
 def test_nothing_left_to_read(split: Split) -> None:
     for path in paths_of(split):
         path.write_bytes(b"GIF89a")

@@ -1,4 +1,4 @@
-"""What the three commands share: common flags, logging, version floors, and how an error is shown."""
+"""What the commands share: common flags, logging, version floors, and how an error is shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import io
+import json
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from tl_trainer import __version__
 from tl_trainer.errors import InputError
 from tl_trainer.ground.failures import as_trainer_error
 from tl_trainer.ground.signals import Terminated, raise_terminated
-from tl_trainer.ground.wording import printable_lines
+from tl_trainer.ground.wording import printable_lines, shown
 
 TTA = ("flip", "fivecrop", "tencrop")  # what data.transforms.tta_pipelines knows
 TTA_HELP = "average over views of each image: with its mirror image, five crops, or five crops and their mirror images"
@@ -139,6 +140,37 @@ def overrides_of(args: argparse.Namespace, flags: Mapping[str, str], example: st
         raise InputError(f"{wrong[0]}: no key of the configuration; write key=value, e.g. {example}")
     given = {key: getattr(args, flag) for flag, key in flags.items() if getattr(args, flag) is not None}
     return {**words, **given}
+
+
+def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
+    """The keys that the words and flags of tl-train and tl-check set; data without --config becomes `args.config`."""
+    from tl_trainer.config.load import data_at
+
+    data = [word for word in args.words if data_at(Path(word).expanduser())]
+    args.overrides = [word for word in args.words if word not in data]
+    if strange := [word for word in args.overrides if "=" not in word]:
+        if strange[0].endswith((".yaml", ".yml")):
+            raise InputError(f"{strange[0]!r} is not an override; write --config {strange[0]}")
+        raise InputError(f"{shown(strange[0])} is neither a folder nor a CSV file that is there, nor key=value")
+    if len(data) > 1 or (data and args.data_dir):
+        raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
+    overrides = overrides_of(args, flags, "train.epochs=5")
+    if data and args.config is None:
+        args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
+    elif data:
+        overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
+    return overrides
+
+
+def checked(args: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
+    """Check the data; what is printed of it."""
+    with without_collection():
+        from tl_trainer import api
+        from tl_trainer.checks_page import summary
+
+    result = api.check(args.config, progress=not args.quiet, **overrides)
+
+    return json.dumps(result) if args.json else summary(result)
 
 
 def _fail(program: str, message: str, code: int) -> int:

@@ -10,12 +10,20 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_trainer.cli.main import exists, given, new_parser, overrides_of, run_command, without_collection, worker_setting
+from tl_trainer.cli.main import (
+    checked,
+    exists,
+    given,
+    new_parser,
+    run_command,
+    settings_of,
+    without_collection,
+    worker_setting,
+)
 from tl_trainer.errors import DownloadError, InputError
-from tl_trainer.ground.wording import shown, unknown
+from tl_trainer.ground.wording import unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
@@ -68,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "one of the same configuration")  # fmt: skip
     add("--apply", type=given, metavar="FILE", help="leave out the images that a CSV file names, such as tl-check's "
         "skip.csv (data.skip)")  # fmt: skip
+    add("--check", action="store_true", help="look for what is wrong with the data, as tl-check does, and stop")
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
@@ -84,26 +93,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tl_trainer.config.load import data_at
-
     if args.resume and "=" in args.resume and not exists(args.resume):
         args.words.append(args.resume)  # `--resume key=value`: the word is an override, not the optional run
         args.resume = ""
     if not args.argv:
         raise InputError(START)
-    data = [word for word in args.words if data_at(Path(word).expanduser())]
-    args.overrides = [word for word in args.words if word not in data]
-    if strange := [word for word in args.overrides if "=" not in word]:
-        if strange[0].endswith((".yaml", ".yml")):
-            raise InputError(f"{strange[0]!r} is not an override; write --config {strange[0]}")
-        raise InputError(f"{shown(strange[0])} is neither a folder nor a CSV file that is there, nor key=value")
-    if len(data) > 1 or (data and args.data_dir):
-        raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
-    overrides = overrides_of(args, FLAGS, "train.epochs=5")
-    if data and args.config is None:
-        args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
-    elif data:
-        overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
+    overrides = settings_of(args, FLAGS)
     if args.list is not None:
         sys.stdout.write(_listed(*args.list))
     elif args.print_schema:
@@ -111,6 +106,10 @@ def _train(args: argparse.Namespace) -> int:
     elif args.print_config or args.clear_cache:
         with _configuration(args, overrides) as loaded:
             sys.stdout.write(_configured(loaded) if args.print_config else _cleared(loaded))
+    elif args.check:
+        if args.resume is not None:
+            raise InputError("--check looks at the data of a new run; leave out --resume")
+        sys.stdout.write(checked(args, overrides) + "\n")
     else:
         try:
             sys.stdout.write(_performed(args, overrides) + "\n")

@@ -20,8 +20,8 @@ def open_dataset(
 ) -> Dataset:
     """The dataset that the configuration's `data` section names; where it has no splits of its own, one called `all`.
 
-    `classes` is a checkpoint's class list, which the dataset must have as `fit` says. `decoding` is for its images.
-    Raises DataError.
+    What `data.skip` names is left out. `classes` is a checkpoint's class list, which the dataset must have as `fit`
+    says. `decoding` is for its images. Raises DataError, and SettingError for a wrong `data.skip`.
     """
     dataset = _opened(data, classes, fit)
     if data.skip is not None:

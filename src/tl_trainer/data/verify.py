@@ -36,12 +36,18 @@ _COLUMNS = [*Stamp._fields, "hash", "width", "height"]
 
 
 def verified(
-    split: Split, what: str, data: DataSection, memory: Memory | None, dark: DarkImages | None = None
+    split: Split,
+    what: str,
+    data: DataSection,
+    memory: Memory | None,
+    dark: DarkImages | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> Split:
     """The split with the content hash of each image, and without those that cannot be read.
 
     what: what messages call the split. data: says what to do with bad images. memory: of what was read before, if any.
-    dark: where dark images are counted, to be named with those of other splits; None: they are named here.
+    dark: where dark images are counted, to be named with those of other splits; None: they are named here. skipped:
+    where what is wrong with a skipped image is put under its name, if anybody wants to know.
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
@@ -70,6 +76,8 @@ def verified(
     good = [index for index in range(len(split)) if index not in bad]
     if bad:
         _report(bad, f"{len(split)} {what} images", data)
+    if skipped is not None:
+        skipped.update((split.name(index), str(bad[index])) for index in sorted(bad))
     if not good:
         raise DataError(f"none of the {len(split)} {what} images can be read")
     return replace(split.subset(good), hashes=[hashes[index] for index in good])
