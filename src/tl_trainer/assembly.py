@@ -7,6 +7,7 @@ weights and the classes come from, and share all the rest.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from tl_trainer.features import Extractor, features_folder
 from tl_trainer.feeds import Feed, Feeds, views_kept
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
+from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, library_versions, resolve_weights
 from tl_trainer.models.classifier import Classifier
@@ -164,6 +166,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         }
         dark.warn(f"{sum(map(len, splits.values()))} images")
         splits, duplicates = unrepeated(splits, config.data)
+        _name_single(dataset.classes, splits["train"], drawn=drawn)
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:
@@ -216,6 +219,14 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
         network = Network(classifier.eval(), device, precision)
     feeds = _feeds(config, network, saved.backbone)
     return Parts(loaded, SingleLabel(saved.classes), network, pipeline, saved.backbone, saved.features, feeds, saved)
+
+
+def _name_single(classes: list[str], train: Split, *, drawn: bool) -> None:
+    """Say which classes have to be learned from one image, where the val split is the dataset's own."""
+    counts = Counter(train.targets)
+    single = [name for label, name in enumerate(classes) if counts[label] == 1]
+    if single and not drawn:
+        log.warning("train has one image of %s; a class is learned from several", listed([*map(repr, single)]))
 
 
 def memory_of(config: Config) -> Memory:

@@ -11,10 +11,10 @@ from typing import Any
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.data.dataset import Dataset, Split
-from tl_trainer.data.duplicates import unrepeated
+from tl_trainer.data.duplicates import across, unrepeated
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
-from tl_trainer.data.verify import verified
+from tl_trainer.data.verify import remembered, verified
 from tl_trainer.errors import DataError, InputError
 from tl_trainer.evaluate import averaged
 from tl_trainer.ground.wording import listed
@@ -94,9 +94,15 @@ def evaluate_checkpoint(
         raise DataError(
             f"{dataset.where}: nothing to evaluate: no image of the checkpoint's classes ({listed(saved.classes)})"
         )
-    split = verified(split, what, config.data, memory_of(config))
+    memory = memory_of(config)
+    split = verified(split, what, config.data, memory)
     kept, duplicates = unrepeated({what: split}, config.data)
     split = kept[what]
+    if what != "train" and "train" in dataset.splits and (train := remembered(dataset.splits["train"], memory)):
+        learned = [sentence for sentence, _, _ in across({"train": train, what: split})]
+        duplicates = [*duplicates, *learned]
+        for sentence in learned:
+            log.warning("%s; the figures are better than on images that it has not seen", sentence)
     _name_absent(saved.classes, split, what)
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))

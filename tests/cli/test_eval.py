@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,13 @@ def test_a_run_may_be_given_as_a_word_and_the_newest_one_is_found(tl: Run, run_d
     assert last_json(done)["n"] == 12
     said = f"checkpoint: {run_dir / 'best.pth'} (val top-1 100.0%)" in done.stderr
     assert said == ("run-1" not in "".join(words))
+
+
+def test_copies_of_training_images_are_named(tl: Run, run_dir: Path, colours: Path) -> None:
+    shutil.copyfile(colours / "train" / "red" / "03.jpg", colours / "val" / "red" / "copy.jpg")
+    for path in colours.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))  # what has just been written is not remembered
+    words = ("--data-dir", colours, "--epochs", 1, "--output", "again", *SMALL)
+    assert tl("train", *words).returncode == 0
+    done = tl("eval", run_dir)
+    assert "1 of 24 train images are in val too, e.g. train/red/03.jpg is val/red/copy.jpg; the figures" in done.stderr

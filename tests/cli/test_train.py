@@ -95,3 +95,10 @@ def test_without_a_network_the_whole_command_is_given_that_works(
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"Or, without a network: {command}"
     assert tl(*command.replace("'", "").removeprefix("tl-").split()).returncode == 0
+
+
+def test_classes_of_one_training_image_are_named(tl: Run, colours: Path) -> None:
+    for path in sorted((colours / "train" / "red").iterdir())[1:]:
+        path.unlink()
+    said = "train has one image of 'red'; a class is learned from several"
+    assert said in tl("train", "--data-dir", colours, "--dry-run", *SMALL).stderr

@@ -24,7 +24,7 @@ def unrepeated(splits: dict[str, Split], data: DataSection) -> tuple[dict[str, S
     it, since nobody knows which label is right. Copies under one label in one split are no mistake. Raises DataError
     for copies where they are an error, and where dropping them would leave no image of a class to learn from.
     """
-    found = [*_across(splits), *_contradictory(splits)]
+    found = [*across(splits), *_contradictory(splits)]
     told = [sentence for sentence, _, _ in found]
     if not told:
         return splits, []
@@ -46,7 +46,7 @@ def unrepeated(splits: dict[str, Split], data: DataSection) -> tuple[dict[str, S
     return kept, told
 
 
-def _across(splits: dict[str, Split]) -> Iterator[tuple[str, str, list[int]]]:
+def across(splits: dict[str, Split]) -> Iterator[tuple[str, str, list[int]]]:
     """For two splits with copies: a sentence, from which `drop` takes them (only train), and which images they are."""
     for (name, split), (other, second) in combinations(splits.items(), 2):
         place = {digest: index for index, digest in enumerate(second.hashes)}

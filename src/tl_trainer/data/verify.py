@@ -83,6 +83,13 @@ def verified(
     return replace(split.subset(good), hashes=[hashes[index] for index in good])
 
 
+def remembered(split: Split, memory: Memory) -> Split:
+    """Those of its images that were read before and are unchanged, with their hashes; none is read."""
+    hashes = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
+    indices = sorted(hashes)
+    return replace(split.subset(indices), hashes=[hashes[index] for index in indices])
+
+
 def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     listing = "\n".join(str(bad[index]) for index in sorted(bad)[:2])
     if data.on_bad_image == "error":
