@@ -278,13 +278,19 @@ def test_predict_takes_files_folders_globs_and_stdin_and_reports_bad_images(
     table = tl("predict", *inputs[:2], "--format", "csv", "--topk", 2, "--output", "rows.csv")
     assert table.returncode == 0, table.stderr
     assert table.stdout == ""
-    assert len(_table(Path("rows.csv"))) == 11
+    header, *cells = _table(Path("rows.csv"))
+    assert header == ["path", "label", "predicted", "probability", "class_2", "probability_2", "error"]
+    assert [row[0] for row in cells] == [row["path"] for row in rows[:5]]
+    assert [row[2] for row in cells] == [row["predictions"][0]["label"] for row in rows[:5]]
+    assert {len(row) for row in cells} == {7}
+    assert table.stderr.splitlines()[-1] == "5 images: green 4, red 1"
     whole = json.loads(tl("predict", inputs[1], "--format", "json").stdout)
     assert [row["path"] for row in whole] == [row["path"] for row in rows[1:5]]
     monkeypatch.setenv("TL_CHECKPOINT", "runs/run-1/best.pth")
     text = tl("predict", inputs[0], "--topk", 1)
     assert text.stdout.startswith(f"{inputs[0]}  ")
-    assert list(csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout)))[1][0] == "nofile.jpg"
+    [_, missing] = csv.reader(io.StringIO(tl("predict", "nofile.jpg", "--format", "csv").stdout))
+    assert missing == ["nofile.jpg", *[""] * 7, "nofile.jpg: cannot be read: No such file or directory"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing says there whether a pipe has a line")

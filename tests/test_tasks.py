@@ -179,8 +179,10 @@ def test_the_last_that_was_better_is_the_best_of_all() -> None:
 
 
 def test_figures_in_words() -> None:
-    assert TASK.in_words({"loss": 0.7, "top1": 0.25, "top5": 0.875, "n": 8}) == "top-1 25.0%  top-5 87.5%"
-    assert TASK.in_words({**FIGURES, "top1": 0.0, "top5": 1.0}) == "top-1  0.0%  top-5 100.0%"
+    task = SingleLabel("abcdef")
+    assert task.in_words({"loss": 0.7, "top1": 0.25, "top5": 0.875, "n": 8}) == "top-1 25.0%  top-5 87.5%"
+    assert task.in_words({**FIGURES, "top1": 0.0, "top5": 1.0}) == "top-1  0.0%  top-5 100.0%"
+    assert SingleLabel("abcde").in_words({**FIGURES, "top1": 0.5, "top5": 1.0}) == "top-1 50.0%"
 
 
 def test_too_few_images_have_no_temperature() -> None:

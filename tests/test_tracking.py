@@ -25,7 +25,7 @@ from tiny import Clock
 from tl_trainer import tasks
 from tl_trainer import tracking as module_under_test
 from tl_trainer.errors import RunError
-from tl_trainer.ground.progress import bar
+from tl_trainer.ground.progress import StatusLine, bar
 from tl_trainer.metrics import Figures, Scores, confusion, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 from tl_trainer.saver import EpochDone
@@ -431,12 +431,13 @@ def test_an_embedding_after_a_resume_replaces_the_one_before(
 
 def test_an_epoch_is_one_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with tracking(tmp_path, tensorboard=False) as tracker:
-        tracker.epochs = 40
+    with tracking(tmp_path, "abcdef", tensorboard=False) as tracker:
+        tracker.epochs = 400
         tracker.epoch(EpochDone(3, 1.23456, 3.14159, 60, True), val(0.7, 0.25, 0.875), 0.001)
     (message,) = caplog.messages
-    for words in ("epoch  3/40", "loss 1.2346", "val 0.7000", "25.0%", "87.5%", "0.001", "3.1 s"):
+    for words in ("epoch   3/400", "loss 1.2346", "val 0.7000", "25.0%", "87.5%", "3.1 s"):
         assert words in message
+    assert len(message) <= 80
 
 
 def test_a_bar_writes_nothing_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -520,3 +521,28 @@ def test_a_dead_worker_is_no_failure_of_tensorboard(tmp_path: Path, monkeypatch:
             patch.setattr(tracker.writer, "add_scalar", killed)
             log_epochs(tracker, range(1, 2))
         assert tracker.writer is not None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_on_a_terminal_short_epochs_that_are_not_the_best_share_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    caplog.set_level("INFO", "tl_trainer")
+    shown: list[str] = []
+    monkeypatch.setattr(StatusLine, "possible", terminal)
+    monkeypatch.setattr(StatusLine, "show", lambda self, text: shown.append(text))
+    with tracking(tmp_path, tensorboard=False) as tracker:
+        for epoch, seconds, improved in (
+            (1, 0.1, True),
+            (2, 0.1, False),
+            (3, 2.0, False),
+            (4, 0.1, True),
+            (9, 0.1, False),
+        ):
+            tracker.epoch(EpochDone(epoch, 0.5, seconds, 60, improved), val(0.5, 0.25, 0.75), 0.01)
+    lines = [f"epoch {epoch}/9  loss 0.5000  val 0.5000  top-1 25.0%" for epoch in (1, 2, 3, 4, 9)]
+    assert [line.rpartition("  ")[0] for line in caplog.messages] == [
+        lines[i] for i in range(5) if i != 1 or not terminal
+    ]
+    assert [line.rpartition("  ")[0] for line in shown] == lines[1:2] * terminal
+    assert len(rows(tmp_path)) == 5

@@ -121,8 +121,8 @@ def _name_absent(classes: Sequence[str], split: Split, what: str) -> None:
     """Say which classes have no image in the split: the figures are over the others."""
     present = set(split.targets)
     if absent := [name for label, name in enumerate(classes) if label not in present]:
-        some = f"the figures are over the other {len(present)} classes"
-        log.warning("%s has no image of %s; %s", what, listed([*map(repr, absent)]), some)
+        names = listed([*map(repr, absent)])
+        log.warning("%s has no image of %s; the figures are over the classes that it has", what, names)
 
 
 def _leave_out_unwritable_cache(parts: Parts) -> None:

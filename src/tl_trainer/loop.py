@@ -22,7 +22,8 @@ from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
 
-ABSURD = 20  # times the loss of guessing: a healthy run may start there, and falls from it
+# Times the loss of guessing: a healthy run may be above the first while it falls, but does not end above the second.
+ABSURD, HOPELESS = 20, 100
 NAMED = 3  # images of a batch whose loss is not finite
 
 
@@ -173,13 +174,15 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
 
 
 def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float) -> float:
-    """The lower of the epoch's two losses; RunError where both are absurd and it is not below that of the epoch before.
+    """The lower of the epoch's two losses; RunError where it is absurd and not below that of the epoch before, or of
+    the last epoch hopeless.
 
     Only the validation loss of a network that overfits grows so large, only the training loss of one that settles in
-    its first epoch. After the last epoch nothing can fall any more.
+    its first epoch.
     """
     loss, guessing = min(done.train_loss, val_loss), training.task.guessing_loss
-    if loss > ABSURD * guessing and (loss >= before or done.epoch == training.epochs):
+    ended = done.epoch == training.epochs and loss > HOPELESS * guessing
+    if ended or (loss > ABSURD * guessing and loss >= before):
         raise RunError(
             f"after epoch {done.epoch}/{training.epochs} the training loss is {done.train_loss:,.4g} and the "
             f"validation loss {val_loss:,.4g}, where guessing gives {guessing:.2g}; {REMEDY}"

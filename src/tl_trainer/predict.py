@@ -9,6 +9,7 @@ import json
 import os
 import re
 import select
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import check_finite
-from tl_trainer.tasks import Prediction
+from tl_trainer.tasks import Prediction, prediction_columns
 
 Source = str | Path | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
@@ -216,21 +217,23 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
     return images.load(Path(source), decoding)
 
 
-def write_rows(rows: Iterable[Row], form: str, file: IO[str]) -> int:
-    """Write the rows as they come, in one of FORMATS; the number of rows that are errors."""
-    failed = 0
+def write_rows(rows: Iterable[Row], form: str, file: IO[str], classes: int) -> Counter[str | None]:
+    """Write the rows as they come, in one of FORMATS; how many images each class has, None being those with an error.
+
+    classes: the most that a row has.
+    """
+    tally: Counter[str | None] = Counter()
 
     def counted() -> Iterator[Row]:
-        nonlocal failed
         for row in rows:
-            failed += row.error is not None
+            tally[row.predictions[0].label if row.error is None else None] += 1
             yield row
 
-    FORMATS[form](counted(), file)
-    return failed
+    FORMATS[form](counted(), file, classes)
+    return tally
 
 
-def _write_text(rows: Iterable[Row], file: IO[str]) -> None:
+def _write_text(rows: Iterable[Row], file: IO[str], _: int) -> None:
     for row in rows:
         guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
         # An image's error names its path already.
@@ -238,13 +241,13 @@ def _write_text(rows: Iterable[Row], file: IO[str]) -> None:
         file.flush()
 
 
-def _write_jsonl(rows: Iterable[Row], file: IO[str]) -> None:
+def _write_jsonl(rows: Iterable[Row], file: IO[str], _: int) -> None:
     for row in rows:
         file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         file.flush()
 
 
-def _write_json(rows: Iterable[Row], file: IO[str]) -> None:
+def _write_json(rows: Iterable[Row], file: IO[str], _: int) -> None:
     separator = "[\n"
     for row in rows:
         file.write(separator + json.dumps(asdict(row), ensure_ascii=False))
@@ -253,18 +256,19 @@ def _write_json(rows: Iterable[Row], file: IO[str]) -> None:
     file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
-def _write_csv(rows: Iterable[Row], file: IO[str]) -> None:
+def _write_csv(rows: Iterable[Row], file: IO[str], classes: int) -> None:
+    """The columns of the report's predictions.csv; the label is empty, since nobody knows it."""
+    columns = prediction_columns(classes)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("path", "rank", "label", "index", "probability", "error"))
+    writer.writerow(columns)
     for row in rows:
-        if row.error is not None:
-            writer.writerow((row.path, "", "", "", "", row.error))
-        for rank, guess in enumerate(row.predictions, start=1):
-            writer.writerow((row.path, rank, guess.label, guess.index, guess.probability, ""))
+        guesses = [cell for guess in row.predictions for cell in (guess.label, guess.probability)]
+        gaps = [""] * (len(columns) - 3 - len(guesses))
+        writer.writerow([row.path, "", *guesses, *gaps, row.error or ""])
         file.flush()
 
 
-FORMATS: dict[str, Callable[[Iterable[Row], IO[str]], None]] = {
+FORMATS: dict[str, Callable[[Iterable[Row], IO[str], int], None]] = {
     "text": _write_text,
     "json": _write_json,
     "jsonl": _write_jsonl,

@@ -23,6 +23,7 @@ from tl_trainer.ground.files import csv_text, write_bytes, write_text
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
+from tl_trainer.tasks import prediction_columns
 
 MISTAKES = 12
 PAIRS_SHOWN = 6
@@ -77,8 +78,7 @@ class _Predictions:
 
     def columns(self) -> list[str]:
         """The header of predictions.csv."""
-        more = [f"{name}_{rank}" for rank in range(2, self.best.shape[1] + 1) for name in ("class", "probability")]
-        return ["path", "label", "predicted", "probability", *more]
+        return prediction_columns(self.best.shape[1])
 
     def rows(self) -> Iterator[list[Any]]:
         """The rows of predictions.csv, in the split's order."""
@@ -87,7 +87,7 @@ class _Predictions:
             split.names, split.targets, self.best.tolist(), self.probability.tolist(), strict=True
         ):
             guesses = [cell for index, share in zip(best, shares, strict=True) for cell in (names[index], _six(share))]
-            yield [name, names[label], *guesses]
+            yield [name, names[label], *guesses, ""]
 
     def caption(self, index: int) -> dict[str, str]:
         """What is written below an example."""

@@ -41,6 +41,12 @@ class Prediction:
     probability: float
 
 
+def prediction_columns(count: int) -> list[str]:
+    """The header of a table of images with so many classes each, as tl-predict and the report write it."""
+    more = [f"{name}_{rank}" for rank in range(2, count + 1) for name in ("class", "probability")]
+    return ["path", "label", "predicted", "probability", *more, "error"]
+
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -114,8 +120,9 @@ class SingleLabel:
         return (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
 
     def in_words(self, figures: Figures) -> str:
-        """The figures on one line, without the loss."""
-        return f"top-1 {figures['top1']:5.1%}  top-5 {figures['top5']:5.1%}"
+        """The figures on one line, without the loss; of five classes the first five are always right."""
+        top5 = f"  top-5 {figures['top5']:5.1%}" if len(self.classes) > 5 else ""
+        return f"top-1 {figures['top1']:5.1%}{top5}"
 
     def temperature(self, scores: Scores) -> float | None:
         """What calibrates the probabilities; None where too few images tell."""

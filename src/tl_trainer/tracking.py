@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tl_trainer.errors import RunError
 from tl_trainer.ground.failures import is_worker_death
 from tl_trainer.ground.files import csv_text, write_text
+from tl_trainer.ground.progress import StatusLine
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.plots import png
@@ -33,6 +34,7 @@ Logged = ParamSpec("Logged")
 Graph = list[tuple[str, str, bool]]
 Pictures = Callable[[], dict[str, bytes]]  # PNG files by name, drawn when they are asked for
 LEFT_OUT = "TensorBoard cannot be written, and is left out from here on: %s"
+BLINK = 0.5  # seconds of an epoch, up to which it has no line of its own on a terminal
 CAPTION_HEIGHT = 14
 GAP = 4
 SECONDS_BETWEEN_DRAWINGS = 10.0  # and before the first: the pictures take longer than a short run, and come at its end
@@ -76,6 +78,7 @@ class Tracker:
         columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
         write_text(self.path, csv_text(columns, _rows(self.path)[:done]))
         self.writer: Any = None
+        self._status = StatusLine()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
@@ -100,7 +103,8 @@ class Tracker:
     def epoch(self, done: EpochDone, val: Figures, lr: float | None) -> None:
         """Log an epoch, its validation figures, and the rate of its last step; None where the head was found.
 
-        What is found again after a resume is logged already.
+        On a terminal, epochs that are over in a blink share one line, unless they are the best so far. What is found
+        again after a resume is logged already.
         """
         shown = {name: val[name] for name in self.task.columns}
         if done.epoch > self._done:
@@ -110,13 +114,15 @@ class Tracker:
                 scalars |= {"lr": lr, "time/images_per_second": done.images / done.seconds}
             self._scalars(scalars, done.epoch)
         self._done = done.epoch
-        what, rate = f"epoch {done.epoch:{len(str(self.epochs))}}/{self.epochs}", f"  lr {lr or 0:.2g}"
+        what = f"epoch {done.epoch:{len(str(self.epochs))}}/{self.epochs}"
         if lr is None:
-            what, rate = "the head that was found:", ""
-        log.info(
-            "%s  loss %.4f  val %.4f  %s%s  %.1f s",
-            what, done.train_loss, val["loss"], self.task.in_words(val), rate, done.seconds,
-        )  # fmt: skip
+            what = "the head that was found:"
+        line = f"{what}  loss {done.train_loss:.4f}  val {val['loss']:.4f}  {self.task.in_words(val)}"
+        line += f"  {done.seconds:.1f} s"
+        if done.improved or done.epoch == self.epochs or done.seconds > BLINK or not self._status.possible:
+            log.info("%s", line)
+        else:
+            self._status.show(line)
 
     @_on_tensorboard
     def improved(self, epoch: int, scores: Scores) -> None:
@@ -181,9 +187,13 @@ class Tracker:
         """Have everything in the event file that was logged so far."""
         self.writer.flush()
 
-    @_on_tensorboard
     def close(self) -> None:
-        """Flush the event file."""
+        """Flush the event file, and leave the terminal."""
+        self._status.close()
+        self._close_writer()
+
+    @_on_tensorboard
+    def _close_writer(self) -> None:
         self.writer.close()
 
     @_on_tensorboard

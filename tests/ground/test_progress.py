@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tl_trainer.ground.progress import bar, bars, bars_shown
+from tl_trainer.ground.progress import StatusLine, bar, bars, bars_shown
 
 
 class Terminal(io.StringIO):
@@ -50,3 +50,23 @@ def test_another_thread_has_not_asked() -> None:
         thread.start()
         thread.join()
     assert seen == [False]
+
+
+def test_a_status_line_is_written_over_and_leaves_nothing() -> None:
+    screen = Terminal()
+    with contextlib.redirect_stderr(screen), bars(True):
+        status = StatusLine()
+        assert status.possible
+        for number in range(50):
+            status.show(f"epoch {number}")
+        status.close()
+    assert "epoch 0" in screen.getvalue()
+    assert "\n" not in screen.getvalue()
+    assert screen.getvalue().endswith("\r")
+    assert screen.getvalue().rstrip("\r").rpartition("\r")[2].strip() == ""
+
+
+@pytest.mark.parametrize(("screen", "shown"), [(Terminal(), False), (io.StringIO(), True)])
+def test_there_is_no_status_line_where_there_are_no_bars(screen: io.StringIO, shown: bool) -> None:
+    with contextlib.redirect_stderr(screen), bars(shown):
+        assert not StatusLine().possible

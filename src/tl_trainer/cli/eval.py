@@ -13,6 +13,7 @@ from tl_trainer.cli.main import (
     OVERRIDES_HELP,
     TTA,
     TTA_HELP,
+    accuracy,
     default_checkpoint,
     given,
     new_parser,
@@ -85,11 +86,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _summary(result: dict[str, Any]) -> str:
     low, high = result["top1_interval"]
-    calibration, how = result["calibration"]["after"], "with temperature"
+    calibration, how = result["calibration"]["after"], "calibrated"
     if calibration is None:
         calibration, how = result["calibration"]["before"], "as trained"
     lines = [
-        f"{result['split']}: top-1 {result['top1']:.1%} ({low:.1%} to {high:.1%})  top-5 {result['top5']:.1%}  "
+        f"{result['split']}: {accuracy(result, f' ({low:.1%} to {high:.1%})')}  "
         f"loss {result['loss']:.4f}  ({result['n']} images)",
         f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}  "
         f"calibration error {calibration['ece']:.1%} ({how})",

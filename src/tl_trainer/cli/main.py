@@ -123,6 +123,12 @@ def default_checkpoint() -> str:
     return "runs"
 
 
+def accuracy(figures: Mapping[str, Any], interval: str = "") -> str:
+    """A split's top-1, and its top-5 where that says something: of five classes and fewer it is 1."""
+    top5 = f"  top-5 {figures['top5']:.1%}" if figures["top5"] < 1 else ""
+    return f"top-1 {figures['top1']:.1%}{interval}{top5}"
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or folder of that name. Path.exists raises for a name that is too long."""
     return os.path.exists(path)  # noqa: PTH110

@@ -26,6 +26,7 @@ from tl_trainer.cli.main import (
 )
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.ground.progress import bar, bars
+from tl_trainer.ground.wording import listed
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +86,24 @@ def _predict(args: argparse.Namespace) -> int:
         evidence=args.explain,
         ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
+    classes = min(args.topk, len(model.classes))
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
     if args.output is None:
-        failed = write_rows(rows, args.format, sys.stdout)
+        tally = write_rows(rows, args.format, sys.stdout, classes)
     else:
         try:
             with Path(args.output).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                failed = write_rows(rows, args.format, file)
+                tally = write_rows(rows, args.format, file, classes)
         except OSError as error:
             raise RunError(f"--output {args.output}: {error.strerror}") from error
     if args.explain:
         log.info("pictures of the evidence: %s", args.explain)
-    if failed:
+    if failed := tally.pop(None, 0):
         log.warning("%d image(s) could not be read", failed)
+    if tally.total() > 1:
+        log.info("%d images: %s", tally.total(), listed([f"{label} {n}" for label, n in tally.most_common()], 10))
     return 1 if failed else 0
 
 

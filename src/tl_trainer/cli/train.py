@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_trainer.cli.main import (
+    accuracy,
     checked,
     exists,
     given,
@@ -202,10 +203,7 @@ def _report(result: dict[str, Any]) -> str:
     for split in ("val", "test"):
         if split in result:
             figures = result[split]
-            lines.append(
-                f"{split:>5}: top-1 {figures['top1']:.1%}  top-5 {figures['top5']:.1%}  "
-                f"loss {figures['loss']:.4f}  ({figures['n']} images)"
-            )
+            lines.append(f"{split:>5}: {accuracy(figures)}  loss {figures['loss']:.4f}  ({figures['n']} images)")
     lines.append(f"checkpoint: {result['checkpoint']}")
     lines += [f"report: {result['report']}"] if result["report"] else []
     return "\n".join(lines)

@@ -1,11 +1,12 @@
-"""Progress bars on stderr, for those who asked for them: the commands do, the api does not."""
+"""Progress bars and a status line on stderr, for those who asked for them: the commands do, the api does not."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 _shown = ContextVar("shown", default=False)
@@ -35,3 +36,30 @@ def bar(
     from tqdm import tqdm
 
     return tqdm(items, description, total, initial=start, leave=False, unit=unit, disable=None)
+
+
+class StatusLine:
+    """A line at the bottom of the terminal that is written over; there is none where no bars are drawn."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    @property
+    def possible(self) -> bool:
+        """Whether stderr is a terminal on which bars are drawn."""
+        return bars_shown() and sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        """Write it over what was there, ten times a second at the most."""
+        if first := self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(bar_format="{desc}", leave=False)
+        self._bar.set_description_str(text, refresh=first)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave nothing of it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
