@@ -21,6 +21,7 @@ from tl_trainer.plots import (
     WHOLE,
     WORST,
     confusion_figure,
+    epochs_figure,
     forecast_figure,
     png,
     reliability_figure,
@@ -187,3 +188,17 @@ def test_a_forecast_shows_what_was_measured_the_law_and_its_interval() -> None:
     assert list(interval.get_ydata()) == pytest.approx([82, 90])
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["60", "120", "240"]
     assert min(drawn(figure).size) > 300
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_the_epochs_are_drawn_and_the_best_is_marked(count: int) -> None:
+    rows = [
+        {"epoch": n + 1.0, "train_loss": 1 / (n + 1), "val_loss": 2 / (n + 1), "val_top1": n / 20} for n in range(count)
+    ]
+    left, right = epochs_figure(rows, count).axes
+    train, val, best = left.lines
+    assert list(train.get_ydata()) == [row["train_loss"] for row in rows]
+    assert list(val.get_ydata()) == [row["val_loss"] for row in rows]
+    assert list(best.get_xdata()) == [count, count]
+    assert list(right.lines[0].get_ydata()) == pytest.approx([100 * row["val_top1"] for row in rows])
+    assert right.get_ylabel() == "top-1 in %"

@@ -56,9 +56,9 @@ class Evaluation:
             why = "it is a last.pth, its run has not ended, or its validation images were too few"
             return f"this checkpoint has no temperature: {why}"
         if shared:
-            return f"the temperature was fitted on {shared} of these images, so only others can tell what it does"
+            return f"the temperature was fitted on {shared} of these images, so its effect must be measured on others"
         if self.what == "train":
-            return "the network was trained on these images, so its probabilities for them say nothing of others"
+            return "the network was trained on these images, so its probabilities are surer here than on others"
         return None
 
     @cached_property

@@ -21,12 +21,13 @@ from tl_trainer.assembly import Setup
 from tl_trainer.config.load import to_yaml
 from tl_trainer.config.schema import flat
 from tl_trainer.data.dataset import Split
+from tl_trainer.data.overview import Overview
 from tl_trainer.errors import TrainerError
 from tl_trainer.evaluation import Evaluation
 from tl_trainer.feeds import Feed
 from tl_trainer.forecast import Forecast, forecast
 from tl_trainer.ground.files import make_folder, write_text
-from tl_trainer.plots import forecast_figure, png, strengths_figure
+from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figure
 from tl_trainer.report import write_report
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Saver
@@ -76,7 +77,8 @@ def conclude(
             for name, of_split in scores.items()
         }
         if parts.config.output.report:
-            about = _found(setup, feeds, found) if found else {}
+            about = _found(setup, feeds, found) if found else _trained(tracker, progress.best_epoch)
+            about["overview"] = Overview.of(setup.dataset)
             result["report"] = str(_report(setup, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
@@ -112,6 +114,11 @@ def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]
     else:
         told = {"sentence": expected, "how": ""}
     return {"search": {**found.summary(), "shown": found.shown()}, "forecast": told, "pictures": pictures}
+
+
+def _trained(tracker: Tracker, best_epoch: int) -> dict[str, Any]:
+    """What the report tells of a head that was trained for epochs."""
+    return {"best_epoch": best_epoch, "pictures": {"epochs": png(epochs_figure(tracker.history(), best_epoch))}}
 
 
 def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:

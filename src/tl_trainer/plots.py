@@ -90,6 +90,26 @@ def strengths_figure(curves: dict[str, list[tuple[float, float, float]]]) -> Fig
     return figure
 
 
+def epochs_figure(epochs: Sequence[dict[str, float]], best: int) -> Figure:
+    """Loss and top-1 against the epoch, with the best one marked. epochs: the rows of metrics.csv."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
+    numbers = [row["epoch"] for row in epochs]
+    left, right = figure.subplots(1, 2)
+    for name in ("train", "val"):
+        left.plot(numbers, [row[f"{name}_loss"] for row in epochs], ".-", linewidth=1.2, markersize=4, label=name)
+    top1 = [100 * row["val_top1"] for row in epochs]
+    right.plot(numbers, top1, ".-", linewidth=1.2, markersize=4, color="tab:orange", label="val")
+    for axes, name in ((left, "loss"), (right, "top-1 in %")):
+        axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8)
+    return figure
+
+
 def forecast_figure(
     measured: dict[int, list[float]], law: Sequence[tuple[float, float]], interval: tuple[float, float]
 ) -> Figure:

@@ -21,6 +21,7 @@ from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.data.dataset import fingerprint
 from tl_trainer.data.loaders import ImageBatches
+from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
@@ -132,12 +133,13 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
 
 
 def summary(setup: Setup) -> str:
-    """What is about to be trained, on three lines."""
+    """What is about to be trained, on what."""
     parts, splits = setup.parts, setup.dataset.splits
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    overview = "\n".join(Overview.of(setup.dataset).lines())
     trained = sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
     return (
-        f"{counts} images in {len(setup.dataset.classes)} classes\n"
+        f"{counts} images in {len(setup.dataset.classes)} classes\n{overview}\n"
         f"{parts.backbone['name']} ({parts.backbone['weights']}), {trained:,} parameters train\n"
         f"{parts.network.describe()}"
     )

@@ -124,6 +124,11 @@ class Tracker:
         else:
             self._status.show(line)
 
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, by column; without what has no value."""
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
     @_on_tensorboard
     def improved(self, epoch: int, scores: Scores) -> None:
         """Log what is worth knowing of the best epoch so far: figures of each class, and from time to time pictures."""

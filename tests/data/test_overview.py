@@ -1,0 +1,47 @@
+"""What is said of a dataset before it is learned: its classes, their images, the majority baseline."""
+
+from __future__ import annotations
+
+import pytest
+
+from tl_trainer.data.dataset import Dataset, Files, Split
+from tl_trainer.data.overview import Overview
+
+
+def split(*counts: int) -> Split:
+    targets = [label for label, count in enumerate(counts) for _ in range(count)]
+    return Split(Files([], []), targets, range(len(targets)))
+
+
+def test_each_class_is_counted_in_each_split() -> None:
+    found = Overview.of(Dataset(["ants", "bees"], {"train": split(123, 121), "val": split(70, 83)}, "photos"))
+    assert found.counts == {"train": [123, 121], "val": [70, 83]}
+    assert found.baseline("val") == 70 / 153
+    assert found.lines() == [
+        "images of each class (train/val):",
+        "  ants 123/70  bees 121/83",
+        "always saying ants would be right for 45.8% of the val images",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 7, 20])
+def test_up_to_twenty_classes_are_shown_in_columns(count: int) -> None:
+    names = [f"class {'x' * (index % 9)}{index}" for index in range(count)]
+    lines = Overview(names, {"train": [1000] * count, "val": [5] * count}).lines()
+    assert all(len(line) <= 80 for line in lines)
+    assert sum(line.count("1,000/5") for line in lines) == count
+
+
+def test_of_more_classes_the_largest_the_median_and_the_smallest_are_shown() -> None:
+    names, counts = [f"sort {index}" for index in range(21)], [*range(1, 20), 90, 40]
+    found = Overview(names, {"train": counts, "val": [2] * 21})
+    assert {names[index]: remark for index, remark in found.shown().items()} == {
+        "sort 19": "largest", "sort 10": "median", "sort 0": "smallest",
+    }  # fmt: skip
+    assert found.lines()[1] == "  largest: sort 19 90/2  median: sort 10  11/2  smallest: sort 0  1/2"
+
+
+def test_a_name_neither_breaks_the_columns_nor_moves_the_cursor() -> None:
+    lines = Overview(["y" * 100, "a\x1b"], {"train": [2, 1], "val": [1, 1]}).lines()
+    assert lines[1].count("y") == 23
+    assert "\x1b" not in "".join(lines)
