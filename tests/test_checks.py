@@ -118,7 +118,7 @@ def test_nothing_else_is_called_so(checked: dict[str, Any], kind: str, count: in
 def test_the_wrong_label_is_the_least_believed_beside_what_it_looks_like(checked: dict[str, Any]) -> None:
     first, *_ = of_kind(checked, "label")
     assert first["path"] == "train/ants/wrong.jpg"
-    assert re.fullmatch(r"looks like bees \(\d+%\), not ants \(\d+%\), to a head that has not seen it", first["reason"])
+    assert re.fullmatch(r"looks like bees \(\d+%\), not ants \(\d+%\), judged without this image", first["reason"])
     assert first["other_label"] == "bees"
     assert "train/ants/wrong.jpg" in [row["path"] for row in of_kind(checked, "outlier")]
     assert checked["wrong_labels"] >= 1

@@ -6,11 +6,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from browser import browser, rendered
+from tl_trainer import checks_page
 from tl_trainer.checks import Checked, Finding
-from tl_trainer.checks_page import COLUMNS, KINDS, SHOWN, summary, write_check
+from tl_trainer.checks_page import COLUMNS, KINDS, summary, write_check
 from tl_trainer.data.dataset import Pictures, Split
 from tl_trainer.suspects import Confused
 
@@ -70,12 +72,19 @@ def test_an_image_with_two_faults_has_two_rows_and_is_left_out_once() -> None:
     ]  # fmt: skip
 
 
-def test_the_page_has_the_first_of_many_and_says_how_many_more_there_are() -> None:
+def test_the_page_has_the_first_of_many_and_says_how_many_more_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks_page, "SHOWN", 24)
     result, page = written(checked(*(Finding("dark", image, "too dark", 1 - image / 100) for image in range(30))))
     assert result["counts"] == {"dark": 30}
-    assert page.count("<figure>") == SHOWN
-    assert f"{30 - SHOWN} more are in findings.csv" in page
+    assert page.count("<figure>") == 24
+    assert "6 more are in findings.csv" in page
     assert len(rows("findings.csv")) == 30
+
+
+def test_no_label_that_may_be_wrong_is_no_word() -> None:
+    result, page = written(checked(Finding("label", 3, "looks like b", 0.6, 4)))
+    assert "       1  labels to look at" in summary(result).splitlines()
+    assert "Confident learning" not in page
 
 
 def test_every_kind_has_its_words_and_the_estimate_stands_beside_the_labels() -> None:

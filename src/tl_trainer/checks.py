@@ -227,7 +227,7 @@ def _labels(images: _Images, probabilities: Tensor) -> Iterator[Finding]:
         own, said = float(probabilities[image, images.targets[image]]), int(predicted[image])
         reason = (
             f"looks like {images.classes[said]} ({float(probabilities[image, said]):.0%}), not {images.label(image)} "
-            f"({own:.0%}), to a head that has not seen it"
+            f"({own:.0%}), judged without this image"
         )
         yield Finding("label", image, reason, 1 - own, other)
 

@@ -15,7 +15,7 @@ from tl_trainer.ground.wording import printable
 from tl_trainer.report import SIDE, template, thumbnail
 from tl_trainer.suspects import Confused
 
-SHOWN = 24  # findings of a kind that the page has pictures of
+SHOWN = 60  # findings of a kind that the page has pictures of
 PAIRS = 8  # of classes
 COLUMNS = (
     "path", "split", "label", "kind", "reason", "score", "other_path", "other_split", "other_label"
@@ -144,7 +144,7 @@ def summary(result: dict[str, Any]) -> str:
     images = sum(result["images"].values())
     found = "" if result["counts"] else " nothing was found"
     lines = [f"{images:,} images in {result['classes']} classes:{found}"]
-    more = {"label": f" (about {result['wrong_labels']:,} may be wrong)"}
+    more = {"label": f" (about {result['wrong_labels']:,} may be wrong)"} if result["wrong_labels"] else {}
     lines += [f"  {count:6,}  {KINDS[kind][0]}{more.get(kind, '')}" for kind, count in result["counts"].items()]
     lines += [printable(note) for note in result["notes"]]
     lines.append(f"page: {result['page']}\nrows: {result['findings']}")
