@@ -86,7 +86,7 @@ def test_dark_pictures_are_named_once_whatever_is_made_of_them(colours: Path, ca
     for use in (model.predict, model.embed):
         use(pictures)
         assert caplog.messages == [
-            "2 of 3 images leave three quarters of their grey values unused and become nearly black, e.g. image 2, "
+            "2 of 3 images have no grey value above a quarter of their range and would be nearly black, e.g. image 2, "
             "whose largest is 900; set data.value_range to what is white in them, such as 1023"
         ]
         caplog.clear()
@@ -130,7 +130,9 @@ def test_overrides_on_a_checkpoint(colours: Path) -> None:
     assert Path(page).is_file()
     with pytest.raises(tl_trainer.ConfigError, match="unknown key 'catch'; did you mean 'cache'"):
         tl_trainer.load(run_dir, features__catch="off")
-    with pytest.raises(tl_trainer.ConfigError, match=r"model\.backbone: fixed by the checkpoint; what can be set"):
+    with pytest.raises(
+        tl_trainer.ConfigError, match=r"model\.backbone: fixed by the checkpoint; the keys that can be set"
+    ):
         tl_trainer.load(run_dir, model__backbone="vgg16")
 
 

@@ -212,7 +212,7 @@ def test_without_a_cache_nothing_is_kept_and_a_class_called_like_a_split_is_noti
     ("words", "message"),
     [
         ([], "nothing to check; give a folder of photographs, a CSV file or a YAML file: tl-check photos/"),
-        (["nowhere"], "'nowhere' is neither a folder nor a CSV file that is there, nor key=value"),
+        (["nowhere"], "'nowhere' is no folder and no CSV file here, and not key=value"),
         (["nowhere.yaml"], "--config nowhere.yaml: no such file, and unknown bundled configuration"),
         (["a.yaml", "b.yaml"], "two configurations: a.yaml and b.yaml; give one"),
         (["empty"], "empty: no class folders in it; put the images of each class into a folder with its name"),

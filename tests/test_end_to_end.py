@@ -364,14 +364,14 @@ def test_the_range_of_grey_values_is_the_same_from_training_to_prediction(tl: Ru
     words = ("--data-dir", "scans", "--epochs", 3, "--json", *SMALL)
     plain = tl("train", *words)
     assert plain.stderr.count("of their grey values unused") == 1
-    assert "warning: 16 of 16 images leave three quarters of their grey values unused" in plain.stderr
+    assert "warning: 16 of 16 images have no grey value above a quarter of their range" in plain.stderr
     ranged = tl("train", *words, "data.value_range=4095")
     assert "unused" not in ranged.stderr
     assert "features of train: 8 computed, 0 cached" in ranged.stderr
     rows = {}
     for run, warned in (("run-1", True), ("run-2", False)):
         predicted = tl("predict", "scans/val", "--checkpoint", f"runs/{run}", "--format", "jsonl")
-        assert ("8 of 8 images leave three quarters" in predicted.stderr) == warned
+        assert ("8 of 8 images have no grey value above a quarter" in predicted.stderr) == warned
         assert last_json(tl("eval", "--checkpoint", f"runs/{run}", "--json"))["loss"] == pytest.approx(
             last_json(plain if warned else ranged)["val"]["loss"], abs=1e-5
         )
@@ -562,7 +562,7 @@ def test_quiet_draws_no_bar(colours: Path) -> None:
         (["train", "--dry-run", "model.backbone=nope", "model.tap=nope"], "model.backbone: unknown backbone 'nope'"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.weights: unknown weights"),
         (["train", "--dry-run", "model.weights=NOPE_V1", "model.tap=nope"], "model.tap: unknown tap 'nope'"),
-        (["train", "oops"], "'oops' is neither a folder nor a CSV file that is there, nor key=value"),
+        (["train", "oops"], "'oops' is no folder and no CSV file here, and not key=value"),
         (["eval", "--checkpoint", "colours/val/red/00.jpg"], "damaged or not a PyTorch file"),
         (["eval", "--checkpoint", "nofile.pth"], "nofile.pth: cannot be read: No such file or directory"),
         (["predict", "colours/val"], "no checkpoint: give --checkpoint FILE or set TL_CHECKPOINT"),

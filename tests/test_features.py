@@ -604,7 +604,7 @@ def test_nothing_but_bad_images(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for index in range(3):
         (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of the 3 train images can be read"):
+    with pytest.raises(DataError, match="none of the 3 train images can be used"):
         cache.run(split_of(tmp_path / "images"), bad="skip")
 
 

@@ -47,13 +47,19 @@ def test_fp16_on_a_processor_is_refused() -> None:
 @pytest.mark.parametrize(
     ("trainable", "precision", "words"),
     [
-        ("head", "fp32", "cpu, fp32 for what trains, fp32 for what is frozen"),
-        ("head", "bf16", "cpu, bf16 for what trains, bf16 for what is frozen"),
-        ("all", "fp32", "cpu, fp32 for what trains"),
+        ("head", "fp32", "on cpu, in fp32"),
+        ("head", "bf16", "on cpu, in bf16"),
+        ("all", "fp32", "on cpu, in fp32"),
     ],
 )
 def test_it_says_how_it_computes(trainable: str, precision: str, words: str) -> None:
     assert network_of(trainable, precision).describe() == words
+
+
+def test_two_kinds_of_arithmetic_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_trainer.network.prefix_precision", lambda *_: "bf16")
+    words = "on cpu, the frozen backbone in bf16, what trains in fp32"
+    assert network_of("head", "auto").describe() == words
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

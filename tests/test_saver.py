@@ -318,7 +318,9 @@ def test_a_best_pth_that_is_newer_than_last_pth_counts_once_its_epoch_was_traine
     state.progress.epoch_ended(WORSE, BETTER)
     saver.adopt(replace(tiny_template(), epoch=3, metrics=FIGURES))
     saver.save()
-    assert caplog.messages == ["best.pth is of epoch 3, which last.pth has not reached: it is trained again"]
+    assert caplog.messages == [
+        "best.pth is from epoch 3 and last.pth from an earlier one: the epochs in between are trained again"
+    ]
     for _ in range(2):
         assert load(tmp_path / "last.pth").metrics == WORSE
         assert not state.progress.epoch_ended(WORSE, BETTER).improved

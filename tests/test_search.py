@@ -229,7 +229,11 @@ def test_where_no_search_is_possible_that_is_said_and_the_head_is_trained(
     result = train(config, **words)
     assert "search" not in result
     assert result["epochs"] == 10
-    [line] = [line for line in caplog.text.splitlines() if "the head is trained for 10 epochs, not found: " in line]
+    [line] = [
+        line
+        for line in caplog.text.splitlines()
+        if "the head is trained for 10 epochs instead of being searched for: " in line
+    ]
     assert said in line
 
 

@@ -21,7 +21,9 @@ def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
     wrong: list[tuple[str, Any]] = [("model.tap", "pooled"), ("seed", 3), ("train.epochs", 9), ("output.dir", "x")]
     wrong.append(("data.value_range", 255.0))
     for key, value in wrong:
-        with pytest.raises(ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; what can be set"):
+        with pytest.raises(
+            ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; the keys that can be set"
+        ):
             restore(best, [(key, value)])
     with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):
         restore(best, [("train.batchsize", 3)])

@@ -58,8 +58,10 @@ class Network:
 
     def describe(self) -> str:
         """Device and arithmetic in words."""
-        words = f"{self.device.type}, {self.precision if self.autocast else 'fp32'} for what trains"
-        return f"{words}, {self.precision} for what is frozen" if self.classifier.frozen else words
+        trained = self.precision if self.autocast else "fp32"
+        if not self.classifier.frozen or trained == self.precision:
+            return f"on {self.device.type}, in {trained}"
+        return f"on {self.device.type}, the frozen backbone in {self.precision}, what trains in {trained}"
 
 
 def resolve_device(setting: str) -> torch.device:

@@ -122,7 +122,9 @@ def _read(
     if last.epoch >= loaded.config.train.epochs:
         result = _result(path.with_name(RESULT))
         if result and named and progress.found is not None:
-            raise InputError(f"{path.parent}: its head is found, nothing is left to do; start a new run to train one")
+            raise InputError(
+                f"{path.parent}: the run is complete, its head was found by the search; start a new run to train one"
+            )
         if result and named:
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
         if not result:

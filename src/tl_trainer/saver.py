@@ -190,7 +190,10 @@ class Saver:
         self.best = best
         self._best_on_disk = best is not None
         if best is not None and best.epoch > self.state.progress.epoch:
-            log.info("best.pth is of epoch %d, which last.pth has not reached: it is trained again", best.epoch)
+            log.info(
+                "best.pth is from epoch %d and last.pth from an earlier one: the epochs in between are trained again",
+                best.epoch,
+            )
         self._go_by_best()
 
     def save(self) -> None:

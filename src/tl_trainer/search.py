@@ -169,7 +169,7 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
             found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause)
         log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
         return found
-    log.info("the head is trained for %d epochs, not found: %s", parts.config.train.epochs, obstacle)
+    log.info("the head is trained for %d epochs instead of being searched for: %s", parts.config.train.epochs, obstacle)
     return None
 
 

@@ -42,7 +42,7 @@ def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
     valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
     wrong = [key for key, _ in overrides if not key.startswith(SETTABLE) or key in FIXED]
     if wrong:
-        fixed = "fixed by the checkpoint; what can be set on top of one"
+        fixed = "fixed by the checkpoint; the keys that can be set"
         raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
 
 

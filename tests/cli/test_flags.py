@@ -195,7 +195,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
     ("command", "words", "message"),
     [
         ("train", ["--config", "nope"], "tl-train: --config nope: no such file, and unknown bundled configuration"),
-        ("train", ["photos"], "tl-train: 'photos' is neither a folder nor a CSV file that is there, nor key=value\n"),
+        ("train", ["photos"], "tl-train: 'photos' is no folder and no CSV file here, and not key=value\n"),
         ("train", ["--epochs", "0"], "tl-train: the command line: train.epochs: should be 1 or more"),
         ("train", ["--lr", "nan"], "tl-train: the command line: train.optimizer.lr: should be "),
         (
@@ -431,7 +431,7 @@ def test_resume_takes_a_run_or_nothing_and_never_an_override(
         (["a", "--data-dir", "b"], "two datasets: a and b; give one"),
         (["config=x"], "config: no key of the configuration"),
         (["train__epochs=5"], "train__epochs: no key of the configuration"),
-        (["c"], "'c' is neither a folder nor a CSV file that is there, nor key=value"),
+        (["c"], "'c' is no folder and no CSV file here, and not key=value"),
     ],
 )
 def test_words_that_cannot_be_meant(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

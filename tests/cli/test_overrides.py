@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_logging")
 
 ON_A_CHECKPOINT = {"eval": ["--checkpoint", "best.pth"], "predict": ["a.jpg", "--checkpoint", "best.pth"]}
 FIXED = (
-    "fixed by the checkpoint; what can be set on top of one: device, data.source, data.root, data.download, "
+    "fixed by the checkpoint; the keys that can be set: device, data.source, data.root, data.download, "
     "data.val_fraction, data.on_bad_image, data.on_duplicates, data.skip, data.max_megapixels, data.workers, "
     "data.csv.labels, data.csv.images, data.csv.image_column, data.csv.label_column, data.csv.split_column, "
     "data.csv.suffix, features.cache, features.views, features.dir, features.limit_gb, train.batch_size, "

@@ -262,7 +262,7 @@ def test_a_file_that_was_remembered_and_then_damaged_is_found(
         else:
             kept = verified(split, "train", DataSection(on_bad_image=on_bad_image), memory)
             assert kept.hashes == [whole[index] for index in (0, 1, 2, 4, 5)]
-            assert "skipped 1 of 6 train images that cannot be read" in caplog.text
+            assert "left out 1 of 6 train images that cannot be used" in caplog.text
         assert reads.taken() == ["3.jpg"]
     path.write_bytes(noise("PNG"))
     assert hashes(split) == whole
@@ -281,8 +281,8 @@ def test_images_that_leave_their_range_unused_are_counted_and_named_in_every_run
         assert reads.taken() == again
         [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert warning == (
-            "2 of 6 train images leave three quarters of their grey values unused and become nearly black, e.g. 1.jpg, "
-            "whose largest is 4095; set data.value_range to what is white in them, such as 4095"
+            "2 of 6 train images have no grey value above a quarter of their range and would be nearly black, "
+            "e.g. 1.jpg, whose largest is 4095; set data.value_range to what is white in them, such as 4095"
         )
     ranged = replace(split, images=split.images.decoded(Decoding(value_range=4095.0)))
     caplog.clear()
@@ -575,7 +575,7 @@ def test_unreadable_images_are_skipped_and_counted(
     assert list(kept.targets) == [0] * 4
     assert list(kept.hashes) == [expected(split)[index] for index in (0, 1, 3, 4)]
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.getMessage().startswith("skipped 2 of 6 val images that cannot be read, e.g.\n")
+    assert record.getMessage().startswith("left out 2 of 6 val images that cannot be used, e.g.\n")
     assert "2.jpg: empty file" in record.getMessage()
 
 

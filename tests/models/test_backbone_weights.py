@@ -174,7 +174,8 @@ def test_a_file_that_nobody_knows_says_whose_preprocessing_it_gets(caplog: pytes
     path = saved(noise())
     build_backbone(NAME, resolve_weights(NAME, str(path)), "logits", 0)
     assert caplog.messages == [
-        f"{path}: none of torchvision's weights, so preprocessed as {NAME} IMAGENET1K_V1; set transforms.size, or "
+        f"{path}: these are not torchvision's own weights, so images are preprocessed as for {NAME} IMAGENET1K_V1; "
+        "set transforms.size, or "
         "transforms.eval and transforms.train, for another preprocessing"
     ]
 

@@ -157,7 +157,7 @@ def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str,
     if strange := [word for word in args.overrides if "=" not in word]:
         if strange[0].endswith((".yaml", ".yml")):
             raise InputError(f"{strange[0]!r} is not an override; write --config {strange[0]}")
-        raise InputError(f"{shown(strange[0])} is neither a folder nor a CSV file that is there, nor key=value")
+        raise InputError(f"{shown(strange[0])} is no folder and no CSV file here, and not key=value")
     if len(data) > 1 or (data and args.data_dir):
         raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
     overrides = overrides_of(args, flags, "train.epochs=5")

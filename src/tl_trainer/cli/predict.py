@@ -75,8 +75,8 @@ def _predict(args: argparse.Namespace) -> int:
     model = api.load(path, progress=not args.quiet, **overrides)
     if model.temperature is None:
         log.info(
-            "the probabilities are not calibrated (a last.pth, a run that has not ended, or too few validation images) "
-            "and often too high"
+            "the probabilities are not calibrated and often too high: the run has not ended, or had fewer than 30 "
+            "validation images"
         )
     rows = model.rows(
         expand_inputs(paths, sys.stdin),
@@ -101,7 +101,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.explain:
         log.info("pictures of the evidence: %s", args.explain)
     if failed := tally.pop(None, 0):
-        log.warning("%d image(s) could not be read", failed)
+        log.warning("%d image(s) could not be used", failed)
     if tally.total() > 1:
         log.info("%d images: %s", tally.total(), listed([f"{label} {n}" for label, n in tally.most_common()], 10))
     return 1 if failed else 0

@@ -245,7 +245,7 @@ class DarkImages:
         """Say how many `of` all images they are, if any, and what to do."""
         if self.count:
             log.warning(
-                "%d of %s leave three quarters of their grey values unused and become nearly black, e.g. %s; set "
+                "%d of %s have no grey value above a quarter of their range and would be nearly black, e.g. %s; set "
                 "data.value_range to what is white in them, such as %d",
                 *(self.count, of, self.first, 2 ** int(self.largest).bit_length() - 1),
             )

@@ -79,7 +79,7 @@ def verified(
     if skipped is not None:
         skipped.update((split.name(index), str(bad[index])) for index in sorted(bad))
     if not good:
-        raise DataError(f"none of the {len(split)} {what} images can be read")
+        raise DataError(f"none of the {len(split)} {what} images can be used")
     return replace(split.subset(good), hashes=[hashes[index] for index in good])
 
 
@@ -97,7 +97,7 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
             f"{len(bad)} of {of} cannot be used; replace or remove them, or leave them out with "
             f"data.on_bad_image=skip\n{listing}"
         )
-    log.warning("skipped %d of %s that cannot be read, e.g.\n%s", len(bad), of, listing)
+    log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 
 
 def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[_Reading]]]:

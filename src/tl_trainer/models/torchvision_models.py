@@ -59,7 +59,8 @@ def resolve(name: str, weights: str) -> Weights:
         if known := _recognised(path, name):
             preset, said = _preset(known), f"the weights {known.name} of {name}, with their preprocessing"
             return in_file(weights, path, preset, said, classifier=bool(known.meta["categories"]))
-        said = f"none of torchvision's weights, so preprocessed as {name} {members['DEFAULT'].name}; {ANOTHER}"
+        like = f"{name} {members['DEFAULT'].name}"
+        said = f"these are not torchvision's own weights, so images are preprocessed as for {like}; {ANOTHER}"
         return in_file(weights, path, default, said)
     raise unknown_weights(name, weights, [*members, "none", "a file's path"])
 
