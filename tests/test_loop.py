@@ -25,7 +25,7 @@ from tiny import IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny
 from tl_trainer import optim
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
-from tl_trainer.config.schema import OptimizerSection
+from tl_trainer.config.training import OptimizerSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import Interrupted, RunError
@@ -108,7 +108,7 @@ class Run:
         step = make_step(state, self.criterion, state.scaler, forward, **OPTIONS.get(self.recipe, {}))
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
-        fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs), tracker, saver)
+        fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs, self.epochs), tracker, saver)
         return state
 
 

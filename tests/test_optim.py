@@ -12,7 +12,7 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from tl_trainer.config.schema import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
+from tl_trainer.config.training import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
 from tl_trainer.optim import FACTORS, OPTIMIZERS, Schedule, build_optimizer, parameter_groups
 
 LR = 0.02

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tl_trainer import assembly, run
+import tl_trainer
+from tl_trainer import assembly, checkpoint, run, search
 from tl_trainer.assembly import set_up
 from tl_trainer.config.load import Loaded, load
 from tl_trainer.errors import DataError, Interrupted
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather
+from tl_trainer.resume import resume
 from tl_trainer.tracking import Tracker
 
 WORDS: list[tuple[str, Any]] = [
@@ -82,6 +85,71 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     assert groups[0]["betas"] == (0.5, 0.9)
     training = run.new_training(setup, {"train": setup.feeds()["train"]}, state, lambda: None)
     assert (training.step.clip_norm, training.step.gather) == (0.25, Gather(state, 3, 2))
+
+
+HEAD = {"trainable": "head", "search": "auto"}
+PHASES: dict[str, dict[str, Any]] = {
+    "found": {"phases": [HEAD, {"trainable": "conv5"}, {"trainable": "stage4.2", "epochs": 1}]},
+    "trained": {"phases": [{"trainable": "head", "augment": False}, {"trainable": "conv5"}], "accumulate": 2},
+}
+
+
+def phased(colours: Path, which: str, folder: str = "runs") -> Loaded:
+    """A run in phases; a head that is trained has dropout."""
+    head = {} if which == "found" else {"dropout": 0.3}
+    train = {"epochs": 2, "optimizer": {"name": "adamw", "layer_decay": 0.8}, "schedule": {"name": "cosine"}}
+    words = [
+        ("data.root", str(colours)), *WORDS, ("output.dir", folder), ("features.dir", "cache"),
+        ("model", {"backbone": "shufflenet_v2_x0_5", "weights": "none", "head": head}),
+        ("transforms.train", [{"RandomResizedCrop": 64}]), ("train", {**train, "batch_size": 8, **PHASES[which]}),
+    ]  # fmt: skip
+    return load(None, words)
+
+
+def same_ends(one: Path, other: Path) -> None:
+    for name in ("best.pth", "last.pth"):
+        first, second = checkpoint.load(one / name), checkpoint.load(other / name)
+        assert first.trained.keys() == second.trained.keys()
+        assert all(torch.equal(value, second.trained[key]) for key, value in first.trained.items())
+        assert (first.epoch, first.metrics, first.config["model"]) == (
+            second.epoch,
+            second.metrics,
+            second.config["model"],
+        )
+    rows = [[row.rsplit(",", 1)[0] for row in (run / "metrics.csv").read_text().splitlines()] for run in (one, other)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("which", PHASES)
+def test_phases_are_one_run_that_can_be_stopped_anywhere(
+    colours: Path, which: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SCALINGS", {search.UNIT: search.SCALINGS[search.UNIT]})  # fewer, and another head
+    caplog.set_level("INFO", logger="tl_trainer")
+    whole = run.train(phased(colours, which), None, StopRequest())
+    run_dir = Path(whole["run_dir"])
+    assert whole["epochs"] == 4
+    assert len((run_dir / "metrics.csv").read_text().splitlines()) == 1 + 4
+    assert (run_dir / "search.csv").exists() == (which == "found")
+    count = len(PHASES[which]["phases"])
+    assert [line.split(":")[0] for line in caplog.messages if line.startswith("phase ")] == [
+        f"phase {number} of {count}" for number in range(1, count + 1)
+    ]
+    computed = [line for line in caplog.messages if line.startswith("features of train: ")]
+    assert [int(line.split()[3]) for line in computed] == [24, 48, 24][:count]  # two views, one view
+    assert tl_trainer.load(run_dir).evaluate("val")["top1"] == whole["val"]["top1"]
+
+    looks = [3, 8] if which == "trained" else [42, 45, 52]  # after a batch, a phase, a validation
+    for number, look in enumerate(looks):
+        folder = f"stopped-{number}"
+        try:
+            run.train(phased(colours, which, folder), None, StopsAfter(look))
+        except Interrupted:
+            with resume(f"{folder}/run-1", None, []) as (loaded, resumption):
+                run.train(loaded, resumption, StopRequest())
+        else:
+            pytest.fail(f"the run ended before look {look}")
+        same_ends(Path(folder, "run-1"), run_dir)
 
 
 class StopsAfter(StopRequest):

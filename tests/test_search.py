@@ -219,7 +219,6 @@ def test_a_configured_scaling_is_kept(config: dict[str, object], normalise: str)
     [
         ({"model__head__hidden": [4]}, "hidden layers"),
         ({"transforms__train": [{"Resize": [64, 64]}, "RandomHorizontalFlip"], "features__cache": "off"}, "not kept"),
-        ({"model__trainable": "conv5"}, "stages of the backbone"),
     ],
 )
 def test_where_no_search_is_possible_that_is_said_and_the_head_is_trained(

@@ -32,6 +32,25 @@ def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
             restore(best, [(key, value)])
 
 
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            ["features", "head"],
+            r"phases\[1\]\.trainable: head would freeze what the phase before has trained; train it",
+        ),
+        (
+            ["head", "feature"],
+            r"phases\[1\]\.trainable: unknown stage 'feature'; did you mean 'features'",
+        ),
+    ],
+)
+def test_a_phase_whose_stage_is_wrong_is_named(stages: list[str], said: str) -> None:
+    phases = [{"trainable": stage} for stage in stages]
+    with pytest.raises(ConfigError, match=said):
+        set_up(load("demo", [("model", {"backbone": "alexnet", "weights": "none"}), ("train", {"phases": phases})]))
+
+
 def test_every_wrong_setting_is_named_with_where_it_was_set() -> None:
     words = [("model.weights", "NOPE_V1"), ("model.tap", "nope"), ("transforms.train", ["RandomRotate"])]
     with pytest.raises(ConfigError) as raised:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from tl_trainer import metrics, tasks
-from tl_trainer.config.schema import LossSection
+from tl_trainer.config.training import LossSection
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.metrics import FEWEST, Figures, Scores
 from tl_trainer.plots import confusion_figure, png, reliability_figure

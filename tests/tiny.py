@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.schema import OptimizerSection, ScheduleSection
+from tl_trainer.config.training import OptimizerSection, ScheduleSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch, batch_order
 from tl_trainer.metrics import Scores

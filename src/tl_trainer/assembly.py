@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import PIL
 import torch
@@ -89,14 +90,18 @@ class Parts:
 
     def take_head(self, weight: Tensor, bias: Tensor, *, unit: bool) -> None:
         """Put another linear head, (classes, features) and (classes,), into the classifier and the configuration."""
+        *_, last = self.new_head("l2" if unit else "none")
+        last.load_state_dict({"weight": weight, "bias": bias})
+
+    def new_head(self, normalise: Literal["none", "l2"]) -> nn.Sequential:
+        """Put a head for features scaled like this into the classifier and the configuration."""
         model = self.config.model
-        section = model.head.model_copy(update={"normalise": "l2" if unit else "none"})
+        section = model.head.model_copy(update={"normalise": normalise})
         model = model.model_copy(update={"head": section})
         self.loaded = replace(self.loaded, config=self.config.model_copy(update={"model": model}))
-        head = new_head(self.features, len(self.task.classes), section)
-        *_, last = head
-        last.load_state_dict({"weight": weight, "bias": bias})
-        self.network.classifier.head = head.to(self.network.device)
+        head = new_head(self.features, len(self.task.classes), section).to(self.network.device)
+        self.network.classifier.head = head
+        return head
 
     def scores(self, feed: Feed, name: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
         """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
@@ -116,23 +121,40 @@ class Setup:
     duplicates: list[str]  # what is said of them
     skipped: dict[str, dict[str, str]]  # of each split the images that cannot be read, and why
 
-    def feeds(self) -> dict[str, Feed]:
-        """The batches of each split; what is frozen is computed here where it is not in the cache."""
-        parts, config = self.parts, self.parts.config
-        return parts.feeds.of_run(
-            self.dataset.splits, self.train_pipeline, parts.pipeline, config.features.views, config.train.epochs
-        )
+    def feeds(self, number: int = -1) -> dict[str, Feed]:
+        """The batches of each split in a phase, for which the classifier is thawed; the last has the test split too.
 
-    def new_state(self, batches: int) -> State:
-        """The optimizer and all that changes with it, at the beginning; `batches` is their number in an epoch."""
-        section, network = self.parts.config.train, self.parts.network
-        classifier, alike = network.classifier, section.optimizer.layer_decay == 1 and section.optimizer.decay == "all"
+        What is frozen is computed here where it is not in the cache.
+        """
+        parts, config = self.parts, self.parts.config
+        phase, splits, classifier = config.phases[number], self.dataset.splits, parts.network.classifier
+        if classifier.trainable != phase.trainable:
+            classifier.thaw(phase.trainable)
+            compiled = parts.network.compiled
+            parts.network = Network(classifier, parts.network.device, config.train.precision, compiled=compiled)
+            identity = BackboneIdentity(**{**parts.backbone, "sha256": state_hash(classifier.prefix_state())})
+            parts.feeds = _feeds(config, parts.network, identity)
+        if config.phases[number:][1:]:
+            splits = {name: split for name, split in splits.items() if name != "test"}
+        pipeline = self.train_pipeline if phase.augment else parts.pipeline
+        return parts.feeds.of_run(splits, pipeline, parts.pipeline, config.features.views, phase.epochs)
+
+    def new_state(self, batches: int, number: int = -1, progress: Progress | None = None) -> State:
+        """The optimizer of a phase and all that changes with it, at its beginning; `batches` of an epoch.
+
+        What a later phase draws does not depend on what was drawn before it.
+        """
+        config, network = self.parts.config, self.parts.network
+        phase, begun = config.phases[number], sum(phase.epochs for phase in config.phases[:number])
+        classifier, alike = network.classifier, phase.optimizer.layer_decay == 1 and phase.optimizer.decay == "all"
         trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-        groups = trainable if alike else parameter_groups(classifier.layers(), section.optimizer)
-        optimizer = build_optimizer(groups, section.optimizer)
-        schedule = Schedule(optimizer, section.schedule, section.epochs, batches, section.accumulate)
+        groups = trainable if alike else parameter_groups(classifier.layers(), phase.optimizer)
+        optimizer = build_optimizer(groups, phase.optimizer)
+        schedule = Schedule(optimizer, phase.schedule, phase.epochs, batches, config.train.accumulate)
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
-        return State(network.classifier, optimizer, schedule, scaler, Progress())
+        if begun:
+            torch.manual_seed(config.seed + begun)
+        return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun)
 
 
 def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool = True) -> Setup:

@@ -124,7 +124,8 @@ def _underway(loss: Tensor) -> Callable[[], float]:
 class Training:
     """What `fit` works with. `validate` gives the scores of the validation split.
 
-    `pause` is called after every batch of training and validation: a run may save there, or be ended by an exception.
+    `until` is the last epoch of this phase, `epochs` of the run. `pause` is called after every batch of training and
+    validation: a run may save there, or be ended by an exception.
     """
 
     task: Task
@@ -134,19 +135,20 @@ class Training:
     validate: Callable[[Callable[[], None]], Scores]
     pause: Callable[[], None]
     device: torch.device
+    until: int
     epochs: int
 
 
 def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
-    """Train from where the state stands to the last epoch, validating after each.
+    """Train from where the state stands to the last epoch of its phase, validating after each.
 
     Raises RunError as soon as a loss is not finite, or absurd without falling, and whatever `pause` raises.
     """
     before = math.inf
     state, progress, steps = training.state, training.state.progress, len(training.feed.batches)
-    while progress.epoch < training.epochs:
+    while progress.epoch < training.until:
         name = f"epoch {progress.epoch + 1}/{training.epochs}"
-        first_step = progress.epoch * steps
+        first_step = (progress.epoch - state.begun) * steps
         started = time.perf_counter() - progress.seconds
         lr = state.schedule.set_rate(first_step + max(0, progress.batch - 1))
         state.classifier.train()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn, optim
 
-from tl_trainer.config.schema import OptimizerSection, ScheduleSection
+from tl_trainer.config.training import OptimizerSection, ScheduleSection
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Schedule:
     ) -> None:
         self.optimizer = optimizer
         self.section = section
+        self.epochs = epochs
         self.batches, self.accumulate = batches, accumulate  # of an epoch, of a step
         self.steps_per_epoch = -(-batches // accumulate)
         self.total_steps = epochs * self.steps_per_epoch

@@ -7,9 +7,10 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tl_trainer.assembly import Parts, Setup, set_up
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
+from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.overview import Overview
@@ -62,14 +64,17 @@ def train(
     output = expand(loaded.config.output.dir)
     make_folder(resumption.run_dir if resumption else output, "--output")
     setup = set_up(loaded, last)
+    phases = setup.parts.config.phases
+    begun = _phase_at(phases, last.epoch if last else 0)
+    if last and phases[begun].search == "off":  # what a search has found is that of the run
+        setup.parts.new_head(last.config["model"]["head"]["normalise"])
     template, images = _template(setup), fingerprint(setup.dataset.split("train"))
     if resumption:
         resumption.require_same(template, images, setup.dataset.where)
-    feeds = setup.feeds()
-    state = setup.new_state(len(feeds["train"].batches))
+    feeds = setup.feeds(begun)
+    state = setup.new_state(len(feeds["train"].batches), begun)
     with contextlib.ExitStack() as stack:
-        for feed in feeds.values():
-            stack.callback(feed.batches.close)
+        stack.callback(_close, feeds)
         if resumption:  # its folder is held since before last.pth was read
             run_dir = resumption.run_dir
             resumption.go_on(state)
@@ -79,21 +84,20 @@ def train(
             stack.enter_context(sole_use(run_dir))
         log.info("%s\nrun directory: %s", summary(setup), run_dir)
         with stop:
-            _describe(setup, run_dir)
+            _describe(setup, to_yaml(loaded.config), run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
             saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
-            found, pause = None, partial(_pause, stop, saver)
-            if setup.parts.config.train.search == "auto" and not state.progress.begun:
-                saver.save()  # so that a search that is killed can be resumed
-                found = search(setup, feeds, pause)
-                if found is None and state.progress.found is not None:
-                    raise RunError(f"{run_dir}: the search cannot be repeated here; what it found is in best.pth")
-            if found is not None:
-                _take(found, setup, feeds, tracker, saver)
-            else:
-                with threads_for(_step_size(setup.parts, feeds["train"])):
-                    fit(new_training(setup, feeds, state, pause), tracker, saver)
+        pause = partial(_pause, stop, saver)
+        for number in range(begun, len(phases)):
+            if number > begun:
+                pause()
+                _close(feeds)
+                feeds = setup.feeds(number)  # outside of `stop`, which lets Ctrl-C wait for the next batch
+                stack.callback(_close, feeds)
+                saver.state = setup.new_state(len(feeds["train"].batches), number, saver.state.progress)
+            with stop:
+                found = _phase(setup, number, feeds, tracker, saver, pause)
         if stop.signal is not None:  # it came while the last epoch was saved
             remedy = REMEDY.format(run_dir)
             raise Interrupted(
@@ -101,6 +105,51 @@ def train(
             )
         with _saying_what_is_saved(run_dir):
             return conclude(setup, feeds, tracker, saver, started, found)
+
+
+def _phase(
+    setup: Setup, number: int, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, pause: Callable[[], None]
+) -> Found | None:
+    """Train one phase to its end; the head that was found, where it was not trained."""
+    phases, state = setup.parts.config.phases, saver.state
+    if phases[1:]:
+        log.info("phase %d of %d: %s", number + 1, len(phases), _in_words(phases[number], setup))
+    if phases[number].search == "auto" and not state.progress.begun:
+        saver.save()  # so that a search that is killed can be resumed
+        found = search(setup, feeds, pause)
+        if found is not None:
+            _take(found, setup, feeds, tracker, saver)
+            return found
+        if state.progress.found is not None:
+            raise RunError(f"{saver.run_dir}: the search cannot be repeated here; what it found is in best.pth")
+    with threads_for(_step_size(setup.parts, feeds["train"])):
+        fit(new_training(setup, feeds, state, pause), tracker, saver)
+    return None
+
+
+def _phase_at(phases: Sequence[PhaseSection], epoch: int) -> int:
+    """The phase that is under way after so many epochs; after all of them the last."""
+    ends = accumulate(phase.epochs for phase in phases)
+    return next((number for number, end in enumerate(ends) if epoch < end), len(phases) - 1)
+
+
+def _in_words(phase: PhaseSection, setup: Setup) -> str:
+    if phase.search == "auto":
+        return "the head is looked for"
+    where = {"head": "the head trains", "all": "all stages train"}.get(
+        phase.trainable, f"stages train from {phase.trainable} on"
+    )
+    return f"{where}, {_trained(setup.parts):,} parameters, {phase.epochs} epochs"
+
+
+def _trained(parts: Parts) -> int:
+    """How many parameters train."""
+    return sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
+
+
+def _close(feeds: dict[str, Feed]) -> None:
+    for feed in feeds.values():
+        feed.batches.close()
 
 
 def dry_run(loaded: Loaded) -> dict[str, Any]:
@@ -128,6 +177,7 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
         validate=lambda after_batch: parts.scores(feeds["val"], "val", after_batch),
         pause=pause,
         device=parts.network.device,
+        until=state.begun + state.schedule.epochs,
         epochs=parts.config.train.epochs,
     )
 
@@ -137,10 +187,9 @@ def summary(setup: Setup) -> str:
     parts, splits = setup.parts, setup.dataset.splits
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     overview = "\n".join(Overview.of(setup.dataset).lines())
-    trained = sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
     return (
         f"{counts} images in {len(setup.dataset.classes)} classes\n{overview}\n"
-        f"{parts.backbone['name']} ({parts.backbone['weights']}), {trained:,} parameters train\n"
+        f"{parts.backbone['name']} ({parts.backbone['weights']}), {_trained(parts):,} parameters train\n"
         f"{parts.network.describe()}"
     )
 
@@ -166,14 +215,14 @@ def _saying_what_is_saved(run_dir: Path) -> Iterator[None]:
 
 def _step_size(parts: Parts, feed: Feed) -> int:
     """The multiply-adds of a training step, about; of one with images more than any threshold."""
-    weights = sum(value.numel() for value in parts.network.classifier.trained_state().values())
-    return weights * parts.config.train.batch_size if isinstance(feed.batches, FeatureBatches) else sys.maxsize
+    return _trained(parts) * parts.config.train.batch_size if isinstance(feed.batches, FeatureBatches) else sys.maxsize
 
 
 def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver) -> None:
     """Make the head that was found the result of the run, as the best epoch of a training would be."""
     parts, started, progress = setup.parts, time.perf_counter(), saver.state.progress
-    asked, epochs = progress.found or parts.config.model.head.normalise, parts.config.train.epochs
+    asked = progress.found or parts.config.model.head.normalise
+    epochs = saver.state.begun + saver.state.schedule.epochs
     parts.take_head(found.weight, found.bias, unit=found.unit)
     saver.template = replace(saver.template, config=parts.config.model_dump())
     train, val = (parts.scores(feeds[name], name) for name in ("train", "val"))
@@ -205,8 +254,8 @@ def _template(setup: Setup) -> Checkpoint:
     )
 
 
-def _describe(setup: Setup, run_dir: Path) -> None:
-    write_text(run_dir / "config.yaml", to_yaml(setup.parts.config))
+def _describe(setup: Setup, config: str, run_dir: Path) -> None:
+    write_text(run_dir / "config.yaml", config)
     write_text(run_dir / "classes.txt", "".join(f"{name}\n" for name in setup.dataset.classes))
     if setup.drawn:
         rows = ((name, split) for split, images in setup.dataset.splits.items() for name in images.names)
@@ -219,8 +268,10 @@ def _tracker(setup: Setup, run_dir: Path, last: Checkpoint | None, make_tracker:
     tracker = make_tracker(run_dir, parts.task, config.train.epochs, tensorboard=tensorboard, done=done)
     if tensorboard and last is None:
         classifier = parts.network.classifier
-        graph = graph_of(((stage.name, stage.module) for stage in classifier.frozen), trained=False)
-        graph += graph_of(((stage.name, stage.module) for stage in classifier.trained), trained=True)
+        stages, changing = classifier.backbone.stages, classifier.changing
+        frozen = stages[: len(stages) - len(changing)]
+        graph = graph_of(((stage.name, stage.module) for stage in frozen), trained=False)
+        graph += graph_of(((stage.name, stage.module) for stage in changing), trained=True)
         graph += graph_of([("head", classifier.head)], trained=True)
         tracker.start(to_yaml(config), graph)
         sample = setup.dataset.split("train").sample(IMAGES_SHOWN)

@@ -92,13 +92,14 @@ class Progress(BaseModel):
 
 @dataclass
 class State:
-    """The objects that change while a run trains."""
+    """The objects that change while a run trains. begun: the epochs before this phase of it."""
 
     classifier: Classifier
     optimizer: optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
     progress: Progress
+    begun: int = 0
 
     def resume_data(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
@@ -115,8 +116,14 @@ class State:
         }
 
     def restore(self, trained: dict[str, Tensor], resume: dict[str, Any]) -> None:
-        """The reverse of `resume_data`, bit for bit. Raises whatever torch raises for what does not fit."""
+        """The reverse of `resume_data`, bit for bit. Raises whatever torch raises for what does not fit.
+
+        At the end of a phase only weights and progress are taken: another optimizer begins.
+        """
         self.classifier.load_trained_state(trained)
+        self.progress = Progress.model_validate(resume["progress"])
+        if 0 < self.begun == self.progress.epoch and not self.progress.batch:
+            return
         self.optimizer.load_state_dict(resume["optimizer"])
         for weight, kept in self.optimizer.state.items():  # which torch would only find out in its first step
             for name, value in kept.items():
@@ -131,7 +138,6 @@ class State:
                 raise ValueError(f"the schedule's {name} is {shown(found)}")
             plateau[name] = found
         self.scaler.load_state_dict(resume["scaler"])
-        self.progress = Progress.model_validate(resume["progress"])
         if self.progress.gathered:
             for weight, gradient in zip(weights_of(self.optimizer), resume["gradients"], strict=True):
                 weight.grad = None if gradient is None else gradient.to(weight.device)

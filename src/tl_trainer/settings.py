@@ -79,7 +79,20 @@ def _check_stages(config: Config) -> None:
     except SettingError:  # which the check before has said
         return
     backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
-    classifier = Classifier(backbone, nn.Identity(), model.trainable, freeze_batchnorm=config.train.freeze_batchnorm)
+    phases, frozen = config.train.phases, len(backbone.stages)
+    start = "all" if phases else model.trainable
+    classifier = Classifier(backbone, nn.Identity(), start, freeze_batchnorm=config.train.freeze_batchnorm)
+    for number, phase in enumerate(phases):
+        key = f"train.phases[{number}].trainable"
+        try:
+            classifier.thaw(phase.trainable)
+        except SettingError as error:
+            raise SettingError(key, error.message) from None
+        if len(classifier.frozen) > frozen:
+            raise SettingError(
+                key, f"{phase.trainable} would freeze what the phase before has trained; train it in all later phases"
+            )
+        frozen = len(classifier.frozen)
     if classifier.trains_batch_norm and config.train.batch_size == 1:
         raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
 
@@ -93,7 +106,7 @@ def check_views(config: Config, pipeline: Pipeline) -> None:
         raise SettingError(
             "features.views", "transforms.train has nothing random, so all views are the same; set it to auto"
         )
-    if config.model.trainable == "all":
+    if all(phase.trainable == "all" for phase in config.phases):
         raise SettingError(
             "features.views", "model.trainable is all, so there are no frozen features to keep; set it to auto"
         )

@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 from typing_extensions import TypedDict
 
 from tl_trainer import metrics
-from tl_trainer.config.schema import LossSection
+from tl_trainer.config.training import LossSection
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import Figures, Scores

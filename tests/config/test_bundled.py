@@ -25,6 +25,7 @@ def test_these_are_bundled() -> None:
         "default.yaml",
         "demo.yaml",
         "dinov2.yaml",
+        "finetune.yaml",
         "flowers102.yaml",
         "imagefolder-alexnet.yaml",
     ]

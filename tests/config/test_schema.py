@@ -14,16 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from tl_trainer.config.load import load, to_json_schema, to_yaml
-from tl_trainer.config.schema import (
-    Config,
-    OptimizerName,
-    OptimizerSection,
-    Precision,
-    ScheduleName,
-    ScheduleSection,
-    expand,
-)
+from tl_trainer.config.schema import Config, expand
 from tl_trainer.config.schema import Source as SourceName
+from tl_trainer.config.training import OptimizerName, OptimizerSection, Precision, ScheduleName, ScheduleSection
 from tl_trainer.optim import FACTORS, OPTIMIZERS
 
 
@@ -45,7 +38,7 @@ KEYS = """
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
     model.head.normalise
     features.cache features.views features.dir features.limit_gb performance.compile
-    train.search train.epochs train.batch_size train.precision
+    train.search train.phases train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
     train.clip_norm train.accumulate train.freeze_batchnorm

@@ -143,6 +143,24 @@ def test_frozen_batch_norm_stays_as_it_is_in_stages_that_train() -> None:
     assert same == {key for key in before if key.startswith(("backbone.model.low.1.", "backbone.model.high.1."))}
 
 
+def test_what_trains_may_change_and_what_is_saved_does_not() -> None:
+    classifier = small_classifier("low.1")
+    saved = set(classifier.trained_state())
+    for trainable in ("head", "high", "low.1"):
+        classifier.thaw(trainable)
+        prefix = classifier.prefix_state()
+        assert {key.split(".")[2] for key in prefix} >= FROZEN_BLOCKS[trainable if trainable != "low.1" else "low"]
+        before = copy.deepcopy(classifier.state_dict())
+        train_a_little(classifier)
+        after = classifier.state_dict()
+        same = {key for key, value in after.items() if torch.equal(value, before[key])}
+        idle = {f"backbone.model.{block}.0.bias" for block in ("low", "high")}  # a BatchNorm takes them out again
+        assert same - idle == set(prefix) - idle
+        assert set(prefix) <= same
+        assert set(classifier.trained_state()) == saved
+    assert set(classifier.frozen_state()) == set(prefix)
+
+
 def test_layers_are_the_parameters_that_train_from_the_head_down() -> None:
     names = [(layer, [*parameters]) for layer, parameters in small_classifier("low.1").layers()]
     inside = "backbone.model."

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -373,14 +373,14 @@ def _key_path(location: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel]
     path: list[str | int] = []
     section: type[BaseModel] | None = Config
     for part in location:
-        if section is not None:
+        if isinstance(part, int):  # of a list, whose items may be sections
             path.append(part)
-            known = section.model_fields.get(str(part))
+        elif section is not None:
+            path.append(part)
+            known = section.model_fields.get(part)
             if known is None:
                 return tuple(path), section
-            section = _section(known.annotation)
-        elif isinstance(part, int):
-            path.append(part)
+            section = _section(known.annotation) or _section(*get_args(known.annotation)[:1] or (None,))
     return tuple(path), section
 
 

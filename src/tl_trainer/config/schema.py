@@ -7,49 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
+
+from tl_trainer.config.section import Section
+from tl_trainer.config.training import PhaseSection, TrainSection
 
 Source = Literal["imagefolder", "csv", "cifar10", "cifar100", "flowers102", "demo"]
-OptimizerName = Literal["sgd", "adam", "adamw"]
-ScheduleName = Literal["constant", "cosine", "step", "plateau"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TransformItem = str | dict[str, Any]
 Transforms = Literal["default", "eval"] | list[TransformItem]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys and values of another type are refused, nothing is coerced."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class NamedSection(Section):
-    """A section whose `name` decides which of its keys mean anything; the others are refused, and never dumped."""
-
-    only_for: ClassVar[dict[str, tuple[str, ...]]] = {}
-    name: str
-
-    @model_validator(mode="after")
-    def _refuse_meaningless(self) -> NamedSection:
-        for key, names in self.only_for.items():
-            if key in self.model_fields_set and self.name not in names:
-                raise ValueError(f"{key} is only for {' and '.join(names)}, and name is {self.name}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_meaningless(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if self.name in self.only_for.get(key, (self.name,))}
 
 
 class CsvSection(Section):
@@ -188,114 +155,6 @@ class PerformanceSection(Section):
     )
 
 
-class OptimizerSection(NamedSection):
-    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
-        "momentum": ("sgd",),
-        "nesterov": ("sgd",),
-        "betas": ("adam", "adamw"),
-    }
-    name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
-    lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
-    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
-    nesterov: bool = Field(False, description="Nesterov momentum for sgd.")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999],
-        min_length=2,
-        max_length=2,
-        description="How much of the running means of the gradient and of its square adam and adamw keep per update.",
-    )
-    decay: Literal["all", "weights"] = Field(
-        "all",
-        description="What weight_decay is for: all, or weights, which are neither biases nor parameters of norms nor "
-        "position embeddings.",
-    )
-    layer_decay: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="What the rate is multiplied by with each stage further from the head; 1 is the same for all.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerSection:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class ScheduleSection(NamedSection):
-    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
-        "step_epochs": ("step",),
-        "patience": ("plateau",),
-        "factor": ("step", "plateau"),
-    }
-    name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of the val loss).")
-    warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the rate rises linearly from near 0.")
-    step_epochs: int = Field(10, ge=1, description="Epochs between two cuts of step.")
-    patience: int = Field(3, ge=0, description="Epochs without a lower val loss before plateau cuts the rate.")
-    factor: float = Field(0.1, gt=0, lt=1, description="What step and plateau multiply the rate by.")
-
-
-class LossSection(Section):
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Mass of the target spread evenly over all classes.")
-    class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced weighs each class by the inverse of its number of training images."
-    )
-
-
-def _by_name(shown: Any) -> BeforeValidator:
-    """Take the name alone for a section; `shown` is what the JSON Schema tells."""
-    return BeforeValidator(
-        lambda given: {"name": given} if isinstance(given, str) else given, json_schema_input_type=shown
-    )
-
-
-class TrainSection(Section):
-    search: Literal["auto", "off"] = Field(
-        "auto",
-        description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
-        "are kept and the head is a single Linear; off trains it, which is the default where epochs, optimizer or "
-        "schedule is set.",
-    )
-    epochs: int = Field(10, ge=1, description="Passes over the training images.")
-    batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
-    optimizer: Annotated[OptimizerSection, _by_name(OptimizerName | OptimizerSection)] = Field(
-        default_factory=OptimizerSection, description="What updates the weights; a name alone is {name: ...}."
-    )
-    schedule: Annotated[ScheduleSection, _by_name(ScheduleName | ScheduleSection)] = Field(
-        default_factory=ScheduleSection, description="How the learning rate changes; a name alone is {name: ...}."
-    )
-    loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
-    clip_norm: float | None = Field(
-        None, gt=0, description="The largest norm of all gradients together; null does not limit it."
-    )
-    accumulate: int = Field(
-        1, ge=1, description="Batches per update of the weights, which takes the mean gradient over their images."
-    )
-    freeze_batchnorm: bool = Field(
-        False,
-        description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
-    )
-    precision: Precision = Field(
-        "auto",
-        description="fp32, bf16, fp16 (CUDA), or auto: for what is frozen bf16 where the device has it natively, for "
-        "the stages that train bf16 on a GPU.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainSection:
-        if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs is {self.schedule.warmup_epochs:g}, more than epochs ({self.epochs})"
-            )
-        trains = {"epochs", "clip_norm", "accumulate"}
-        says_how = self.model_fields_set & trains or self.optimizer.model_fields_set | self.schedule.model_fields_set
-        if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
-            object.__setattr__(self, "search", "off")
-        return self
-
-
 class OutputSection(Section):
     dir: str = Field("runs", description="The folder in which each run gets its own folder.")
     tensorboard: bool = Field(True, description="Whether to write TensorBoard event files into the run folder.")
@@ -318,6 +177,26 @@ class Config(Section):
     )
     train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
     output: OutputSection = Field(default_factory=OutputSection, description="What a run writes, and where.")
+
+    @model_validator(mode="after")
+    def _complete_phases(self) -> Config:
+        """The last phase decides `model.trainable`; and what is to train from a stage on starts from a found head."""
+        if not self.train.phases and self.train.search == "auto" and self.model.trainable != "head":
+            object.__setattr__(self, "train", self.train.after_a_search(self.model.trainable))
+        if self.train.phases:
+            last = self.train.phases[-1].trainable
+            if "trainable" in self.model.model_fields_set and self.model.trainable != last:
+                raise ValueError(
+                    f"model.trainable is {self.model.trainable}, and the last of train.phases trains {last}; leave "
+                    "model.trainable out"
+                )
+            object.__setattr__(self, "model", self.model.model_copy(update={"trainable": last}))
+        return self
+
+    @property
+    def phases(self) -> list[PhaseSection]:
+        """What is done one after the other: `train.phases`, else all of it as one."""
+        return self.train.phases or [self.train.as_phase(self.model.trainable)]
 
     @field_validator("device")
     @classmethod

@@ -25,14 +25,20 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.freeze_batchnorm = freeze_batchnorm
-        stages = backbone.stages
+        self.thaw(trainable)
+        self.changing = self.trained  # in this phase or in another
+
+    def thaw(self, trainable: str) -> None:
+        """Have another part of what is `changing` train."""
+        stages = self.backbone.stages
         start = {"head": len(stages), "all": 0}.get(trainable)
-        start = backbone.index(trainable) if start is None else start
+        start = self.backbone.index(trainable) if start is None else start
+        self.trainable = trainable
         self.frozen: list[Stage] = stages[:start]
         self.trained: list[Stage] = stages[start:]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not self._is_frozen(name))
-        for norm in self._norms() if freeze_batchnorm else ():
+            parameter.requires_grad_(_is_one_of(self.trained, name))
+        for norm in self._norms() if self.freeze_batchnorm else ():
             norm.requires_grad_(False)
         self.train(self.training)
 
@@ -80,12 +86,16 @@ class Classifier(nn.Module):
         return layers
 
     def trained_state(self) -> State:
-        """The tensors that training changes: the suffix, its BatchNorm statistics, and the head."""
-        return {key: value for key, value in self.state_dict().items() if not self._is_frozen(key)}
+        """The tensors that training changes: those of the stages that are `changing`, and the head's."""
+        return {key: value for key, value in self.state_dict().items() if _is_one_of(self.changing, key)}
 
     def frozen_state(self) -> State:
         """The tensors that training leaves as they are."""
-        return {key: value for key, value in self.state_dict().items() if self._is_frozen(key)}
+        return {key: value for key, value in self.state_dict().items() if not _is_one_of(self.changing, key)}
+
+    def prefix_state(self) -> State:
+        """The tensors that this phase leaves as they are."""
+        return {key: value for key, value in self.state_dict().items() if not _is_one_of(self.trained, key)}
 
     def load_trained_state(self, state: State) -> None:
         """Fill what `trained_state` gives; AssertionError where the keys are not the same."""
@@ -100,6 +110,8 @@ class Classifier(nn.Module):
         """The BatchNorm of the stages that train."""
         return [module for stage in self.trained for module in stage.module.modules() if isinstance(module, _BatchNorm)]
 
-    def _is_frozen(self, key: str) -> bool:
-        name = key.removeprefix("backbone.model.")
-        return name != key and not any(stage.owns(name) for stage in self.trained)
+
+def _is_one_of(stages: list[Stage], key: str) -> bool:
+    """Whether the tensor is the head's or one of the stages'."""
+    name = key.removeprefix("backbone.model.")
+    return name == key or any(stage.owns(name) for stage in stages)

@@ -1,0 +1,215 @@
+"""The section `train` of the configuration: every key, its range, its default and its description."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tl_trainer.config.section import NamedSection, Section
+
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["constant", "cosine", "step", "plateau"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class OptimizerSection(NamedSection):
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "momentum": ("sgd",),
+        "nesterov": ("sgd",),
+        "betas": ("adam", "adamw"),
+    }
+    name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
+    lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    nesterov: bool = Field(False, description="Nesterov momentum for sgd.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="How much of the running means of the gradient and of its square adam and adamw keep per update.",
+    )
+    decay: Literal["all", "weights"] = Field(
+        "all",
+        description="What weight_decay is for: all, or weights, which are neither biases nor parameters of norms nor "
+        "position embeddings.",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="What the rate is multiplied by with each stage further from the head; 1 is the same for all.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSection:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class ScheduleSection(NamedSection):
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "step_epochs": ("step",),
+        "patience": ("plateau",),
+        "factor": ("step", "plateau"),
+    }
+    name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of the val loss).")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the rate rises linearly from near 0.")
+    step_epochs: int = Field(10, ge=1, description="Epochs between two cuts of step.")
+    patience: int = Field(3, ge=0, description="Epochs without a lower val loss before plateau cuts the rate.")
+    factor: float = Field(0.1, gt=0, lt=1, description="What step and plateau multiply the rate by.")
+
+
+class LossSection(Section):
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Mass of the target spread evenly over all classes.")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced weighs each class by the inverse of its number of training images."
+    )
+
+
+def _by_name(shown: Any) -> BeforeValidator:
+    """Take the name alone for a section; `shown` is what the JSON Schema tells."""
+    return BeforeValidator(
+        lambda given: {"name": given} if isinstance(given, str) else given, json_schema_input_type=shown
+    )
+
+
+class PhaseSection(Section):
+    """What is left out comes from `train`, so that a phase is always complete; a phase that searches is one epoch."""
+
+    trainable: str = Field(description="Where training starts in this phase, as in model.trainable.")
+    search: Literal["auto", "off"] = Field("off", description="As in train, for the first phase.")
+    augment: bool = Field(
+        True,
+        description="Whether training images go through transforms.train; false takes transforms.eval, which is the "
+        "default of a phase that searches.",
+    )
+    epochs: int = Field(10, ge=1, description="Passes over the training images.")
+    optimizer: Annotated[OptimizerSection, _by_name(OptimizerName | OptimizerSection)] = Field(
+        default_factory=OptimizerSection, description="What updates the weights; a name alone is {name: ...}."
+    )
+    schedule: Annotated[ScheduleSection, _by_name(ScheduleName | ScheduleSection)] = Field(
+        default_factory=ScheduleSection, description="How the learning rate changes; a name alone is {name: ...}."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PhaseSection:
+        _check_warmup(self)
+        if self.search == "auto" and self.trainable != "head":
+            raise ValueError(f"search finds a head, and trainable is {self.trainable}; set it to head")
+        return self
+
+
+class TrainSection(Section):
+    search: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
+        "are kept and the head is a single Linear; off trains it, which is the default where epochs, optimizer or "
+        "schedule is set.",
+    )
+    phases: list[PhaseSection] = Field(
+        default_factory=list,
+        description="Phases of the run, one after the other, as a list of {trainable, search, augment, epochs, "
+        "optimizer, schedule}; what one leaves out is that of train. Empty is a single phase.",
+    )
+    epochs: int = Field(10, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
+    optimizer: Annotated[OptimizerSection, _by_name(OptimizerName | OptimizerSection)] = Field(
+        default_factory=OptimizerSection, description="What updates the weights; a name alone is {name: ...}."
+    )
+    schedule: Annotated[ScheduleSection, _by_name(ScheduleName | ScheduleSection)] = Field(
+        default_factory=ScheduleSection, description="How the learning rate changes; a name alone is {name: ...}."
+    )
+    loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
+    clip_norm: float | None = Field(
+        None, gt=0, description="The largest norm of all gradients together; null does not limit it."
+    )
+    accumulate: int = Field(
+        1, ge=1, description="Batches per update of the weights, which takes the mean gradient over their images."
+    )
+    freeze_batchnorm: bool = Field(
+        False,
+        description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
+    )
+    precision: Precision = Field(
+        "auto",
+        description="fp32, bf16, fp16 (CUDA), or auto: for what is frozen bf16 where the device has it natively, for "
+        "the stages that train bf16 on a GPU.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_phases(cls, train: Any) -> Any:
+        phases = train.get("phases") if isinstance(train, dict) else None
+        if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+            return train
+        for number, phase in enumerate(phases):
+            if "trainable" not in phase:
+                raise ValueError(f"phases[{number}] has no trainable; set it to head, a stage name or all")
+        taken = any("epochs" not in phase and phase.get("search") != "auto" for phase in phases)
+        filled = [_filled(phase, train) for phase in phases]
+        epochs = [phase["epochs"] for phase in filled if type(phase["epochs"]) is int]
+        if epochs and not taken and train.get("epochs", sum(epochs)) != sum(epochs):
+            raise ValueError(f"epochs is {train['epochs']}, and its phases have {sum(epochs)}; set them in the phases")
+        return {**train, "phases": filled}
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if not self.phases:
+            _check_warmup(self)
+        elif self.search == "auto" and "search" in self.model_fields_set:
+            raise ValueError("search is for a run without phases; set it in the first phase")
+        elif any(phase.search == "auto" for phase in self.phases[1:]):
+            raise ValueError("search is for the first phase: the others go on with its head")
+        trains = {"epochs", "phases", "clip_norm", "accumulate"}
+        says_how = self.model_fields_set & trains or self.optimizer.model_fields_set | self.schedule.model_fields_set
+        if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
+            object.__setattr__(self, "search", "off")
+        if self.phases:
+            object.__setattr__(self, "epochs", sum(phase.epochs for phase in self.phases))
+        return self
+
+    def as_phase(self, trainable: str) -> PhaseSection:
+        """The whole run as one phase."""
+        return PhaseSection(
+            trainable=trainable,
+            search=self.search,
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+        )
+
+    def after_a_search(self, trainable: str) -> TrainSection:
+        """The same with a phase before it that finds the head."""
+        first = PhaseSection(trainable="head", search="auto", augment=False, epochs=1)
+        trained = self.model_copy(update={"search": "off"})
+        phases = [first, trained.as_phase(trainable)]
+        return trained.model_copy(update={"phases": phases, "epochs": sum(phase.epochs for phase in phases)})
+
+
+def _filled(phase: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    """The phase with what it leaves out: of its optimizer and its schedule each key that its name has.
+
+    One that searches takes only defaults, with which the head is trained where no search is possible.
+    """
+    searches = phase.get("search") == "auto"
+    found = {"epochs": 1 if searches else train.get("epochs", 10), "augment": not searches, **phase}
+    sections: dict[str, type[NamedSection]] = {"optimizer": OptimizerSection, "schedule": ScheduleSection}
+    for key, section in sections.items():
+        own, others = (
+            {"name": given} if isinstance(given, str) else given or {}
+            for given in (phase.get(key), None if searches else train.get(key))
+        )
+        if isinstance(own, dict) and isinstance(others, dict):
+            name = own.get("name", others.get("name", section.model_fields["name"].default))
+            only_for = section.only_for
+            found[key] = {k: v for k, v in others.items() if k not in only_for or name in only_for[k]} | own
+    return found
+
+
+def _check_warmup(section: PhaseSection | TrainSection) -> None:
+    warmup = section.schedule.warmup_epochs
+    if warmup > section.epochs:
+        raise ValueError(f"schedule.warmup_epochs is {warmup:g}, more than epochs ({section.epochs})")
