@@ -11,7 +11,7 @@ import csv
 import math
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather, Step, Training, fit
 from tl_trainer.metrics import Figures, Scores
+from tl_trainer.optim import Average
 from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
 from tl_trainer.tasks import SingleLabel
@@ -78,6 +79,8 @@ class Run:
         path = self.folder / "last.pth"
         last = load(path) if path.exists() else None
         state = tiny_state(7 if last else 3, self.epochs, *RECIPES[self.recipe])  # a resume must not need the seed
+        if self.recipe == "sgd-plateau":
+            state.average = Average(state.classifier.trained_state(), 0.9)
         stop = StopRequest()
         saver = Saver(self.folder, tiny_template(), state)
         tracker = Tracker(self.folder, self.task, self.epochs, tensorboard=False, done=last.epoch if last else 0)
@@ -106,6 +109,7 @@ class Run:
         names = [f"{index}.jpg" for index in range(IMAGES)]
         split = Split(Files([Path(name) for name in names], names), [0] * IMAGES, range(IMAGES))
         step = make_step(state, self.criterion, state.scaler, forward, **OPTIONS.get(self.recipe, {}))
+        step = replace(step, average=state.average)
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
         fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs, self.epochs), tracker, saver)
@@ -155,6 +159,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for name in ("best.pth", "last.pth"):
         one, other = load(found / name), load(expected / name)
         assert_same_weights(one.trained, other.trained)
+        if one.resume and "average" in one.resume:
+            assert_same_weights(one.resume["average"][1], (other.resume or {})["average"][1])
         assert (one.epoch, one.metrics, one.frozen) == (other.epoch, other.metrics, other.frozen)
 
 

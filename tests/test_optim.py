@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from tl_trainer.config.training import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
-from tl_trainer.optim import FACTORS, OPTIMIZERS, Schedule, build_optimizer, parameter_groups
+from tl_trainer.optim import FACTORS, OPTIMIZERS, Average, Schedule, build_optimizer, parameter_groups
 
 LR = 0.02
 
@@ -85,6 +85,24 @@ def test_each_layer_has_its_rate_and_only_weights_decay(caplog: pytest.LogCaptur
     assert [group["lr"] for group in optimizer.param_groups] == [rate for _, rate, _ in table]
     decaying = parameter_groups(layers, OptimizerSection(name="adamw", lr=LR, weight_decay=0.3, layer_decay=0.5))
     assert [group["weight_decay"] for group in decaying] == [0.3] * 3
+
+
+def test_an_average_is_the_formula() -> None:
+    changing = {"weight": torch.zeros(3), "count": torch.tensor(0)}
+    average, expected = Average(changing, 0.5), torch.zeros(3)
+    for number in range(1, 30):
+        changing["weight"].copy_(torch.randn(3))
+        changing["count"] += 1
+        average.update()
+        keep = min(0.5, (1 + number) / (10 + number))
+        expected = keep * expected + (1 - keep) * changing["weight"]
+    torch.testing.assert_close(average.tensors["weight"], expected)
+    assert average.tensors["count"] == 29
+    now = changing["weight"].clone()
+    with pytest.raises(KeyboardInterrupt), average.in_place():
+        assert torch.equal(changing["weight"], average.tensors["weight"])
+        raise KeyboardInterrupt
+    assert torch.equal(changing["weight"], now)
 
 
 def test_the_names_are_those_of_the_schema() -> None:

@@ -90,7 +90,11 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
 HEAD = {"trainable": "head", "search": "auto"}
 PHASES: dict[str, dict[str, Any]] = {
     "found": {"phases": [HEAD, {"trainable": "conv5"}, {"trainable": "stage4.2", "epochs": 1}]},
-    "trained": {"phases": [{"trainable": "head", "augment": False}, {"trainable": "conv5"}], "accumulate": 2},
+    "trained": {
+        "phases": [{"trainable": "head", "augment": False}, {"trainable": "conv5"}],
+        "accumulate": 2,
+        "ema": {"decay": 0.9},
+    },
 }
 
 
@@ -137,6 +141,8 @@ def test_phases_are_one_run_that_can_be_stopped_anywhere(
     ]
     computed = [line for line in caplog.messages if line.startswith("features of train: ")]
     assert [int(line.split()[3]) for line in computed] == [24, 48, 24][:count]  # two views, one view
+    averages = [line for line in caplog.messages if line.startswith("average of the weights: val ")]
+    assert len(averages) == (4 if which == "trained" else 0)
     assert tl_trainer.load(run_dir).evaluate("val")["top1"] == whole["val"]["top1"]
 
     looks = [3, 8] if which == "trained" else [42, 45, 52]  # after a batch, a phase, a validation

@@ -37,7 +37,7 @@ from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import build_head
 from tl_trainer.models.weights import state_hash
-from tl_trainer.optim import Schedule
+from tl_trainer.optim import Average, Schedule
 from tl_trainer.run import _pause
 from tl_trainer.saver import EpochDone, Progress, Saver, State
 from tl_trainer.tasks import SingleLabel
@@ -72,6 +72,20 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_average_that_is_better_is_what_is_kept(tmp_path: Path) -> None:
+    state = tiny_state(3, 2, {}, {})
+    state.average = Average(state.classifier.trained_state(), 0.9)
+    saver = Saver(tmp_path, tiny_template(), state)
+    for value in state.classifier.trained_state().values():
+        value += 1
+    for better in (False, True):
+        state.average.better = better
+        saver.improved(SCORES)
+        assert saver.best is not None
+        kept = state.average.tensors if better else state.classifier.trained_state()
+        assert all(torch.equal(value, saver.best.trained[key]) for key, value in kept.items())
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from tl_trainer.models.heads import build_head
 from tl_trainer.models.prefix import pays_to_compile
 from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
-from tl_trainer.optim import Schedule, build_optimizer, parameter_groups
+from tl_trainer.optim import Average, Schedule, build_optimizer, parameter_groups
 from tl_trainer.saver import Progress, State
 from tl_trainer.settings import (
     NOT_TAKEN,
@@ -154,7 +154,9 @@ class Setup:
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
         if begun:
             torch.manual_seed(config.seed + begun)
-        return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun)
+        decay = config.train.ema.decay
+        average = None if decay is None else Average(classifier.trained_state(), decay)
+        return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun, average)
 
 
 def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool = True) -> Setup:

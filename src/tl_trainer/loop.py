@@ -17,7 +17,7 @@ from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
-from tl_trainer.optim import weights_of
+from tl_trainer.optim import Average, weights_of
 from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
@@ -50,9 +50,9 @@ class Gather:
 class Step:
     """A batch -> an update of the weights.
 
-    What else a step may do, such as mixing images, averaging weights or learning from a teacher, is a line or a small
-    function here; the loop knows none of it. clip_norm: as `train.clip_norm`. gather: None where every batch is an
-    update.
+    What else a step may do, such as mixing images or learning from a teacher, is a line or a small function here; the
+    loop knows none of it. clip_norm: as `train.clip_norm`. gather: None where every batch is an update. average: None
+    where none is kept.
     """
 
     forward: Forward
@@ -61,6 +61,7 @@ class Step:
     scaler: torch.amp.GradScaler
     clip_norm: float | None = None
     gather: Gather | None = None
+    average: Average | None = None
 
     def __call__(self, batch: Batch) -> float:
         """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
@@ -99,6 +100,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
 
     def loss(self, batch: Batch) -> Tensor:
         """The batch's mean loss, a scalar with its graph."""

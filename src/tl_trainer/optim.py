@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 from tl_trainer.config.training import OptimizerSection, ScheduleSection
 
@@ -66,6 +68,49 @@ def parameter_groups(
 def weights_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
     """The weights that it updates, in its order."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+class Average:
+    """The exponential moving average of tensors that change (Polyak & Juditsky, 1992); `better` is for its user.
+
+    After n updates an update keeps min(decay, (1 + n) / (10 + n)) of it, so that the beginning is soon forgotten.
+    Tensors of integers, such as counts of batches, are those of the last update.
+    """
+
+    def __init__(self, changing: Mapping[str, Tensor], decay: float) -> None:
+        self.changing, self.decay, self.better = changing, decay, False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with the tensors as they are."""
+        self.updates = 0
+        self.tensors = {key: value.detach().clone() for key, value in self.changing.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the tensors as they are now."""
+        self.updates += 1
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for key, average in self.tensors.items():
+            if average.is_floating_point():
+                average.lerp_(self.changing[key], 1 - keep)
+            else:
+                average.copy_(self.changing[key])
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the average takes the place of the tensors."""
+        kept = {key: value.detach().clone() for key, value in self.changing.items()}
+        self._put(self.tensors)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            self.changing[key].copy_(value)
 
 
 def _betas(section: OptimizerSection) -> tuple[float, float]:

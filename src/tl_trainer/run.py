@@ -32,6 +32,7 @@ from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Gather, Step, Training, fit
+from tl_trainer.metrics import Scores
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import RESULT
@@ -173,13 +174,27 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
         task=parts.task,
         state=state,
         feed=feed,
-        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather),
-        validate=lambda after_batch: parts.scores(feeds["val"], "val", after_batch),
+        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather, state.average),
+        validate=lambda after_batch: _validated(parts, feeds["val"], state, after_batch),
         pause=pause,
         device=parts.network.device,
         until=state.begun + state.schedule.epochs,
         epochs=parts.config.train.epochs,
     )
+
+
+def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[], None]) -> Scores:
+    """The scores of the weights, or those of their average where these are better."""
+    scores, average = parts.scores(feed, "val", after_batch), state.average
+    if average is None:
+        return scores
+    with average.in_place():  # without `after_batch`, which may save the weights
+        others = parts.scores(feed, "val of the average")
+    figures, task = parts.task.figures(others), parts.task
+    average.better = task.better(figures, task.figures(scores))
+    said = "better, and the epoch's" if average.better else "no better"
+    log.info("average of the weights: val %.4f  %s, %s", figures["loss"], task.in_words(figures), said)
+    return others if average.better else scores
 
 
 def summary(setup: Setup) -> str:

@@ -20,7 +20,7 @@ from tl_trainer.ground.files import keep_previous
 from tl_trainer.ground.wording import shown
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.optim import Schedule, weights_of
+from tl_trainer.optim import Average, Schedule, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class State:
     scaler: torch.amp.GradScaler
     progress: Progress
     begun: int = 0
+    average: Average | None = None
 
     def resume_data(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
@@ -112,6 +113,7 @@ class State:
             "gradients": [w.grad for w in weights_of(self.optimizer)] if self.progress.gathered else [],
             "plateau": dict(self.schedule.plateau),
             "scaler": self.scaler.state_dict(),
+            **({"average": [self.average.updates, self.average.tensors]} if self.average else {}),
             "random": random_state,
         }
 
@@ -121,6 +123,8 @@ class State:
         At the end of a phase only weights and progress are taken: another optimizer begins.
         """
         self.classifier.load_trained_state(trained)
+        if self.average:
+            self.average.restart()
         self.progress = Progress.model_validate(resume["progress"])
         if 0 < self.begun == self.progress.epoch and not self.progress.batch:
             return
@@ -138,6 +142,10 @@ class State:
                 raise ValueError(f"the schedule's {name} is {shown(found)}")
             plateau[name] = found
         self.scaler.load_state_dict(resume["scaler"])
+        if self.average:
+            self.average.updates, tensors = resume["average"]
+            for key, value in self.average.tensors.items():
+                value.copy_(tensors[key])
         if self.progress.gathered:
             for weight, gradient in zip(weights_of(self.optimizer), resume["gradients"], strict=True):
                 weight.grad = None if gradient is None else gradient.to(weight.device)
@@ -184,9 +192,10 @@ class Saver:
             self.save()
 
     def improved(self, scores: Scores) -> None:
-        """Keep the weights as they are now for best.pth, and the scores from which its temperature will be fitted."""
-        progress = self.state.progress
-        trained = {key: value.detach().cpu().clone() for key, value in self.state.classifier.trained_state().items()}
+        """Keep the weights as they are now, or their average, for best.pth, and the scores for its temperature."""
+        progress, average = self.state.progress, self.state.average
+        chosen = average.tensors if average and average.better else self.state.classifier.trained_state()
+        trained = {key: value.detach().cpu().clone() for key, value in chosen.items()}
         self.best = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best)
         self.best_scores = scores
         self._best_on_disk = False

@@ -41,7 +41,7 @@ KEYS = """
     train.search train.phases train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
-    train.clip_norm train.accumulate train.freeze_batchnorm
+    train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights

@@ -76,6 +76,16 @@ def _by_name(shown: Any) -> BeforeValidator:
     )
 
 
+class EmaSection(Section):
+    decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="How much of the average an update of the weights keeps, such as 0.99; less in the first updates. "
+        "null keeps no average.",
+    )
+
+
 class PhaseSection(Section):
     """What is left out comes from `train`, so that a phase is always complete; a phase that searches is one epoch."""
 
@@ -129,6 +139,10 @@ class TrainSection(Section):
     accumulate: int = Field(
         1, ge=1, description="Batches per update of the weights, which takes the mean gradient over their images."
     )
+    ema: EmaSection = Field(
+        default_factory=EmaSection,
+        description="A moving average of the weights, which is evaluated beside them; the better one is an epoch's.",
+    )
     freeze_batchnorm: bool = Field(
         False,
         description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
@@ -164,7 +178,8 @@ class TrainSection(Section):
         elif any(phase.search == "auto" for phase in self.phases[1:]):
             raise ValueError("search is for the first phase: the others go on with its head")
         trains = {"epochs", "phases", "clip_norm", "accumulate"}
-        says_how = self.model_fields_set & trains or self.optimizer.model_fields_set | self.schedule.model_fields_set
+        sections = (self.optimizer, self.schedule, self.ema)
+        says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         if self.phases:
