@@ -14,8 +14,11 @@ import torch
 import tl_trainer
 from tiny import tiny_classifier
 from tl_trainer.checkpoint import Checkpoint, library_versions, load, save
+from tl_trainer.data.dataset import name_hashes
 from tl_trainer.errors import CheckpointError, RunError
 from tl_trainer.ground.sealed import save_sealed
+
+NAMES = ["ant/1.jpg", "bee/\udcff.jpg"]  # any bytes may be a file's name
 
 
 def example() -> Checkpoint:
@@ -29,7 +32,7 @@ def example() -> Checkpoint:
         frozen={"backbone.model.features.1.num_batches_tracked": torch.tensor(7)},
         epoch=12,
         metrics={"loss": 0.25, "top1": 0.875, "top5": 1.0, "n": 8},
-        val_names=["ant/1.jpg"],
+        val_split=torch.tensor(name_hashes(NAMES)),
         val_images=["cd" * 8],
         temperature=1.25,
         resume={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "random": {"cpu": torch.get_rng_state()}},
@@ -55,6 +58,13 @@ def content_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     return content
 
 
+def older(content: dict[str, Any], version: int) -> dict[str, Any]:
+    """The content of a file of version 2 or 3."""
+    missing = {"val_split", *(["features"] if version == 2 else [])}
+    kept = {key: value for key, value in content.items() if key not in missing}
+    return {**kept, "version": version, "val_names": NAMES}
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "best.pth"
@@ -65,7 +75,7 @@ def test_what_is_saved_comes_back(path: Path) -> None:
     assert_equal(asdict(load(path)), asdict(example_))
 
 
-@pytest.mark.parametrize("name", ["frozen", "metrics", "val_names", "temperature", "resume"])
+@pytest.mark.parametrize("name", ["frozen", "metrics", "val_split", "temperature", "resume"])
 def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
     save(replace(example(), **{name: None}), path)
     assert getattr(load(path), name) is None
@@ -74,7 +84,7 @@ def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
 def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
     assert content["format"] == "tl-trainer checkpoint"
-    assert content["version"] == 3
+    assert content["version"] == 4
     assert content["libraries"] == library_versions()
     assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
     assert content["libraries"]["torch"] == torch.__version__
@@ -91,15 +101,15 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("version", [1, 4])
+@pytest.mark.parametrize("version", [1, 5])
 def test_another_version_says_what_wrote_it(path: Path, version: int) -> None:
     content = content_of(example(), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "9.8.7"}})
-    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 and 3; .*9\.8\.7"):
+    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 to 4; .*9\.8\.7"):
         load(path)
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_backbone_that_was_removed_says_what_wrote_the_file(path: Path, version: int) -> None:
     content = content_of(replace(example(), backbone={**example().backbone, "name": "tiny_resnet"}), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "0.1.2"}})
@@ -121,19 +131,44 @@ def test_the_width_in_a_file_of_version_2_is_that_of_the_heads_first_matrix(path
     """Whatever else trains, and however many layers the head has."""
     trained = dict(tiny_classifier("all").trained_state())
     content = content_of(replace(example(), trained=trained), path)
-    del content["features"]
-    save_sealed(path, {**content, "version": 2})
+    save_sealed(path, older(content, 2))
     assert load(path).features == 4
     assert [value.shape[-1] for value in trained.values() if value.dim() == 2] == [4, 8]
 
 
-def test_a_file_of_version_2_does_not_say_how_wide_the_head_is(path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_of_an_older_version_has_the_names_of_the_validation_split(path: Path, version: int) -> None:
     content = content_of(example(), path)
-    del content["features"]
-    save_sealed(path, {**content, "version": 2})
+    save_sealed(path, older(content, version))
     assert_equal(asdict(load(path)), asdict(example()) | {"trained": content["trained"], "resume": content["resume"]})
+    save_sealed(path, {**older(content, version), "val_names": None})
+    assert load(path).val_split is None
+    for names in ("ant", [1], {}):
+        save_sealed(path, {**older(content, version), "val_names": names})
+        with pytest.raises(CheckpointError, match="damaged checkpoint: val_split is missing or of the wrong kind"):
+            load(path)
+
+
+@pytest.mark.parametrize("split", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), torch.tensor(7), [7]])
+def test_hashes_of_names_are_whole_numbers(path: Path, split: Any) -> None:
+    save_sealed(path, {**content_of(example(), path), "val_split": split})
+    with pytest.raises(CheckpointError, match="damaged checkpoint: val_split is missing or of the wrong kind"):
+        load(path)
+
+
+def test_a_validation_split_takes_eight_bytes_an_image(path: Path) -> None:
+    save(example(), path)
+    before = path.stat().st_size
+    many = torch.tensor(name_hashes(f"class/{number:07}.jpg" for number in range(10_000)))
+    save(replace(example(), val_split=many), path)
+    assert len(many.unique()) == 10_000
+    assert path.stat().st_size - before < 81_000
+
+
+def test_a_file_of_version_2_does_not_say_how_wide_the_head_is(path: Path) -> None:
+    content = older(content_of(example(), path), 2)
     for trained in ({}, {"head.0.bias": torch.zeros(3)}, {1: 2}, None):
-        save_sealed(path, {**content, "version": 2, "trained": trained})
+        save_sealed(path, {**content, "trained": trained})
         with pytest.raises(CheckpointError, match=r"damaged checkpoint: (features|trained) is missing"):
             load(path)
 
@@ -189,7 +224,7 @@ def test_torch_itself_reads_a_checkpoint(path: Path) -> None:
 def test_a_newer_version_may_say_anything_about_what_wrote_it(path: Path, libraries: Any) -> None:
     save_sealed(path, {**content_of(example(), path), "version": "4" * 9999, "libraries": libraries})
     with pytest.raises(
-        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 and 3"
+        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 to 4"
     ) as caught:
         load(path)
     assert len(str(caught.value)) < 500 + len(str(path))

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
 from tl_trainer import checkpoint, run, saver
+from tl_trainer.data.dataset import name_hashes
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.sealed import save_sealed
 
@@ -124,15 +125,19 @@ def test_a_run_that_goes_on_is_not_complete_until_it_has_ended(
 
 
 def test_a_run_of_version_2_is_gone_on_with(tl: Run, colours: Path) -> None:
-    """Its files know neither the width of the head's input nor the size of the images of their backbone."""
-    words = ("--data-dir", colours, "--json", *SMALL)
+    """Its files know neither the width of the head's input nor the size of the images of their backbone, but the names
+    of the validation images."""
+    words = ("--data-dir", colours / "train", "--json", *SMALL)
     whole = last_json(tl("train", *words, "--epochs", 2))
     last_json(tl("train", *words, "--epochs", 1))
     second = RUN.with_name("run-2")
+    with (second / "split.csv").open() as file:
+        names = [name for name, split in csv.reader(file) if split == "val"]
     for name in ("last.pth", "best.pth"):
         content = torch.load(second / name, weights_only=True)
+        assert content.pop("val_split").tolist() == name_hashes(names)
         del content["features"], content["backbone"]["size"]
-        save_sealed(second / name, {**content, "version": 2})
+        save_sealed(second / name, {**content, "version": 2, "val_names": names})
     resumed = last_json(tl("train", "--resume", second, "--epochs", 2, "--json"))
     assert resumed["val"] == whole["val"]
     one, two = (checkpoint.load(run_dir / "last.pth").trained for run_dir in (RUN, second))

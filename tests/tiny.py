@@ -105,7 +105,7 @@ def tiny_template() -> Checkpoint:
         frozen=None,
         epoch=0,
         metrics=None,
-        val_names=["a/1.jpg"],
+        val_split=torch.tensor([7]),
         val_images=["cd" * 8],
     )
 

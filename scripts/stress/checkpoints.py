@@ -203,7 +203,7 @@ def _example(epoch: int, size: int) -> Checkpoint:
         frozen=None,
         epoch=epoch,
         metrics=None,
-        val_names=None,
+        val_split=None,
         val_images=[],
         resume={"progress": {"epoch": epoch}, "images": ""},
     )

@@ -264,7 +264,8 @@ def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | N
     def draw(split: Split) -> set[int]:
         return task.hold_out(split.targets, config.data.val_fraction, config.seed, split.name)
 
-    return with_validation(dataset, draw, saved.val_names if saved else None)
+    drawn = saved.val_split.tolist() if saved and saved.val_split is not None else None
+    return with_validation(dataset, draw, drawn)
 
 
 def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:

@@ -5,23 +5,34 @@ from __future__ import annotations
 import platform
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torchvision
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 import tl_trainer
+from tl_trainer.data.dataset import name_hashes
 from tl_trainer.errors import CheckpointError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed
 from tl_trainer.ground.wording import shown
 
 FORMAT = "tl-trainer checkpoint"
-VERSION = 3
+VERSION = 4
+OLDER = (2, 3)  # which are read too
 REMOVED = "tiny_resnet"  # the backbone that came along while the format was version 2
+
+
+def _is_name_hashes(value: Tensor) -> Tensor:
+    if value.dtype != torch.int64 or value.dim() != 1:
+        raise ValueError("no hashes of names")
+    return value
+
+
+NameHashes = Annotated[Tensor, AfterValidator(_is_name_hashes)]
 
 
 class BackboneIdentity(TypedDict):
@@ -41,9 +52,9 @@ class Checkpoint:
     config: the resolved configuration. classes: names in index order. preprocessing: the evaluation pipeline spelled
     out. backbone: which one, and its weights. features: the size of the head's input. trained: the tensors that
     training changed. frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation
-    figures of these weights. val_names: the validation split, where the run drew it. val_images: the contents of its
-    images. temperature: fitted on these when the run ends, None before, where they are too few, and in last.pth.
-    resume: the optimizer and so on, only in last.pth.
+    figures of these weights. val_split: the `name_hashes` of the validation split, where the run drew it. val_images:
+    the contents of its images. temperature: fitted on these when the run ends, None before, where they are too few, and
+    in last.pth. resume: the optimizer and so on, only in last.pth.
     """
 
     config: dict[str, Any]
@@ -55,7 +66,7 @@ class Checkpoint:
     frozen: dict[str, Tensor] | None
     epoch: NonNegativeInt
     metrics: dict[str, Any] | None
-    val_names: list[str] | None
+    val_split: NameHashes | None
     val_images: list[str]
     temperature: float | None = None
     resume: dict[str, Any] | None = None
@@ -78,8 +89,8 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint of tl-trainer; give best.pth or last.pth of one of its runs")
     version, backbone = content.get("version"), content.get("backbone")
     unknown = None
-    if version not in (2, VERSION):
-        unknown = f"format version {shown(version)}, this tl-trainer reads 2 and {VERSION}"
+    if version not in (*OLDER, VERSION):
+        unknown = f"format version {shown(version)}, this tl-trainer reads {OLDER[0]} to {VERSION}"
     elif isinstance(backbone, dict) and backbone.get("name") == REMOVED:
         unknown = f"its backbone, {REMOVED}, is not part of tl-trainer any more"
     if unknown:
@@ -88,7 +99,7 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path}: {unknown}; install the version that wrote it ({shown(writer)})")
     if not sealed:
         raise CheckpointError(f"{path}: damaged: its end, with the checksum, is missing")
-    if version == 2:
+    if version in OLDER:
         content = _renewed(content)
     try:
         # What is missing becomes (), which is of no field's kind: a default is for code, not for files.
@@ -99,7 +110,16 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
 
 
 def _renewed(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of version 2, which did not say how wide the head's input is: its first matrix has that width."""
+    """A checkpoint of version 2 or 3, with the names of the validation split.
+
+    Version 2 did not say how wide the head's input is: its first matrix has that width.
+    """
+    names = content.get("val_names", ())
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        names = torch.tensor(name_hashes(names), dtype=torch.int64)
+    content = {**content, "val_split": names}
+    if content["version"] != 2:
+        return content
     trained = content.get("trained")
     named = trained.items() if isinstance(trained, dict) else ()
     first = [value for key, value in named if str(key).startswith("head.") and isinstance(value, Tensor)]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.data.dataset import Dataset, Split, name_hashes
 from tl_trainer.data.duplicates import across, unrepeated
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
@@ -86,8 +88,8 @@ def evaluate_checkpoint(
     assert saved is not None
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
-    what = what or _default_split(dataset, saved.val_names)
-    if what in ("train", "val") and saved.val_names is not None:
+    what = what or _default_split(dataset, saved.val_split)
+    if what in ("train", "val") and saved.val_split is not None:
         dataset = with_val(config, dataset, parts.task, saved)
     _leave_out_unwritable_cache(parts)
     if not (split := dataset.split(what)):
@@ -111,10 +113,10 @@ def evaluate_checkpoint(
     return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates)
 
 
-def _default_split(dataset: Dataset, val_names: list[str] | None) -> str:
+def _default_split(dataset: Dataset, drawn: Tensor | None) -> str:
     if "test" in dataset.splits or "all" not in dataset.splits:
         return "test" if "test" in dataset.splits else "val"
-    return "val" if val_names is not None and set(val_names) <= {*dataset.splits["all"].names} else "all"
+    return "val" if drawn is not None and {*drawn.tolist()} <= {*name_hashes(dataset.splits["all"].names)} else "all"
 
 
 def _name_absent(classes: Sequence[str], split: Split, what: str) -> None:

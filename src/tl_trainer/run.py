@@ -21,7 +21,7 @@ from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.config.training import PhaseSection
-from tl_trainer.data.dataset import fingerprint
+from tl_trainer.data.dataset import fingerprint, name_hashes
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
@@ -264,7 +264,7 @@ def _template(setup: Setup) -> Checkpoint:
         frozen=None,
         epoch=0,
         metrics=None,
-        val_names=val.names if setup.drawn else None,
+        val_split=torch.tensor(name_hashes(val.names)) if setup.drawn else None,
         val_images=val.contents,
     )
 

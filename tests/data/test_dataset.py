@@ -15,7 +15,16 @@ from PIL import Image
 
 from conftest import draw_split
 from tiny import paths_of
-from tl_trainer.data.dataset import Dataset, Files, Pictures, Split, enforce_classes, fingerprint, with_validation
+from tl_trainer.data.dataset import (
+    Dataset,
+    Files,
+    Pictures,
+    Split,
+    enforce_classes,
+    fingerprint,
+    name_hashes,
+    with_validation,
+)
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import Decoding
 from tl_trainer.errors import DataError, ImageError
@@ -26,11 +35,11 @@ def _files(names: list[str], targets: list[int]) -> Split:
     return Split(Files([Path(name) for name in names], names), targets, range(len(names)))
 
 
-def _divided(dataset: Dataset, fraction: float = 0.2, seed: int = 0, val_names: list[str] | None = None) -> Dataset:
+def _divided(dataset: Dataset, fraction: float = 0.2, seed: int = 0, drawn: list[str] | None = None) -> Dataset:
     def draw(split: Split) -> set[int]:
         return SingleLabel(dataset.classes).hold_out(split.targets, fraction, seed, split.name)
 
-    return with_validation(dataset, draw, val_names)
+    return with_validation(dataset, draw, None if drawn is None else name_hashes(drawn))
 
 
 def _dataset(sizes: dict[str, int], split: str = "all") -> Dataset:
@@ -78,7 +87,7 @@ def test_nothing_is_drawn_where_the_split_is_known() -> None:
     def draw(targets: Sequence[Any]) -> set[int]:
         raise AssertionError("drawn")
 
-    known = with_validation(_dataset({"a": 4}), draw, ["a/2.jpg", "a/0.jpg"])
+    known = with_validation(_dataset({"a": 4}), draw, name_hashes(["a/2.jpg", "a/0.jpg"]))
     assert (known.split("val").names, known.split("train").names) == (["a/0.jpg", "a/2.jpg"], ["a/1.jpg", "a/3.jpg"])
     split = _files(["1"], [0])
     for own in (Dataset(["a"], {"train": split, "val": split}, ""), Dataset(["a"], {"test": split}, "")):
@@ -150,7 +159,10 @@ def test_a_split_drawn_before_complains_when_files_are_gone(tmp_path: Path) -> N
         (tmp_path / name).unlink()
     with pytest.raises(DataError) as caught:
         _divided(open_folders(tmp_path, None), 0.3, 3, drawn)
-    assert str(caught.value) == f"{tmp_path}: 2 images of the run's val split are gone, e.g. {drawn[0]}"
+    assert str(caught.value) == (
+        f"{tmp_path}: 2 of {len(drawn)} images of the run's val split are gone or have another name; put them back as "
+        "the split.csv of the run names them"
+    )
 
 
 def test_no_file_is_copied(tmp_path: Path) -> None:

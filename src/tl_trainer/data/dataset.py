@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -208,29 +208,36 @@ class Dataset:
 
 
 def with_validation(
-    dataset: Dataset, draw: Callable[[Split], set[int]], val_names: Iterable[str] | None = None
+    dataset: Dataset, draw: Callable[[Split], set[int]], drawn: Collection[int] | None = None
 ) -> Dataset:
     """The dataset with a val split, taken from train (or `all`) where it has none of its own.
 
-    draw: gives the indices of a split that are held out. `val_names` is a split drawn before (by the run that is
-    resumed or evaluated) and is taken instead of a new draw.
+    draw: gives the indices of a split that are held out. drawn: the `name_hashes` of a split drawn before, by the
+    run that is resumed or evaluated, which is taken instead of a new draw.
     """
     if "val" in dataset.splits or ("train" not in dataset.splits and "all" not in dataset.splits):
         return dataset
     splits = dict(dataset.splits)
     source = splits.pop("all") if "all" in splits else splits["train"]
-    if val_names is None:
+    if drawn is None:
         held_out = draw(source)
     else:
-        position = {name: index for index, name in enumerate(source.names)}
-        if missing := [name for name in val_names if name not in position]:
+        position = {hashed: index for index, hashed in enumerate(name_hashes(source.names))}
+        if missing := sum(hashed not in position for hashed in drawn):
             raise DataError(
-                f"{dataset.where}: {len(missing)} images of the run's val split are gone, e.g. {missing[0]}"
+                f"{dataset.where}: {missing} of {len(drawn)} images of the run's val split are gone or have another "
+                "name; put them back as the split.csv of the run names them"
             )
-        held_out = {position[name] for name in val_names}
+        held_out = {position[hashed] for hashed in drawn}
     splits["train"] = source.subset([i for i in range(len(source)) if i not in held_out])
     splits["val"] = source.subset(sorted(held_out))
     return Dataset(dataset.classes, {name: splits[name] for name in SPLIT_NAMES if name in splits}, dataset.where)
+
+
+def name_hashes(names: Iterable[str]) -> list[int]:
+    """What tells names from others in a checkpoint: 64 bits of each one's SHA-256, as a signed number."""
+    digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    return [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
 
 
 def _require(same: bool, place: str) -> None:
