@@ -50,13 +50,17 @@ def unknown(what: str, given: object, valid: Iterable[str], listed_by: str | Non
     listed_by: the command that lists them where they do not fit.
     """
     names = sorted(valid)
-    near = _family(str(given), names) or difflib.get_close_matches(str(given)[:200], names, n=3, cutoff=0.6)
+    near = _similar(str(given), names, 0.8) or _family(str(given), names) or _similar(str(given), names, 0.6)
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listing = ", ".join(names)
     if len(listing) > 400:
         where = f"listed by `{listed_by}`" if listed_by else f"such as {', '.join(names[:3])}"
         listing = f"{len(names)} names, {where}"
     return f"unknown {what} {shown(given)}{hint} (valid: {listing})"
+
+
+def _similar(given: str, names: Sequence[str], share: float) -> list[str]:
+    return difflib.get_close_matches(given[:200], names, n=3, cutoff=share)
 
 
 def _family(given: str, names: Sequence[str]) -> list[str]:
