@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from conftest import Run, last_json
 from tl_trainer import api, checks
 from tl_trainer.config.load import load
+from tl_trainer.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("own_logging")
 
@@ -95,7 +96,7 @@ def of_kind(checked: dict[str, Any], kind: str) -> list[Row]:
         ("dark", "train/ants/dark.png", "ants", r"its mean brightness is \d% of white", ""),
         ("blurred", "train/bees/blurred.png", "bees", r"blurred: .* deviations less sharp than is usual .*", ""),
         ("tiny", "train/bees/tiny.png", "bees", r"20 x 17 pixels, enlarged more than twice for .* 64 x 64", ""),
-        ("shape", "train/bees/long.png", "bees", r"4\.0 times as long as wide: .*", ""),
+        ("long", "train/bees/long.png", "bees", r"4\.0 times as long as wide: .*", ""),
     ],
 )  # fmt: skip
 def test_each_fault_is_found_as_what_it_is(
@@ -109,7 +110,7 @@ def test_each_fault_is_found_as_what_it_is(
 @pytest.mark.parametrize(
     ("kind", "count"),
     [("unreadable", 1), ("copy across splits", 1), ("copy", 1), ("two labels", 2), ("blank", 1), ("dark", 1),
-     ("tiny", 1), ("shape", 1)],
+     ("tiny", 1), ("long", 1)],
 )  # fmt: skip
 def test_nothing_else_is_called_so(checked: dict[str, Any], kind: str, count: int) -> None:
     assert len(of_kind(checked, kind)) == count == checked["counts"][kind]
@@ -197,14 +198,24 @@ def test_features_that_cannot_tell_copies_are_not_used(
     assert all(f"{model['backbone']} (" in line and "efficientnet_lite0 is used" in line for line in caplog.messages)
 
 
-def test_without_a_cache_nothing_is_kept_and_a_class_called_like_a_split_is_noticed(tl: Run, tmp_path: Path) -> None:
+def test_more_images_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "free_memory", lambda: 10**9)
+    checks._require_memory(10_000, 1280, 10)
+    with pytest.raises(DataError, match=r"checking 1,000,000 images takes about 21 GB of memory, and 1 GB are free"):
+        checks._require_memory(1_000_000, 1280, 10)
+
+
+def test_without_a_cache_nothing_is_kept_and_what_all_images_are_is_a_note(tl: Run, tmp_path: Path) -> None:
     for name in ("ants", "bees", "Test"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for index in range(5):
             picture(len(name) * index, name).save(tmp_path / "photos" / name / f"{index}.jpg")
-    words = ("transforms.size=64", "features.dir=features", "features.cache=off", "train.precision=fp32")
+    words = ("transforms.size=256", "features.dir=features", "features.cache=off", "train.precision=fp32")
     notes = last_json(tl("check", "photos", *words, "--json"))["notes"]
-    assert notes == ["a class is called like a split (Test): is it one?"]
+    assert notes == [
+        "a class is called like a split (Test): is it one?",
+        "15 of 15 images are tiny: that is what this data is like, so they are not listed",
+    ]
     assert not [*Path("features").glob("*/*.rows")]
 
 

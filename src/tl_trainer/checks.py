@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ from tl_trainer.copies import Pair, copies, groups
 from tl_trainer.data.dataset import SPLIT_OF, Split
 from tl_trainer.data.loaders import chunked
 from tl_trainer.data.pixels import BITS, NUMBERS, SIDE, Look, look
+from tl_trainer.errors import DataError
 from tl_trainer.feature_store import FeatureStore, make_room
 from tl_trainer.features import features_folder
-from tl_trainer.ground.machine import cores
+from tl_trainer.ground.machine import cores, free_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import check_finite
@@ -91,6 +93,7 @@ def check(loaded: Loaded) -> Checked:
     backbone = f"{parts.backbone['name']} ({parts.backbone['weights']})"
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     log.info("checking %s images in %d classes with %s", counts, len(setup.dataset.classes), backbone)
+    _require_memory(sum(map(len, splits.values())), parts.features, len(setup.dataset.classes))
     features = torch.cat([parts.feeds.embed(split, parts.pipeline, name) for name, split in splits.items()])
     check_finite(features)
     seen = Look.of(np.concatenate([_looks(split, name, config) for name, split in splits.items()]))
@@ -99,11 +102,14 @@ def check(loaded: Loaded) -> Checked:
     pairs = _pairs(images, seen)
     same = torch.from_numpy(groups(pairs, len(targets))).long()
     probabilities = suspects.out_of_fold(features, targets, same, len(images.classes))
+    looked = [*_looked(seen, parts.backbone["size"])]
+    counted = Counter(finding.kind for finding in looked)
+    usual = {kind: count for kind, count in counted.items() if count > len(targets) / 2}
     findings = [
         *_copies(images, pairs),
         *_labels(images, probabilities),
         *_outliers(images, same),
-        *_looked(seen, parts.backbone["size"]),
+        *(finding for finding in looked if finding.kind not in usual),
     ]
     return Checked(
         where=setup.dataset.where,
@@ -114,8 +120,18 @@ def check(loaded: Loaded) -> Checked:
         confused=suspects.confused(probabilities, targets),
         wrong_labels=suspects.wrong_labels(probabilities, targets),
         unreadable={name: bad for name, bad in setup.skipped.items() if bad},
-        notes=_notes(setup),
+        notes=[*_notes(setup), *(_usual(kind, count, len(targets)) for kind, count in usual.items())],
     )
+
+
+def _require_memory(images: int, width: int, classes: int) -> None:
+    """Raise DataError where the features and the logits of every fold would not fit into the memory that is free."""
+    needed, free = 4 * images * (4 * width + 2 * FOLDS * classes), free_memory()
+    if needed > free:
+        raise DataError(
+            f"checking {images:,} images takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are "
+            "free; check a part of them, such as a CSV file with fewer rows"
+        )
 
 
 class _Images(NamedTuple):
@@ -263,7 +279,11 @@ def _looked(seen: Look, size: int) -> Iterator[Finding]:
             yield Finding("tiny", image, reason, 1 - float(shorter[image]) / size)
         if longer[image] > LONG * shorter[image]:
             ratio = float(longer[image] / shorter[image])
-            yield Finding("shape", image, f"{ratio:.1f} times as long as wide: most of it is cut off", ratio)
+            yield Finding("long", image, f"{ratio:.1f} times as long as wide: most of it is cut off", ratio)
+
+
+def _usual(kind: str, count: int, images: int) -> str:
+    return f"{count:,} of {images:,} images are {kind}: that is what this data is like, so they are not listed"
 
 
 def _notes(setup: Setup) -> list[str]:

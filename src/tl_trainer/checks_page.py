@@ -55,7 +55,7 @@ KINDS = {
     "dark": ("very dark", "Can you tell what they show? Not in skip.csv."),
     "blurred": ("blurred", "Far less sharp than the other images. Not in skip.csv."),
     "tiny": ("tiny", "The network sees them enlarged. Bring larger ones where there are any. Not in skip.csv."),
-    "shape": ("of an extreme shape", "A crop to a square shows little of them: cut out what matters. Not in skip.csv."),
+    "long": ("very long", "A crop to a square shows little of them: cut out what matters. Not in skip.csv."),
 }
 
 

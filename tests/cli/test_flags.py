@@ -101,7 +101,12 @@ def test_the_garbage_collector_rests_while_torch_is_imported(command: str, monke
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(tl_trainer, "api", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    words = {"train": ["--dry-run"], "eval": ["--checkpoint", "x"], "predict": ["a.jpg", "--checkpoint", "x"]}
+    words = {
+        "train": ["--dry-run"],
+        "check": ["demo.yaml"],
+        "eval": ["--checkpoint", "x"],
+        "predict": ["a.jpg", "--checkpoint", "x"],
+    }
     try:
         assert COMMANDS[command].main(words[command]) == 130
         assert collecting == [False]
