@@ -97,7 +97,7 @@ def test_the_distance_to_the_class_is_that_to_its_nearest_images(rows: int, monk
         inside = features[targets == label].numpy()
         search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, metric="cosine", algorithm="brute").fit(inside)
         distances, nearest = search.kneighbors(inside)
-        expected = deviations(distances[:, 1:].mean(axis=1))
+        expected = deviations(np.log(distances[:, 1:].mean(axis=1)))
         assert found.deviations[targets == label] == pytest.approx(expected, rel=1e-3, abs=1e-3)
         assert found.nearest[targets == label].tolist() == (2 * nearest[:, 1] + label).tolist()
     assert found.deviations.argmax() == 4

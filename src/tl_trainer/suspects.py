@@ -116,9 +116,9 @@ def outliers(features: Tensor, targets: Tensor, groups: Tensor) -> Outliers:
             there = found.values.isfinite()
             mean[rows] = torch.where(there, found.values, 0).sum(dim=1) / there.sum(dim=1).clamp(min=1)
             closest[rows] = torch.where(there[:, 0], members[found.indices[:, 0]], -1)
-        inside = members.numpy()
-        if len(inside) >= FEWEST:
-            deviation[inside] = deviations(mean[inside])
+        inside = members.numpy()[closest[members] >= 0]
+        if len(inside) >= FEWEST:  # distances are skewed, their logarithms hardly
+            deviation[inside] = deviations(np.log(mean[inside].clip(min=1e-6)))
     return Outliers(deviation, closest)
 
 
