@@ -50,7 +50,10 @@ def unknown(what: str, given: object, valid: Iterable[str], listed_by: str | Non
     listed_by: the command that lists them where they do not fit.
     """
     names = sorted(valid)
-    near = _similar(str(given), names, 0.8) or _family(str(given), names) or _similar(str(given), names, 0.6)
+    asked = str(given)[:200]
+    near = difflib.get_close_matches(asked, names, n=3)
+    slip = difflib.get_close_matches(asked, near, cutoff=0.8) and not any(name.startswith(asked) for name in names)
+    near = near if slip else _family(asked, names) or near
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listing = ", ".join(names)
     if len(listing) > 400:
@@ -59,13 +62,9 @@ def unknown(what: str, given: object, valid: Iterable[str], listed_by: str | Non
     return f"unknown {what} {shown(given)}{hint} (valid: {listing})"
 
 
-def _similar(given: str, names: Sequence[str], share: float) -> list[str]:
-    return difflib.get_close_matches(given[:200], names, n=3, cutoff=share)
-
-
 def _family(given: str, names: Sequence[str]) -> list[str]:
     """The shortest names that begin like `given` and have all its letters in order, as `effnet` and efficientnet_b0."""
-    wanted = re.sub(r"[^a-z0-9/]", "", given[:200].lower())
+    wanted = re.sub(r"[^a-z0-9/]", "", given.lower())
     near = []
     for name in names:
         letters = iter(name.lower())
