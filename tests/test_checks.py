@@ -189,11 +189,12 @@ def test_the_command_says_what_to_do(tl: Run, tmp_path: Path) -> None:
 def test_features_that_cannot_tell_copies_are_not_used(
     model: dict[str, Any], fit: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    train = {"batch_size": 7, "phases": [{"trainable": model.get("trainable", "head")}]}
     with caplog.at_level(logging.INFO):
-        config = checks._for_checking(load({"model": model, "transforms": {"size": 64}})).config
+        config = checks._for_checking(load({"model": model, "transforms": {"size": 64}, "train": train})).config
     assert config.model.backbone == (model["backbone"] if fit else "efficientnet_lite0")
     assert config.transforms.size == (64 if fit else None)
-    assert config.model.trainable == "head"
+    assert (config.model.trainable, config.train.phases, config.train.batch_size) == ("head", [], 7)
     assert bool(caplog.messages) == (not fit)
     assert all(f"{model['backbone']} (" in line and "efficientnet_lite0 is used" in line for line in caplog.messages)
 
@@ -229,7 +230,7 @@ def test_without_a_cache_nothing_is_kept_and_what_all_images_are_is_a_note(tl: R
         (["empty"], "empty: no class folders in it; put the images of each class into a folder with its name"),
         (["one"], "one has one class, 'ants', and a classifier needs two; is the folder one level too high"),
         (["few"], "a val split needs 2 images of each class or more, and there are too few of"),
-        (["broken", "data.val_fraction=0.5"], "none of the 2 train images can be read"),
+        (["broken", "data.val_fraction=0.5"], "none of the 2 train images can be used"),
     ],
 )
 def test_what_cannot_be_checked_is_said_in_a_line(words: list[str], message: str, tl: Run, tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ from torch.nn import functional
 from tl_trainer import suspects
 from tl_trainer.assembly import Setup, set_up
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import Config, HeadSection, ModelSection, PerformanceSection, TransformsSection
+from tl_trainer.config.schema import (
+    Config,
+    HeadSection,
+    ModelSection,
+    PerformanceSection,
+    TransformsSection,
+)
+from tl_trainer.config.training import TrainSection
 from tl_trainer.copies import Pair, copies, groups
 from tl_trainer.data.dataset import SPLIT_OF, Split
 from tl_trainer.data.loaders import chunked
@@ -165,7 +172,8 @@ def _for_checking(loaded: Loaded) -> Loaded:
         )
     data = config.data.model_copy(update={"on_bad_image": "skip", "on_duplicates": "warn"})
     features = config.features.model_copy(update={"views": "auto"})
-    changed = {"data": data, "model": model, "transforms": transforms, "features": features}
+    train = TrainSection(batch_size=config.train.batch_size, precision=config.train.precision)
+    changed = {"data": data, "model": model, "transforms": transforms, "features": features, "train": train}
     return replace(loaded, config=config.model_copy(update={**changed, "performance": PerformanceSection()}))
 
 
