@@ -592,7 +592,7 @@ def test_bad_images_stop_a_run_before_its_first_epoch_or_are_skipped(tl: Run, co
     assert not list(Path("runs").iterdir())
     skipped = tl("train", "--data-dir", colours, "--epochs", 1, *SMALL, "data.on_bad_image=skip")
     assert skipped.returncode == 0, skipped.stderr
-    assert "skipped 2 of 24 train images" in skipped.stderr
+    assert "left out 2 of 24 train images" in skipped.stderr
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -626,7 +626,13 @@ def test_dry_run_writes_nothing(tl: Run, colours: Path) -> None:
     result = tl("train", "--data-dir", colours, "--dry-run", *SMALL)
     assert result.returncode == 0, result.stderr
     assert "the first batch is 8 x 3 x 64 x 64, its loss " in result.stdout
-    assert last_json(tl("train", "--data-dir", colours, "--dry-run", "--json", *SMALL))["first_batch"] == [8, 3, 64, 64]
+    assert "\na run takes about " in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    found = last_json(tl("train", "--data-dir", colours, "--dry-run", "--json", *SMALL))
+    assert found["first_batch"] == [8, 3, 64, 64]
+    assert found["estimate"]["cache_bytes"] in (36 * 24 * 16 * 16 * size for size in (2, 4))
+    assert found["estimate"]["memory_bytes"] > found["estimate"]["cache_bytes"]
+    assert found["estimate"]["seconds"] >= 0
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
     assert not Path("cache").exists()
 

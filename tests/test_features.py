@@ -564,7 +564,7 @@ def test_bad_images_are_skipped(
             verified(bad, "train", DataSection(on_bad_image="skip"), None), "train", pipeline(items), views
         )
         assert extractor.computed == computed
-        assert "skipped 4 of 40 train images" in caplog.text
+        assert "left out 4 of 40 train images" in caplog.text
         assert f"features of train: {computed} computed, {views * len(good) - computed} cached" in caplog.text
         assert list(found.split.names) == [bad.names[index] for index in good]
         assert found.targets.tolist() == [bad.targets[index] for index in good]

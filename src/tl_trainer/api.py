@@ -71,7 +71,10 @@ def train(
 def dry_run(
     config: Configuration = None, *, resume: Location | bool = False, progress: bool = False, **overrides: Any
 ) -> dict[str, Any]:
-    """Check all that `train` needs, up to the first batch, writing nothing; its shape and `loss`."""
+    """Check all that `train` needs, up to the first batch, writing and downloading nothing; its shape and `loss`.
+
+    `estimate` is of a run with an empty cache: seconds before the report, bytes of cached features and of memory.
+    """
     with _called(progress), _started(config, resume, overrides, hold=False) as (loaded, _):
         return run.dry_run(loaded)
 

@@ -120,6 +120,7 @@ class Setup:
     train_pipeline: Pipeline
     duplicates: list[str]  # what is said of them
     skipped: dict[str, dict[str, str]]  # of each split the images that cannot be read, and why
+    computed: int  # images that the frozen stages compute where nothing is cached, each view counted
 
     def feeds(self, number: int = -1) -> dict[str, Feed]:
         """The batches of each split in a phase, for which the classifier is thawed; the last has the test split too.
@@ -159,17 +160,18 @@ class Setup:
         return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun, average)
 
 
-def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool = True) -> Setup:
+def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, dry: bool = False) -> Setup:
     """Everything a run needs, naming every wrong setting at once with its file and line.
 
-    resumed: the checkpoint of the run to go on with, whose classes and val split are kept. remember: whether what was
-    read of the images is remembered on disk.
+    resumed: the checkpoint of the run to go on with, whose classes and val split are kept. dry: write nothing on disk,
+    neither what was read of the images nor weights that would have to be downloaded.
     """
     config = loaded.config
     with located(loaded):
         check_settings(loaded)
         device = resolve_device(config.device)
         weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
+        weights = weights.without_download(config.model.backbone) if dry else weights
         train_pipeline, pipeline = _pipelines(config, weights)
         check_views(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
@@ -181,7 +183,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
             )
         task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
-        memory = memory_of(config) if remember else None
+        memory = None if dry else memory_of(config)
         dark = DarkImages()
         skipped: dict[str, dict[str, str]] = {name: {} for name in dataset.splits}
         splits = {
@@ -206,7 +208,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, remember: bool 
         compiled = config.performance.compile == "auto" and pays_to_compile(device, images)
         network = Network(classifier, device, config.train.precision, compiled=compiled)
     parts = Parts(loaded, task, network, pipeline, identity, size, _feeds(config, network, identity), resumed)
-    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline, duplicates, skipped)
+    return Setup(parts, replace(dataset, splits=splits), drawn, train_pipeline, duplicates, skipped, images)
 
 
 def restore(path: Path, overrides: Overrides = ()) -> Parts:

@@ -22,17 +22,18 @@ from tl_trainer.config.load import Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint, name_hashes
-from tl_trainer.data.loaders import ImageBatches
+from tl_trainer.data.loaders import Batch, ImageBatches
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.locks import sole_use
-from tl_trainer.ground.machine import threads_for
+from tl_trainer.ground.machine import cores, peak_memory, threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Gather, Step, Training, fit
 from tl_trainer.metrics import Scores
+from tl_trainer.models.prefix import DTYPES
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import RESULT
@@ -154,14 +155,45 @@ def _close(feeds: dict[str, Feed]) -> None:
 
 
 def dry_run(loaded: Loaded) -> dict[str, Any]:
-    """Check everything up to the loss of the first batch, writing nothing; the batch's shape and the loss."""
-    setup = set_up(loaded, remember=False)
-    setup.parts.feeds.extractor = None
+    """Check everything up to the loss of the first batch, writing nothing; the batch's shape, the loss, an estimate."""
+    setup = set_up(loaded, dry=True)
+    cached, setup.parts.feeds.extractor = setup.parts.feeds.extractor is not None, None
     log.info("%s", summary(setup))
     feed = setup.parts.feeds.training(setup.dataset.split("train"), setup.train_pipeline)
     training = new_training(setup, {"train": feed}, setup.new_state(len(feed.batches)), lambda: None)
     batch = next(iter(feed.batches.epoch(0, training.device)))
-    return {"first_batch": list(batch.inputs.shape), "loss": training.step.loss(batch).item()}
+    loss = training.step.loss(batch).item()
+    return {
+        "first_batch": list(batch.inputs.shape),
+        "loss": loss,
+        "estimate": _estimate(setup, training, batch, cached),
+    }
+
+
+def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> dict[str, float]:
+    """What the run would take with an empty cache: seconds, bytes on disk and of memory, from a few images of it.
+
+    cached: whether the features are kept. Without the search of the head and the report.
+    """
+    network, splits, epochs = setup.parts.network, setup.dataset.splits, training.epochs
+    sample = splits["train"].sample(8)
+    started = time.perf_counter()
+    for index in range(len(sample)):
+        setup.train_pipeline.image(sample.open(index))
+    decoded = time.perf_counter()
+    row = network.features(batch.inputs)[0]
+    computed = time.perf_counter()
+    training.step.loss(batch).backward()  # type: ignore[no-untyped-call]
+    ended = time.perf_counter()
+    of_one = max((decoded - started) / len(sample) / cores(), (computed - decoded) / len(batch.targets))
+    step = max(0.0, (ended - computed) - (computed - decoded)) / len(batch.targets)
+    images = setup.computed if cached else sum(map(len, splits.values())) * epochs
+    kept = setup.computed * row.numel() * DTYPES[network.precision].itemsize if cached else 0
+    return {
+        "seconds": round(images * of_one + len(splits["train"]) * epochs * step, 1),
+        "cache_bytes": kept,
+        "memory_bytes": peak_memory(network.device) + kept,
+    }
 
 
 def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Callable[[], None]) -> Training:

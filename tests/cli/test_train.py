@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
 from tl_trainer.errors import DownloadError
-from tl_trainer.models import timm_models
+from tl_trainer.models import timm_models, torchvision_models
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "own_logging")
 
@@ -77,10 +78,10 @@ def test_without_a_word_it_says_how_to_start(tl: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (["colours", "model.backbone=timm/test_vit", "transforms.size=160"], "tl-train colours --dry-run"),
+        (["colours", "model.backbone=timm/test_vit", "transforms.size=160"], "tl-train colours"),
         (
             ["colours", "--config", "dinov2.yaml", "model.backbone=timm/test_vit"],
-            "tl-train colours --config dinov2.yaml --dry-run 'model={}' 'transforms={}'",
+            "tl-train colours --config dinov2.yaml 'model={}' 'transforms={}'",
         ),
     ],
 )
@@ -91,10 +92,10 @@ def test_without_a_network_the_whole_command_is_given_that_works(
         raise DownloadError("no network")
 
     monkeypatch.setattr(timm_models, "_fetch", fetch)
-    done = tl("train", *words, "--dry-run")
+    done = tl("train", *words)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"Or, without a network: {command}"
-    assert tl(*command.replace("'", "").removeprefix("tl-").split()).returncode == 0
+    assert tl(*command.replace("'", "").removeprefix("tl-").split(), "--dry-run").returncode == 0
 
 
 def test_classes_of_one_training_image_are_named(tl: Run, colours: Path) -> None:
@@ -102,3 +103,15 @@ def test_classes_of_one_training_image_are_named(tl: Run, colours: Path) -> None
         path.unlink()
     said = "train has one image of 'red'; a class is learned from several"
     assert said in tl("train", "--data-dir", colours, "--dry-run", *SMALL).stderr
+
+
+@pytest.mark.parametrize(("backbone", "room"), [("timm/test_vit", timm_models), ("alexnet", torchvision_models)])
+def test_a_dry_run_downloads_nothing_and_says_so(
+    tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, room: ModuleType
+) -> None:
+    for name in ("_fetch", "fetch"):
+        monkeypatch.setattr(room, name, lambda *_: pytest.fail("downloaded"), raising=False)
+    words = [word for word in SMALL if not word.startswith(("model.", "transforms."))]
+    done = tl("train", "--data-dir", colours, "--dry-run", f"model.backbone={backbone}", *words)
+    assert done.returncode == 0, done.stderr
+    assert f"of {backbone} are not here yet; this is tried with random ones" in done.stderr

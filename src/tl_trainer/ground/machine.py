@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tl_trainer.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
 
 _NO_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
@@ -85,6 +90,20 @@ def _left_by_limits() -> Iterator[int]:
                 numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 bytes_used = int((folder / usage).read_text()) - int(numbers.get(cache, 0))
                 yield int((folder / limit).read_text()) - bytes_used
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has used so far, on a GPU those of tensors on it; 0 where that is unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
 
 
 def cores() -> int:

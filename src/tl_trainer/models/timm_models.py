@@ -54,7 +54,8 @@ def resolve(name: str, weights: str) -> Weights:
             raise SettingError(
                 "model.weights", f"timm has no pretrained weights for {name}; set model.weights to a file, or to none"
             )
-        return Weights(config.tag or "DEFAULT", _preset(config), partial(_fetch, config, revision or None))
+        fetch, here = partial(_fetch, config, revision or None), partial(cached, config)
+        return Weights(config.tag or "DEFAULT", _preset(config), fetch, here=here)
     if path := given_file(weights):
         config = _config(model, tag)
         own = f"{PREFIX}{model}.{config.tag}" if config.tag else f"{PREFIX}{model}"

@@ -54,7 +54,8 @@ def resolve(name: str, weights: str) -> Weights:
         return Weights("none", default)
     if weights in members:
         member = members[weights]
-        return Weights(member.name, _preset(member), lambda: fetch(member), classifier=bool(member.meta["categories"]))
+        usable = bool(member.meta["categories"])
+        return Weights(member.name, _preset(member), lambda: fetch(member), usable, lambda: _place(member).exists())
     if path := given_file(weights):
         if known := _recognised(path, name):
             preset, said = _preset(known), f"the weights {known.name} of {name}, with their preprocessing"
@@ -123,9 +124,8 @@ def fetch(weights: WeightsEnum) -> Path:
 
     Its SHA-256 must begin as its name says, whenever it is used. Of several processes one downloads.
     """
-    url = weights.url
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(url).name
+    url, path = weights.url, _place(weights)
+    folder = path.parent
     if _intact(path):
         return path
     try:
@@ -145,6 +145,11 @@ def fetch(weights: WeightsEnum) -> Path:
             f"Fetch that file on another machine and put it at {path}, or set model.weights to a state_dict file. {OWN}"
         ) from error
     return path
+
+
+def _place(weights: WeightsEnum) -> Path:
+    """Where torch keeps the file."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
 
 
 def _intact(path: Path) -> bool:

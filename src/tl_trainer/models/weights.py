@@ -32,12 +32,21 @@ class Weights:
     """Resolved weights: what the checkpoint calls them, the preprocessing they want, and how to get their file.
 
     fetch: gives the file, downloaded if need be; None for random weights. classifier: whether they have a usable one.
+    here: whether nothing has to be downloaded.
     """
 
     name: str
     preset: Preprocessing
     fetch: Callable[[], Path] | None = None
     classifier: bool = True
+    here: Callable[[], bool] = lambda: True
+
+    def without_download(self, backbone: str) -> Weights:
+        """The same weights where they are here, else random ones in their shape, which is said."""
+        if self.here():
+            return self
+        log.info("the weights %s of %s are not here yet; this is tried with random ones", self.name, backbone)
+        return replace(self, fetch=None)
 
     def at(self, size: int | None) -> Weights:
         """The same weights for images of that side, the resize in proportion; None leaves both as they are."""
