@@ -18,11 +18,11 @@ import torch
 
 from tl_trainer.assembly import Parts, Setup, set_up
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.load import Loaded, to_yaml
+from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint, name_hashes
-from tl_trainer.data.loaders import Batch, ImageBatches
+from tl_trainer.data.loaders import Batch, ImageBatches, worker_count
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
@@ -82,8 +82,9 @@ def train(
             resumption.go_on(state)
             (run_dir / RESULT).unlink(missing_ok=True)
         else:
-            run_dir = numbered_folder(output, loaded.name)
+            run_dir = numbered_folder(output, _run_name(loaded))
             stack.enter_context(sole_use(run_dir))
+        log.debug("%s", _decisions(setup))
         log.info("%s\nrun directory: %s", summary(setup), run_dir)
         with stop:
             _describe(setup, to_yaml(loaded.config), run_dir)
@@ -239,6 +240,27 @@ def summary(setup: Setup) -> str:
         f"{parts.backbone['name']} ({parts.backbone['weights']}), {_trained(parts):,} parameters train\n"
         f"{parts.network.describe()}"
     )
+
+
+def _run_name(loaded: Loaded) -> str:
+    """After the data or the configuration, and after a backbone that was chosen on top of these."""
+    chosen = loaded.origins.get(("model", "backbone")) == COMMAND_LINE and loaded.name != UNNAMED
+    return f"{loaded.name}-{loaded.config.model.backbone.removeprefix('timm/')}" if chosen else loaded.name
+
+
+def _decisions(setup: Setup) -> str:
+    """What was decided where the configuration leaves it open, and why, a line each."""
+    config, network, val = setup.parts.config, setup.parts.network, setup.dataset.split("val")
+    cached = "kept, so each is computed once" if setup.parts.feeds.extractor else "not kept"
+    lines = [
+        f"device: {network.device.type} ({'the first of cuda, mps, cpu' if config.device == 'auto' else 'as set'})",
+        f"val: {len(val)} images, " + (f"drawn with seed {config.seed}" if setup.drawn else "the dataset's own split"),
+        f"processes that load images: {worker_count(config.data.workers)} of {cores()} cores (data.workers)",
+        f"features: {cached}; {setup.computed:,} images to compute with an empty cache, each random view counted",
+        f"frozen stages: {network.precision}, {'compiled' if network.compiled else 'not compiled'}",
+        f"transforms of val: {', '.join(str(next(iter(step))) for step in setup.parts.pipeline.steps)}",
+    ]
+    return "\n".join(lines)
 
 
 def _pause(stop: StopRequest, saver: Saver) -> None:

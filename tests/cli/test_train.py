@@ -115,3 +115,16 @@ def test_a_dry_run_downloads_nothing_and_says_so(
     done = tl("train", "--data-dir", colours, "--dry-run", f"model.backbone={backbone}", *words)
     assert done.returncode == 0, done.stderr
     assert f"of {backbone} are not here yet; this is tried with random ones" in done.stderr
+
+
+def test_a_run_is_named_after_its_data_and_the_backbone_that_was_chosen(tl: Run, colours: Path) -> None:
+    words = [word for word in SMALL if not word.startswith("model.backbone")]
+    found = last_json(tl("train", "colours", "--epochs", 1, "--json", "model.backbone=shufflenet_v2_x0_5", *words))
+    assert found["run_dir"] == "runs/colours-shufflenet_v2_x0_5-1"
+
+
+def test_verbose_says_what_was_decided(tl: Run, colours: Path) -> None:
+    said = tl("train", "--data-dir", colours, "--epochs", 1, "-v", *SMALL).stderr
+    assert "val: 12 images, the dataset's own split" in said
+    assert "features: kept, so each is computed once; 36 images to compute with an empty cache" in said
+    assert "device: " in said and "transforms of val: Resize" in said

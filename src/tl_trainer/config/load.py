@@ -24,7 +24,7 @@ from tl_trainer.ground.wording import shown, unknown
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 100_000, 32, 2_000
 MAX_PROBLEMS = 30  # that are named
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels; check its brackets and indentation"
-COMMAND_LINE = "the command line"
+COMMAND_LINE, UNNAMED = "the command line", "run"
 BY_NAME = (("train", "optimizer"), ("train", "schedule"))  # sections for which their name may stand alone
 
 KeyPath = tuple[str | int, ...]
@@ -53,12 +53,12 @@ def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loa
     Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
     """
     if name is None:
-        return _validated({}, "run", {}, overrides)
+        return _validated({}, UNNAMED, {}, overrides)
     if isinstance(name, str) and name not in _bundled() and (settings := data_at(expand(name))):
         default = load("default.yaml", [*settings, *overrides])
         return replace(default, name=expand(name).resolve().stem or default.name)
     if isinstance(name, Mapping):
-        return _validated(copy.deepcopy(dict(name)), "run", {(): "the configuration"}, overrides)
+        return _validated(copy.deepcopy(dict(name)), UNNAMED, {(): "the configuration"}, overrides)
     path = find(name)
     data, lines = _read(path)
     return _validated(data, path.stem, {key: f"{path}:{line}" for key, line in lines.items()}, overrides)
