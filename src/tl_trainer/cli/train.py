@@ -214,6 +214,6 @@ def _dry_report(result: dict[str, Any]) -> str:
     needs = result["estimate"]
     return (
         f"the first batch is {shape}, its loss {result['loss']:.4f}; nothing was written\n"
-        f"a run takes about {needs['seconds']:,.0f} s before the report, {needs['cache_bytes'] / 1e6:,.1f} MB of "
-        f"cached features, {needs['memory_bytes'] / 1e9:.1f} GB of memory"
+        f"a run takes about {needs['seconds']:,.0f} s before the report, "
+        f"{needs['cache_bytes'] / 1e6:,.1f} MB of cache, {needs['memory_bytes'] / 1e9:.1f} GB of memory"
     )
