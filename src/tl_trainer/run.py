@@ -68,7 +68,7 @@ def train(
     setup = set_up(loaded, last)
     phases = setup.parts.config.phases
     begun = _phase_at(phases, last.epoch if last else 0)
-    if last and phases[begun].search == "off":  # what a search has found is that of the run
+    if last and begun:  # the phase before may have found another head
         setup.parts.new_head(last.config["model"]["head"]["normalise"])
     template, images = _template(setup), fingerprint(setup.dataset.split("train"))
     if resumption:
