@@ -42,8 +42,8 @@ def trained(folder: Path, **more: Any) -> dict[str, Any]:
 def test_the_public_names_are_these() -> None:
     assert sorted(tl_trainer.__all__) == [
         "CheckpointError", "ConfigError", "DataError", "ImageError", "InputError", "Interrupted", "Model",
-        "Prediction", "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "load",
-        "train",
+        "Prediction", "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "cross_validate",
+        "load", "train",
     ]  # fmt: skip
     assert all(getattr(tl_trainer, name) is not None for name in tl_trainer.__all__)
     assert dir(tl_trainer) == tl_trainer.__all__

@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_trainer.api import Model, check, load, train
+    from tl_trainer.api import Model, check, cross_validate, load, train
     from tl_trainer.errors import (
         CheckpointError,
         ConfigError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 
 _ORIGINS = {
-    "tl_trainer.api": ("Model", "check", "load", "train"),
+    "tl_trainer.api": ("Model", "check", "cross_validate", "load", "train"),
     "tl_trainer.errors": (
         "CheckpointError", "ConfigError", "DataError", "ImageError", "InputError", "Interrupted", "RunError",
         "TrainerError",
@@ -43,7 +43,8 @@ _ORIGINS = {
 }  # fmt: skip
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "ImageError", "InputError", "Interrupted", "Model", "Prediction",
-    "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "load", "train",
+    "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "cross_validate",
+    "load", "train",
 ]  # fmt: skip
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # or Python would print warnings on stderr

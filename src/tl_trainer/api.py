@@ -97,6 +97,20 @@ def check(config: Configuration = None, *, progress: bool = False, **overrides: 
         return write_check(folder, checked, loaded.name, _train_command(config, overrides))
 
 
+def cross_validate(
+    config: Configuration = None, *, folds: int = 10, progress: bool = False, **overrides: Any
+) -> dict[str, Any]:
+    """How good the head is that `train` would find, by cross-validation on the images for training; keeps none.
+
+    What folds.json in its `folder` holds: the figures of all images, each judged by a head that was found without its
+    fold, `top1_interval`, `per_class`, the path of `predictions`. config, progress, overrides: as for `train`.
+    """
+    from tl_trainer import cross_validation  # nobody else waits for it
+
+    with _called(progress), _started(config, False, overrides, hold=False) as (loaded, _):
+        return cross_validation.cross_validate(loaded, folds)
+
+
 def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> Model:
     """The trained classifier in a checkpoint, in the best.pth of a run directory, or of the newest in a folder of runs.
 

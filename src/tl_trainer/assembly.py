@@ -160,11 +160,18 @@ class Setup:
         return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun, average)
 
 
-def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, dry: bool = False) -> Setup:
+def set_up(
+    loaded: Loaded,
+    resumed: Checkpoint | None = None,
+    *,
+    dry: bool = False,
+    inspect: Callable[[Dataset, Task, bool], object] = lambda *_: None,
+) -> Setup:
     """Everything a run needs, naming every wrong setting at once with its file and line.
 
     resumed: the checkpoint of the run to go on with, whose classes and val split are kept. dry: write nothing on disk,
-    neither what was read of the images nor weights that would have to be downloaded.
+    neither what was read of the images nor weights that would have to be downloaded. inspect: sees the dataset before
+    its images are read, and whether val was drawn; it may refuse them.
     """
     config = loaded.config
     with located(loaded):
@@ -183,6 +190,7 @@ def set_up(loaded: Loaded, resumed: Checkpoint | None = None, *, dry: bool = Fal
             )
         task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
+        inspect(dataset, task, drawn)
         memory = None if dry else memory_of(config)
         dark = DarkImages()
         skipped: dict[str, dict[str, str]] = {name: {} for name in dataset.splits}

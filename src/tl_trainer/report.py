@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from tl_trainer.checkpoint import library_versions
+from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError
 from tl_trainer.evaluation import Evaluation
@@ -45,12 +46,13 @@ def write_report(
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
     pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
     pictures |= {f"{name}.png": data for name, data in about.get("pictures", {}).items()}
-    predictions = _Predictions(evaluation)
+    checkpoint = evaluation.checkpoint
+    predictions = Predictions(evaluation.split, classes, evaluation.scores, checkpoint.temperature)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
         "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),
         "confusion_matrix.csv": _confusion_table(evaluation.scores, classes),
-        "predictions.csv": csv_text(predictions.columns(), predictions.rows()),
+        "predictions.csv": predictions.table(),
         "report.html": template("report.html").render(
             measured=measured,
             pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
@@ -68,13 +70,17 @@ def write_report(
     return folder / "report.html"
 
 
-class _Predictions:
+class Predictions:
     """The best classes of each image, their probabilities, and which of the images are wrong, surest first."""
 
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
-        self.best, self.probability = best_classes(evaluation.scores, evaluation.checkpoint.temperature, 5)
-        self.wrong = surest_mistakes(evaluation.scores, evaluation.checkpoint.temperature, len(self.best))
+    def __init__(self, split: Split, classes: Sequence[str], scores: Scores, temperature: float | None) -> None:
+        self.split, self.classes = split, classes
+        self.best, self.probability = best_classes(scores, temperature, 5)
+        self.wrong = surest_mistakes(scores, temperature, len(self.best))
+
+    def table(self) -> str:
+        """predictions.csv."""
+        return csv_text(self.columns(), self.rows())
 
     def columns(self) -> list[str]:
         """The header of predictions.csv."""
@@ -82,7 +88,7 @@ class _Predictions:
 
     def rows(self) -> Iterator[list[Any]]:
         """The rows of predictions.csv, in the split's order."""
-        names, split = self.evaluation.checkpoint.classes, self.evaluation.split
+        names, split = self.classes, self.split
         for name, label, best, shares in zip(
             split.names, split.targets, self.best.tolist(), self.probability.tolist(), strict=True
         ):
@@ -91,7 +97,7 @@ class _Predictions:
 
     def caption(self, index: int) -> dict[str, str]:
         """What is written below an example."""
-        names, split = self.evaluation.checkpoint.classes, self.evaluation.split
+        names, split = self.classes, self.split
         return {
             "path": printable(split.names[index]),
             "label": printable(names[split.targets[index]]),
@@ -100,7 +106,7 @@ class _Predictions:
         }
 
 
-def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterator[dict[str, Any]]:
+def _pair_examples(evaluation: Evaluation, predictions: Predictions) -> Iterator[dict[str, Any]]:
     """The most-confused pairs, each with photographs that were taken for the other class."""
     index = {name: number for number, name in enumerate(evaluation.checkpoint.classes)}
     targets, said = evaluation.split.targets, predictions.best[:, 0].tolist()
@@ -114,7 +120,7 @@ def _pair_examples(evaluation: Evaluation, predictions: _Predictions) -> Iterato
 
 
 def _mistakes(
-    evaluation: Evaluation, predictions: _Predictions, classifier: Classifier, pipeline: Pipeline
+    evaluation: Evaluation, predictions: Predictions, classifier: Classifier, pipeline: Pipeline
 ) -> list[dict[str, Any]]:
     """The mistakes that the classifier is surest of, as it saw them, each beside the evidence for what it said."""
     cam, shown, indices = GradCam(classifier), [], predictions.wrong[:MISTAKES]

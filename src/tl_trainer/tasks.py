@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,7 @@ from typing_extensions import TypedDict
 from tl_trainer import metrics
 from tl_trainer.config.training import LossSection
 from tl_trainer.errors import DataError
-from tl_trainer.ground.wording import printable
+from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.plots import confusion_figure, reliability_figure
 
@@ -89,6 +90,27 @@ class SingleLabel:
             count = min(max(1, round(len(indices) * fraction)), len(indices) - 1)
             held_out.update(rng.sample(indices, count))
         return held_out
+
+    def folds(self, targets: Sequence[int], count: int, seed: int) -> list[int]:
+        """The fold of each image, 0 to count - 1: of each class about as many images in every one.
+
+        Raises DataError, naming them, for classes of fewer images than folds.
+        """
+        from sklearn.model_selection import StratifiedKFold
+
+        images = Counter(targets)
+        if few := [f"{name!r} ({images[label]})" for label, name in enumerate(self.classes) if images[label] < count]:
+            raise DataError(
+                f"{count} folds need {count} images of each class or more, and there are fewer of {listed(few)}; use "
+                "fewer folds, add images, or remove the class"
+            )
+        rows = list(targets)
+        parts = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(rows, rows)
+        fold = [0] * len(rows)
+        for number, (_, held_out) in enumerate(parts):
+            for index in held_out:
+                fold[index] = number
+        return fold
 
     def criterion(self, section: LossSection, targets: Sequence[int]) -> nn.Module:
         """The loss: (logits (N, classes), targets (N,)) -> the batch's mean cross-entropy."""

@@ -34,7 +34,8 @@ COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
         "--apply", "--batch-size", "--check", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run",
-        "--epochs", "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume", "--seed",
+        "--epochs", "--folds", "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume",
+        "--seed",
         "--workers", "-b", "-j", "words",
     ],
     "check": ["--config", "--data-dir", "--device", "--json", "--output", "--workers", "-j", "words"],

@@ -24,7 +24,7 @@ from tl_trainer.cli.main import (
     worker_setting,
 )
 from tl_trainer.errors import DownloadError, InputError
-from tl_trainer.ground.wording import unknown
+from tl_trainer.ground.wording import printable, unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from tl_trainer.config.load import Loaded
@@ -36,6 +36,7 @@ examples:
   tl-train --config flowers102.yaml
   tl-train --config imagefolder-alexnet.yaml --data-dir photos --epochs 5
   tl-train --config demo.yaml train.optimizer.name=sgd 'transforms.train=[{Resize: 64}]'
+  tl-train photos/ --folds 10
   tl-train --resume runs/flowers102-1
 """
 
@@ -43,6 +44,8 @@ START = """nothing to train on; start with one of
   tl-train --config demo.yaml    the demo: pictures drawn by code, a minute
   tl-train photos/               your photographs, in a folder for each class
   tl-train --help                everything else"""
+
+CLASSES_SHOWN = 10  # of a cross-validation
 
 # The flags that are short for an override.
 FLAGS = {
@@ -78,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--apply", type=given, metavar="FILE", help="leave out the images that a CSV file names, such as tl-check's "
         "skip.csv (data.skip)")  # fmt: skip
     add("--check", action="store_true", help="look for what is wrong with the data, as tl-check does, and stop")
+    add("--folds", type=int, metavar="N", help="measure instead of train: cross-validation of the head that would "
+        "be found, on all images but the source's own val and test splits; writes predictions.csv")  # fmt: skip
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
@@ -185,6 +190,11 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
     from tl_trainer.ground.signals import StopRequest
 
     resume, progress = args.resume is not None and (args.resume or True), not args.quiet
+    if args.folds is not None:
+        if resume or args.dry_run:
+            raise InputError("--folds trains no run; leave out --resume and --dry-run")
+        result = api.cross_validate(args.config, folds=args.folds, progress=progress, **overrides)
+        return json.dumps(result) if args.json else _folds_report(result)
     if args.dry_run:
         result, in_words = api.dry_run(args.config, resume=resume, progress=progress, **overrides), _dry_report
     else:
@@ -207,6 +217,23 @@ def _report(result: dict[str, Any]) -> str:
     lines.append(f"checkpoint: {result['checkpoint']}")
     lines += [f"report: {result['report']}"] if result["report"] else []
     return "\n".join(lines)
+
+
+def _folds_report(result: dict[str, Any]) -> str:
+    low, high = result["top1_interval"]
+    lines = [
+        f"{len(result['folds'])}-fold cross-validation of {result['images']:,} images; {result['seconds']:.0f} s",
+        f"  top-1 {result['top1']:.1%} (95% interval {low:.1%} to {high:.1%})  loss {result['loss']:.4f}",
+    ]
+    rows = sorted(result["per_class"], key=lambda row: row["recall"])
+    width = max(len(printable(row["class"])) for row in rows[:CLASSES_SHOWN])
+    lines.append("recall of each class:" if len(rows) <= CLASSES_SHOWN else f"the {CLASSES_SHOWN} lowest recalls:")
+    lines += [
+        f"  {printable(row['class']):{width}}  {row['recall']:6.1%} of {row['support']:,}"
+        for row in rows[:CLASSES_SHOWN]
+    ]
+    lines.append(f"predictions, each by a head that did not see the image: {result['predictions']}")
+    return "\n".join([*lines, "no classifier was trained: the same command without --folds trains one"])
 
 
 def _dry_report(result: dict[str, Any]) -> str:

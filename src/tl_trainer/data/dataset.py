@@ -181,6 +181,16 @@ class Split:
         targets, rows = [self.targets[i] for i in indices], [self.rows[i] for i in indices]
         return Split(self.images, targets, rows, [self.hashes[i] for i in indices] if self.hashes else ())
 
+    def joined(self, other: Split) -> Split:
+        """These images and those of another split of the same source, in the order in which that has them."""
+        both = Split(
+            self.images,
+            [*self.targets, *other.targets],
+            [*self.rows, *other.rows],
+            [*self.hashes, *other.hashes],
+        )
+        return both.subset(sorted(range(len(both)), key=both.rows.__getitem__))
+
     def sample(self, number: int) -> Split:
         """At most `number` images, spread evenly over the split, which is ordered by class."""
         number = min(number, len(self))

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Cross-validation of the head that is found: its time, and how often its 95% interval holds the truth.
+
+    scripts/bench_folds.py [--images 3000] [--width 1280] [--classes 10] [--sets 200]
+
+`seconds` are for 10 folds on features made for it. Of each simulated set, of 100 to 400 images, the interval is right
+if it holds the top-1, on 20,000 fresh images, of the head that all of the set gives with the choice of its folds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench_report import report
+from bench_search import splits
+from tl_trainer.cross_validation import interval, out_of_fold
+from tl_trainer.logistic import Axes, path
+from tl_trainer.search import SCALINGS, Table
+from tl_trainer.tasks import SingleLabel
+
+FOLDS, FRESH = 10, 20_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("images", 3000), ("width", 1280), ("classes", 10), ("sets", 200)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    (features, targets), *_ = splits(args.images, args.width, args.classes)
+    train = table(features, targets, args.classes)
+    started = time.perf_counter()
+    out_of_fold(train, features, folds_of(targets, args.classes), [*SCALINGS])
+    rows = [("seconds", time.perf_counter() - started), ("coverage", coverage(args.sets))]
+    report(("figure", "value"), rows, {**vars(args), **dict(rows)})
+
+
+def coverage(sets: int) -> float:
+    """The share of simulated sets whose interval holds the truth."""
+    return sum(holds_the_truth(seed) for seed in range(sets)) / sets
+
+
+def holds_the_truth(seed: int) -> bool:
+    """Whether the 95% interval of a simulated set holds the top-1 on fresh images."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    count, classes, width = rng.choice([100, 200, 400]), rng.choice([2, 4]), rng.choice([10, 40])
+    middles = rng.choice([0.5, 1.0]) * torch.randn(classes, width, generator=generator) * (20 / width) ** 0.5
+    targets = torch.arange(count + FRESH) % classes
+    features = middles[targets] + torch.randn(count + FRESH, width, generator=generator)
+    train = table(features[:count], targets[:count], classes)
+    logits, choices = out_of_fold(train, train.features, folds_of(train.targets, classes), ["raw"])
+    low, high = interval(logits.argmax(dim=1) == train.targets)
+    strength = Counter(choice.strength for choice in choices).most_common(1)[0][0]
+    *_, solution = path(
+        Axes.of(train.features), train.soft, torch.ones(1, count), [100 * strength, 10 * strength, strength]
+    )
+    weight, bias = solution.head()
+    said = (features[count:] @ weight.T + bias).argmax(dim=1)
+    return low <= (said == targets[count:]).double().mean().item() <= high
+
+
+def table(features: Tensor, targets: Tensor, classes: int) -> Table:
+    """With one view of each image."""
+    return Table(features, targets, functional.one_hot(targets, classes).float(), torch.arange(len(targets)))
+
+
+def folds_of(targets: Tensor, classes: int) -> Tensor:
+    """The fold of each image."""
+    return torch.tensor(SingleLabel([*map(str, range(classes))]).folds(targets.tolist(), FOLDS, 0))
+
+
+if __name__ == "__main__":
+    main()
