@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from conftest import Run, last_json
+from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
 from tiny import tiny_template
 from tl_trainer import checkpoint
@@ -240,3 +240,12 @@ def test_what_is_compiled_depends_on_the_images_that_a_run_computes_and_not_on_w
     splits = {name: Split(Files([], []), [0] * count, range(count)) for name, count in (("train", 24), ("val", 12))}
     steps = [{"RandomCrop": 8}] if random else [{"CenterCrop": 8}]
     assert _images_to_compute(config, splits, Pipeline(steps, "transforms.train")) == images
+
+
+def test_a_drawn_val_split_divides_no_group(tmp_path: Path) -> None:
+    draw_split(tmp_path / "photos", 10)
+    keys = {"data": {"root": str(tmp_path / "photos"), "group_pattern": "([0-9])[.]jpg"}}
+    splits = set_up(load({**keys, "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"}})).dataset.splits
+    train, val = (splits[name] for name in ("train", "val"))
+    assert {*train.groups}.isdisjoint(val.groups)
+    assert (len({*train.groups}), len({*val.groups}), len(val)) == (8, 2, 6)

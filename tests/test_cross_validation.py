@@ -16,7 +16,7 @@ from torch.nn import functional
 import tl_trainer
 from conftest import Run, draw_split, last_json, load_script
 from tl_trainer import cross_validation
-from tl_trainer.cross_validation import COARSE, out_of_fold
+from tl_trainer.cross_validation import COARSE, WIDER, interval, out_of_fold
 from tl_trainer.errors import ConfigError, DataError, InputError, RunError
 from tl_trainer.features import Features
 from tl_trainer.logistic import Axes, path
@@ -118,7 +118,7 @@ def test_what_is_written(config: dict[str, Any], caplog: pytest.LogCaptureFixtur
     assert (result["images"], result["no_part"], result["n"]) == (36, [], 36)
     assert [fold["images"] for fold in result["folds"]] == [9] * 4
     assert sum(fold["top1"] for fold in result["folds"]) / 4 == pytest.approx(result["top1"])
-    assert result["top1_interval"] == wilson(result["top1"], 36)
+    assert result["top1_interval"] == wilson(result["top1"], int(36 / WIDER**2))
     rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
     assert {row["path"] for row in rows} == {
         f"{name}/{n:02}.jpg" for name in ("blue", "green", "red") for n in range(12)
@@ -202,6 +202,31 @@ def test_neither_resume_nor_a_dry_run(tl: Run, config: dict[str, Any], tmp_path:
             2,
             True,
         )
+
+
+def test_no_group_is_divided_and_the_interval_counts_groups(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = cross_validation.out_of_fold
+    monkeypatch.setattr(cross_validation, "out_of_fold", lambda *args: seen.append(args[2]) or original(*args))
+    pattern = r"(?P<group>\d)[.]jpg"  # of 00 to 11: ten groups, of which two have two images of each class
+    result = tl_trainer.cross_validate(config, folds=3, data__group_pattern=pattern)
+    rows = csv.DictReader(Path(result["predictions"]).read_text().splitlines())
+    folds: dict[str, set[int]] = {}
+    for row, of in zip(rows, seen[0].tolist(), strict=True):
+        folds.setdefault(row["path"][-5], set()).add(of)
+    assert sorted(map(len, folds.values())) == [1] * 10
+    assert {of for found in folds.values() for of in found} == {0, 1, 2}
+
+
+def test_images_of_a_group_count_as_the_independent_ones_that_they_are() -> None:
+    right = torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.8
+    alone = interval(right, [*map(str, range(300))])
+    assert alone == pytest.approx(interval(right), abs=2e-3)
+    five = interval(right.repeat(5), [*map(str, range(300))] * 5)
+    assert five == pytest.approx(alone, abs=1e-12)
+    assert interval(torch.ones(80, dtype=torch.bool), [*map(str, range(40))] * 2) == wilson(1.0, int(40 / WIDER**2))
 
 
 @pytest.mark.slow

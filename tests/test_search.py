@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import tl_trainer
 from conftest import Run, draw_split
 from tl_trainer import checkpoint, logistic, run, search
 from tl_trainer.api import train
+from tl_trainer.assembly import set_up
+from tl_trainer.config.load import load
 from tl_trainer.errors import InputError, Interrupted, RunError
 from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
@@ -324,3 +327,30 @@ def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
     found = find(alone, val, scalings=["raw"])
     assert found.best.loss is not None
     assert found.best.loss < 0.5
+
+
+def test_folds_that_are_given_are_taken() -> None:
+    train_, val = table(60, 1, noise=2, views=2), table(30, 2, noise=2)
+    drawn = find(train_, val, scalings=["raw"])
+    given = find(train_, val, scalings=["raw"], folds=search._folds(train_)[:60])
+    assert given.rows == drawn.rows
+    thirds = find(train_, val, scalings=["raw"], folds=torch.arange(60) // CLASSES % 3)
+    assert thirds.judged == "30 validation images and 3-fold cross-validation over train"
+    assert thirds.rows != drawn.rows
+    none = find(train_, val, scalings=["raw"], folds=torch.full((60,), FOLDS))
+    assert none.judged == "30 validation images"
+
+
+def test_groups_are_not_divided_by_the_folds_of_a_search(
+    config: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = set_up(load(config, [("data.group_pattern", "([0-9])[.]jpg")]))
+    split, folds = setup.dataset.split("train"), search._grouped(setup)
+    assert folds is not None
+    assert len({*zip(split.groups, folds.tolist(), strict=True)}) == len({*split.groups}) > 1
+    caplog.set_level("INFO")
+    setup.dataset.splits["train"] = replace(split, groups=["a"] * len(split))
+    assert (search._grouped(setup) == FOLDS).all()
+    assert caplog.messages[-1].endswith(
+        "have too few groups for cross-validation, so the val images alone choose the head"
+    )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, top_k_accuracy_score
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.nn import functional
@@ -310,3 +311,40 @@ def test_the_loss_trains_on_the_device_of_its_logits() -> None:
     criterion = TASK.criterion(LossSection(class_weights="balanced"), TARGETS)
     assert isinstance(criterion, nn.CrossEntropyLoss)
     assert [name for name, _ in criterion.named_buffers()] == ["weight"]
+
+
+@pytest.mark.parametrize(("fraction", "least", "most"), [(0.01, 0.02, 0.12), (0.2, 0.12, 0.28), (0.9, 0.75, 0.97)])
+def test_no_group_is_divided_by_a_drawn_split(fraction: float, least: float, most: float) -> None:
+    rng = random.Random(0)
+    groups = [f"patient {rng.randrange(30)}" for _ in range(300)]
+    targets = [(int(group.split()[1]) + rng.randrange(2)) % 3 for group in groups]
+    held_out = TASK.hold_out(targets, fraction, 5, groups=groups)
+    of_val = {group for index, group in enumerate(groups) if index in held_out}
+    assert of_val.isdisjoint(group for index, group in enumerate(groups) if index not in held_out)
+    assert least <= len(held_out) / 300 <= most
+    assert {targets[index] for index in held_out} == {targets[index] for index in {*range(300)} - held_out} == {0, 1, 2}
+    assert TASK.hold_out(targets, fraction, 5, groups=groups) == held_out
+
+
+def test_no_group_is_divided_by_folds() -> None:
+    targets, groups = [index % 3 for index in range(120)], [str(index // 6) for index in range(120)]
+    fold = TASK.folds(targets, 4, 1, groups)
+    assert {len({of for of, group in zip(fold, groups, strict=True) if group == name}) for name in groups} == {1}
+    expected = StratifiedGroupKFold(4, shuffle=True, random_state=1).split(targets, targets, groups)
+    for number, (_, held_out) in enumerate(expected):
+        assert [index for index, of in enumerate(fold) if of == number] == sorted(held_out)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("aabbcc", r"all images of 'ant' \(a\), 'bee' \(b\), 'a \$name\$ <b>' \(c\) are in one group, which cannot be"),
+        (
+            "ababab",
+            "2 groups cannot be divided into 3 parts that leave every class something to learn from; take fewer",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_divided(groups: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        TASK.folds([0, 0, 1, 1, 2, 2] * 2, 3, 0, groups * 2)

@@ -272,7 +272,7 @@ def with_val(config: Config, dataset: Dataset, task: Task, saved: Checkpoint | N
     """The dataset with a val split: its own, that of the checkpoint, or else a drawn one."""
 
     def draw(split: Split) -> set[int]:
-        return task.hold_out(split.targets, config.data.val_fraction, config.seed, split.name)
+        return task.hold_out(split.targets, config.data.val_fraction, config.seed, split.name, split.groups)
 
     drawn = saved.val_split.tolist() if saved and saved.val_split is not None else None
     return with_validation(dataset, draw, drawn)

@@ -6,6 +6,7 @@ on validation images, and where these are few also by that of cross-validation o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Setup
-from tl_trainer.errors import RunError
+from tl_trainer.errors import DataError, RunError
 from tl_trainer.features import FeatureBatches, Features, free_on
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import csv_text
@@ -166,11 +167,23 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
         if views < len(train.features.keys):
             log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
         with threads_for(tables[0].features.numel() * len(parts.task.classes)):
-            found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause)
+            found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause, folds=_grouped(setup))
         log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
         return found
     log.info("the head is trained for %d epochs instead of being searched for: %s", parts.config.train.epochs, obstacle)
     return None
+
+
+def _grouped(setup: Setup) -> Tensor | None:
+    """The folds of the training images where these have groups, at most FOLDS; says where there can be none."""
+    split, parts = setup.dataset.split("train"), setup.parts
+    if not split.groups:
+        return None
+    for count in range(FOLDS, 1, -1):
+        with contextlib.suppress(DataError):
+            return torch.tensor(parts.task.folds(split.targets, count, parts.config.seed, split.groups))
+    log.info("the training images have too few groups for cross-validation, so the val images alone choose the head")
+    return torch.full((len(split),), FOLDS)
 
 
 def _views_that_fit(features: Features, classes: int, device: torch.device) -> int:
@@ -204,13 +217,18 @@ def find(
     scalings: Sequence[str] = tuple(SCALINGS),
     drawn: bool = False,
     pause: Callable[[], None] = lambda: None,
+    folds: Tensor | None = None,
 ) -> Found:
     """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train.
 
-    Raises RunError where no candidate converges.
+    folds: the fold of each image of train for cross-validation, FOLDS where there is none; None: drawn here. Raises
+    RunError where no candidate converges.
     """
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
-    fold = _folds(train) if few else torch.full_like(train.targets, FOLDS)
+    few = few and (folds is None or bool((folds < FOLDS).any()))
+    fold = torch.full_like(train.targets, FOLDS)
+    if few:
+        fold = _folds(train) if folds is None else folds.to(fold.device)[train.images]
     held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
     judged = _judged(train) if few else train.images[:0]
     targets = torch.cat([val.targets, train.targets[judged]])
@@ -241,7 +259,7 @@ def find(
         parts += [(_part(train, fold != number), _part(train, inside & (fold == number))) for number in range(FOLDS)]
     rows = [*(candidate.row for candidate in solved), *_simpler(parts, pause)]
     words = f"{len(val.targets):,} validation images"
-    words += f" and {FOLDS}-fold cross-validation over train" if few else ""
+    words += f" and {int(fold.max()) + 1}-fold cross-validation over train" if few else ""
     return Found(rows, best.row, best.weight, best.bias, words)
 
 

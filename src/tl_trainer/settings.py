@@ -21,10 +21,13 @@ TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.tr
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
 SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
-FIXED = ("data.value_range",)  # of these: it changes the pixels
-# What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get.
+# Of these, what changes the pixels, and what the val split in the checkpoint was drawn by.
+FIXED = ("data.value_range", "data.group_pattern", "data.csv.group_column")
+# What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get,
+# and groups, which other images may not have.
 NOT_TAKEN: tuple[Override, ...] = (
     ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
+    ("data.group_pattern", None), ("data.csv.group_column", None),
 )  # fmt: skip
 
 

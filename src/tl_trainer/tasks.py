@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES_NAMED = 5  # in a message
+SEEDS = 2**32  # that scikit-learn takes
+ATTEMPTS = 10  # draws, of which the first is taken that leaves every class on both sides
 CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
 
 
@@ -67,12 +70,26 @@ class SingleLabel:
         self.classes = list(classes)
 
     def hold_out(
-        self, targets: Sequence[int], fraction: float, seed: int, name: Callable[[int], str] = str
+        self,
+        targets: Sequence[int],
+        fraction: float,
+        seed: int,
+        name: Callable[[int], str] = str,
+        groups: Sequence[str] = (),
     ) -> set[int]:
         """The indices of a validation split, drawn from each class. `name` gives what the image at an index is called.
 
-        Raises DataError, naming them, for classes of fewer than two images.
+        groups: of the images, if any; none of them is divided, and the fraction is met as nearly as they allow. Raises
+        DataError, naming them, for classes of fewer than two images or groups.
         """
+        if groups:
+            most = self._fewest_groups(targets, groups)
+            share = Fraction(fraction).limit_denominator(most)
+            parts, of_val = max(share.denominator, 2), max(share.numerator, 1)
+            if share.numerator in (0, share.denominator):  # too few groups for so small a part
+                parts, of_val = most, 1 if share.numerator == 0 else most - 1
+            fold = self._grouped(targets, groups, (parts, of_val), seed)
+            return {index for index, number in enumerate(fold) if number < of_val}
         rng = random.Random(seed)
         by_class: dict[int, list[int]] = {label: [] for label in range(len(self.classes))}
         for index, label in enumerate(targets):
@@ -91,10 +108,11 @@ class SingleLabel:
             held_out.update(rng.sample(indices, count))
         return held_out
 
-    def folds(self, targets: Sequence[int], count: int, seed: int) -> list[int]:
+    def folds(self, targets: Sequence[int], count: int, seed: int, groups: Sequence[str] = ()) -> list[int]:
         """The fold of each image, 0 to count - 1: of each class about as many images in every one.
 
-        Raises DataError, naming them, for classes of fewer images than folds.
+        groups: of the images, if any; none of them is divided. Raises DataError, naming them, for classes of fewer
+        images than folds, and for groups that cannot be divided into so many.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -104,13 +122,46 @@ class SingleLabel:
                 f"{count} folds need {count} images of each class or more, and there are fewer of {listed(few)}; use "
                 "fewer folds, add images, or remove the class"
             )
+        if groups:
+            self._fewest_groups(targets, groups)
+            return self._grouped(targets, groups, (count, 0), seed)
         rows = list(targets)
-        parts = StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(rows, rows)
-        fold = [0] * len(rows)
-        for number, (_, held_out) in enumerate(parts):
-            for index in held_out:
-                fold[index] = number
-        return fold
+        return _numbered(StratifiedKFold(count, shuffle=True, random_state=seed % SEEDS).split(rows, rows), len(rows))
+
+    def _fewest_groups(self, targets: Sequence[int], groups: Sequence[str]) -> int:
+        """In how many groups the class in the fewest is; DataError for one that is in a single group."""
+        of_class: dict[int, set[str]] = {label: set() for label in range(len(self.classes))}
+        for label, group in zip(targets, groups, strict=True):
+            of_class[label].add(group)
+        if single := [label for label, found in of_class.items() if len(found) < 2]:
+            held = [f"{self.classes[label]!r} ({', '.join(of_class[label]) or 'no image'})" for label in single]
+            raise DataError(
+                f"all images of {listed(held)} are in one group, which cannot be divided; add images of another group, "
+                "remove the class, or bring a val split"
+            )
+        return min(map(len, of_class.values()))
+
+    def _grouped(self, targets: Sequence[int], groups: Sequence[str], parts: tuple[int, int], seed: int) -> list[int]:
+        """The number of each image among `parts[0]` that divide no group.
+
+        Every class is both in and outside the first `parts[1]` of them, and where that is 0 outside of each. Raises
+        DataError where no such division is found.
+        """
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        (count, first), rows, every = parts, list(targets), set(targets)
+        for attempt in range(ATTEMPTS if count <= len({*groups}) else 0):
+            splitter = StratifiedGroupKFold(count, shuffle=True, random_state=(seed + attempt) % SEEDS)
+            pairs = [*zip(rows, fold := _numbered(splitter.split(rows, rows, groups), len(rows)), strict=True)]
+            sides = [{label for label, of in pairs if of != number} for number in range(count)]
+            if first:
+                sides = [{label for label, of in pairs if (of < first) == held_out} for held_out in (False, True)]
+            if all(side == every for side in sides) and len({*fold}) == count:
+                return fold
+        raise DataError(
+            f"{len({*groups})} groups cannot be divided into {count} parts that leave every class something to learn "
+            "from; take fewer folds, add groups, or bring a val split"
+        )
 
     def criterion(self, section: LossSection, targets: Sequence[int]) -> nn.Module:
         """The loss: (logits (N, classes), targets (N,)) -> the batch's mean cross-entropy."""
@@ -193,6 +244,15 @@ class SingleLabel:
             shares, labels = metrics.probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
             for index, name in enumerate(self.classes):
                 yield name, labels[:, index], shares[:, index]
+
+
+def _numbered(parts: Iterable[tuple[Iterable[int], Iterable[int]]], images: int) -> list[int]:
+    """scikit-learn's folds, each as indices of the others and its own -> the number of each image's."""
+    fold = [0] * images
+    for number, (_, own) in enumerate(parts):
+        for index in own:
+            fold[index] = number
+    return fold
 
 
 Task = SingleLabel

@@ -30,10 +30,10 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 FIELDS = dict(fields())
 KEYS = """
     seed device
-    data.source data.root data.download data.val_fraction data.on_bad_image data.on_duplicates data.skip
-    data.max_megapixels data.value_range data.workers
+    data.source data.root data.download data.val_fraction data.group_pattern data.on_bad_image data.on_duplicates
+    data.skip data.max_megapixels data.value_range data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
-    data.csv.suffix
+    data.csv.group_column data.csv.suffix
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
     model.head.normalise
@@ -79,6 +79,8 @@ def test_the_default_configuration_is_valid() -> None:
         ("device", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:12"], ["gpu", "cuda:", "cuda:x", "cpu:0", ""]),
         ("data.source", ["demo", "torchvision:Food101"], ["Demo", "torchvision:", "torchvision:a.b", "torchvision"]),
         ("data.val_fraction", [0.001, 0.999], [0.0, 1.0]),
+        ("data.group_pattern", [None, "(a)", "(?P<group>a)"], ["a", "(", 1]),
+        ("data.csv.group_column", [None], ["patient"]),  # without source: csv
         ("data.workers", [0, 256, "auto"], [-1, 257, "all"]),
         ("data.csv.split_column", [None, "split"], [1]),
         ("transforms.train", ["default", "eval", [], ["Resize"]], ["none", [1], [["Resize"]]]),

@@ -176,7 +176,7 @@ def test_an_unknown_label_says_who_fixed_the_classes(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_the_remedy(tmp_path: Path) -> None:
     assert _complaint(tmp_path, "image,label\n1,dog\n").endswith(
-        "set data.csv.image_column, label_column or split_column"
+        "set data.csv.image_column, label_column, split_column or group_column"
     )
 
 

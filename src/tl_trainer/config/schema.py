@@ -5,6 +5,7 @@ The descriptions feed the JSON Schema of `--print-schema`, so they are written f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,11 @@ class CsvSection(Section):
     split_column: str | None = Field(
         None, description="The column that says train, val (or valid, validation) or test; null draws a val split."
     )
+    group_column: str | None = Field(
+        None,
+        description="The column that says which images belong together, such as the patient; neither a drawn val split "
+        "nor folds divide a group. null: each image is its own.",
+    )
     suffix: str = Field("", description="What is added to image_column to make the file name, e.g. .jpg")
 
     @field_validator("suffix", mode="before")
@@ -48,6 +54,11 @@ class DataSection(Section):
         gt=0,
         lt=1,
         description="The fraction of each class held out where there is no validation split (seeded, stratified).",
+    )
+    group_pattern: str | None = Field(
+        None,
+        description="A regular expression that is searched in each image's path below data.root (in a CSV file, its "
+        "name), whose group called group, or else its first, says which images belong together; as csv.group_column.",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
@@ -78,6 +89,25 @@ class DataSection(Section):
         "auto", description="Processes that load images; 0 loads in the main process."
     )
     csv: CsvSection = Field(default_factory=CsvSection, description="Where source: csv finds its columns.")
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            groups = re.compile(pattern).groups if pattern is not None else 1
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error}); correct it") from None
+        if not groups:
+            raise ValueError("has no group; put what tells the groups apart into parentheses, as in (patient[0-9]+)")
+        return pattern
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> DataSection:
+        if self.csv.group_column is not None and self.group_pattern is not None:
+            raise ValueError("group_pattern and csv.group_column are both set; keep one of them")
+        if self.csv.group_column is not None and self.source != "csv":
+            raise ValueError(f"csv.group_column is only for source csv, and source is {self.source}; set group_pattern")
+        return self
 
 
 class TransformsSection(Section):

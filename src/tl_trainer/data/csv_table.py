@@ -31,12 +31,13 @@ SAMPLE = 20  # rows whose images are looked for before any is read
 
 
 class Columns(NamedTuple):
-    """The file's columns, an entry per image: its line, its name, its label, its split."""
+    """The file's columns, an entry per image: its line, its name, its label, its split, its group (or no entry)."""
 
     lines: array[int]
     images: list[str]
     labels: list[str]
     splits: list[str]
+    groups: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fi
     here and no index can shift, but may not have others.
     """
     table = root / section.labels
-    lines, images, labels, by_image = _columns(table, section)
+    lines, images, labels, by_image, groups = _columns(table, section)
     there, fixed_by = set(by_image), "the checkpoint"
     if classes is None:
         fixed_by = "the train rows"
@@ -89,7 +90,8 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fi
             rows = array("q", (row for row in rows if labels[row] in index))
         names = [images[row] for row in rows]
         files = Files(Below(root / section.images, names), names)
-        splits[name] = Split(files, [index[labels[row]] for row in rows], range(len(names)))
+        together = [groups[row] for row in rows] if groups else ()
+        splits[name] = Split(files, [index[labels[row]] for row in rows], range(len(names)), groups=together)
     return Dataset(classes, splits, str(table))
 
 
@@ -154,7 +156,8 @@ def _columns(table: Path, section: CsvSection) -> Columns:
 
 
 def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
-    wanted = [section.image_column, section.label_column, *filter(None, [section.split_column])]
+    optional = [section.split_column, section.group_column]
+    wanted = [section.image_column, section.label_column, *filter(None, optional)]
     header = next(filter(None, reader), None)  # blank lines are no rows
     if header is None:
         raise DataError(f"{table}: empty file; its first line must name the columns")
@@ -162,9 +165,11 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
     for column in wanted:
         if column not in place:
             complaint = unknown("column", column, header)
-            raise DataError(f"{table}:1: {complaint}; set data.csv.image_column, label_column or split_column")
+            raise DataError(
+                f"{table}:1: {complaint}; set data.csv.image_column, label_column, split_column or group_column"
+            )
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
-    lines, images, labels, splits = columns = Columns(array("q"), [], [], [])
+    lines, images, labels, splits, groups = columns = Columns(array("q"), [], [], [], [])
     one: dict[str, str] = {}  # object for each label
     for row in filter(None, reader):
         if len(row) > width:
@@ -174,11 +179,13 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
         image, label, *rest = values = [row[index].strip() for index in places]
         if "" in values:
             raise DataError(f"{table}:{reader.line_num}: no {wanted[values.index('')]} in this row")
-        split = SPLIT_OF.get(rest[0].lower()) if rest else "all"
+        split = SPLIT_OF.get(rest[0].lower()) if section.split_column else "all"
         if split is None:
             raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], SPLIT_OF)}")
         lines.append(reader.line_num)
         images.append(image + suffix)
         labels.append(one.setdefault(label, label))
         splits.append(split)
+        if section.group_column:
+            groups.append(one.setdefault(rest[-1], rest[-1]))
     return columns

@@ -150,12 +150,14 @@ class Split:
     """Images and their labels; `rows` says which of `images` each one is.
 
     `hashes` are the SHA-256 of their contents, once `data.verify` has read them: from then on only these are opened.
+    `groups`: which images belong together, such as those of a patient; empty where each is its own.
     """
 
     images: Images
     targets: Sequence[int]
     rows: Sequence[int]
     hashes: Sequence[bytes] = ()
+    groups: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -179,7 +181,8 @@ class Split:
     def subset(self, indices: Sequence[int]) -> Split:
         """The images at `indices`, in that order."""
         targets, rows = [self.targets[i] for i in indices], [self.rows[i] for i in indices]
-        return Split(self.images, targets, rows, [self.hashes[i] for i in indices] if self.hashes else ())
+        hashes = [self.hashes[i] for i in indices] if self.hashes else ()
+        return Split(self.images, targets, rows, hashes, [self.groups[i] for i in indices] if self.groups else ())
 
     def joined(self, other: Split) -> Split:
         """These images and those of another split of the same source, in the order in which that has them."""
@@ -188,6 +191,7 @@ class Split:
             [*self.targets, *other.targets],
             [*self.rows, *other.rows],
             [*self.hashes, *other.hashes],
+            [*self.groups, *other.groups],
         )
         return both.subset(sorted(range(len(both)), key=both.rows.__getitem__))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 
 from tl_trainer.config.schema import DataSection, expand
@@ -13,6 +15,9 @@ from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.skip import without
 from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.errors import SettingError
+from tl_trainer.ground.wording import listed, printable
+
+log = logging.getLogger(__name__)
 
 
 def open_dataset(
@@ -26,6 +31,9 @@ def open_dataset(
     dataset = _opened(data, classes, fit)
     if data.skip is not None:
         dataset = without(dataset, expand(data.skip))
+    if data.group_pattern is not None:
+        dataset = _grouped(dataset, re.compile(data.group_pattern))
+    _say_what_is_not_drawn(dataset)
     splits = {name: replace(split, images=split.images.decoded(decoding)) for name, split in dataset.splits.items()}
     return replace(dataset, splits=splits)
 
@@ -41,6 +49,33 @@ def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
         check_found(dataset, data.csv)
         return dataset
     return open_torchvision(data.source, root, data.download, classes)
+
+
+def _grouped(dataset: Dataset, pattern: re.Pattern[str]) -> Dataset:
+    """The dataset with the groups that the pattern finds in its names; SettingError naming the first it does not."""
+    number, splits = pattern.groupindex.get("group", 1), {}
+    for name, split in dataset.splits.items():
+        groups: list[str] = []
+        for image in split.names:
+            match = pattern.search(image)
+            if match is None or match[number] is None:
+                what = f"finds no group in {printable(image)!r}; it must find one in the path of every image"
+                raise SettingError("data.group_pattern", what)
+            groups.append(match[number])
+        splits[name] = replace(split, groups=groups)
+    return replace(dataset, splits=splits)
+
+
+def _say_what_is_not_drawn(dataset: Dataset) -> None:
+    """Say that a val split of the source's own stays as it is, whatever groups it shares with train."""
+    train, val = dataset.splits.get("train"), dataset.splits.get("val")
+    if train is None or val is None or not train.groups:
+        return
+    log.info("%s has a val split of its own, which is not divided by groups; folds are", dataset.where)
+    if shared := sorted({*train.groups} & {*val.groups}):
+        log.warning(
+            "%d groups are in train and in val, so the val figures are too good: %s", len(shared), listed(shared)
+        )
 
 
 def check_root(data: DataSection) -> None:
