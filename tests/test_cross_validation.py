@@ -170,6 +170,7 @@ def test_the_command_tells_it(config: dict[str, Any], tl: Run, tmp_path: Path) -
         (4, {"model__trainable": "conv5"}, "model.trainable: .*of a frozen backbone; set it to head"),
         (4, {"model__head__hidden": [8]}, "model.head: .*a single Linear; leave out hidden and dropout"),
         (4, {"train__epochs": 3}, "train.search: .*set train.search=auto, also where epochs"),
+        (4, {"train__phases": [{"trainable": "head", "epochs": 1}]}, r"train.phases: .*set train.phases=\[\]"),
         (4, {"features__cache": "off"}, "features.cache: .*set it to auto"),
         (13, {}, r"13 folds need 13 images of each class or more, .* fewer of 'blue' \(12\), 'green' \(12\)"),
     ],
