@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -119,14 +119,14 @@ def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> M
     """
     with _called(progress):
         path = best_of(Path(checkpoint))
-        return Model(restore(path, _dotted(overrides)), path, progress)
+        return Model(restore(path, _dotted(overrides)), path, progress, _dotted(overrides))
 
 
 class Model:
     """A trained classifier. `load` makes it."""
 
-    def __init__(self, parts: Parts, checkpoint: Location, progress: bool) -> None:
-        self._parts, self._checkpoint, self._progress = parts, checkpoint, progress
+    def __init__(self, parts: Parts, checkpoint: Path, progress: bool, overrides: Sequence[Override] = ()) -> None:
+        self._parts, self._checkpoint, self._progress, self._overrides = parts, checkpoint, progress, overrides
 
     @property
     def classes(self) -> list[str]:
@@ -216,6 +216,25 @@ class Model:
             if label is not None and label not in self.classes:
                 raise InputError(unknown("class", label, self.classes))
             return explain(self._parts, image, None if label is None else self.classes.index(label))
+
+    def export(
+        self, to: str, out: Location, *, origin: Literal["image", "tensor"] = "image", force: bool = False
+    ) -> dict[str, Any]:
+        """Write the classifier for other programs, checked; what tl-export --json prints.
+
+        to: onnx, pt2, safetensors or hub. origin: what onnx and pt2 take: uint8 images (N, H, W, 3), or the tensor that
+        the preprocessing makes of them. force: replace what is there. Raises InputError for what cannot be exported so,
+        RunError where the export does not agree with `predict`.
+        """
+        with _called(self._progress):
+            from tl_trainer.export import FORMATS, export
+
+            if to not in FORMATS:
+                raise InputError(unknown("format", to, FORMATS))
+            parts = self._parts
+            if (parts.network.device.type, parts.network.precision) != ("cpu", "fp32"):
+                parts = restore(self._checkpoint, [*self._overrides, ("device", "cpu"), ("train.precision", "fp32")])
+            return export(parts, to, Path(out), origin, force=force)
 
 
 @contextlib.contextmanager

@@ -263,6 +263,13 @@ def _name_single(classes: list[str], train: Split, *, drawn: bool) -> None:
         log.warning("train has one image of %s; a class is learned from several", listed([*map(repr, single)]))
 
 
+def reopened(parts: Parts) -> Dataset:
+    """The dataset of a checkpoint with the val split of its run. Raises DataError where it is not there any more."""
+    assert parts.saved is not None
+    dataset = open_dataset(parts.config.data, parts.saved.classes, parts.decoding, "fewer")
+    return with_val(parts.config, dataset, parts.task, parts.saved)
+
+
 def memory_of(config: Config) -> Memory:
     """What `verified` remembers of images."""
     return Memory(features_folder(config.features) / MEMORY)

@@ -22,6 +22,7 @@ from conftest import Run
 from tl_trainer import __version__, errors
 from tl_trainer.cli import check as tl_check
 from tl_trainer.cli import eval as tl_eval
+from tl_trainer.cli import export as tl_export
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
 from tl_trainer.cli.main import TTA, new_parser, run_command
@@ -29,7 +30,13 @@ from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config
 from tl_trainer.data.transforms import tta_pipelines
 
-COMMANDS = {"train": tl_train, "check": tl_check, "eval": tl_eval, "predict": tl_predict}
+COMMANDS = {
+    "train": tl_train,
+    "check": tl_check,
+    "eval": tl_eval,
+    "predict": tl_predict,
+    "export": tl_export,
+}
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
@@ -43,6 +50,7 @@ FLAGS = {
         "--batch-size", "--checkpoint", "--data-dir", "--device", "--ignore-extra", "--json", "--on-bad-image",
         "--report", "--split", "--tta", "--workers", "-b", "-j", "overrides",
     ],
+    "export": ["--checkpoint", "--force", "--from", "--json", "--to", "out", "overrides"],
     "predict": [
         "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",
         "paths",
@@ -107,6 +115,7 @@ def test_the_garbage_collector_rests_while_torch_is_imported(command: str, monke
         "check": ["demo.yaml"],
         "eval": ["--checkpoint", "x"],
         "predict": ["a.jpg", "--checkpoint", "x"],
+        "export": ["a.onnx", "--to", "onnx", "--checkpoint", "x"],
     }
     try:
         assert COMMANDS[command].main(words[command]) == 130
@@ -165,6 +174,7 @@ EMPTY = [
     ("eval", ["--checkpoint", ""]),
     ("eval", ["--checkpoint", "best.pth", "--data-dir", ""]),
     ("eval", ["--checkpoint", "best.pth", "--report", ""]),
+    ("export", ["", "--to", "onnx"]),
     ("predict", [""]),
     ("predict", ["a.jpg", "--checkpoint", ""]),
     ("predict", ["a.jpg", "--explain", ""]),
@@ -181,6 +191,8 @@ EMPTY = [
         ("train", ["--config"]),
         ("eval", ["--checkpoint", "best.pth", "--split", "dev"]),
         ("eval", ["--checkpoint", "best.pth", "--stray"]),
+        ("export", ["a.onnx"]),
+        ("export", ["a.onnx", "--to", "tflite"]),
         ("predict", []),
         ("predict", ["a.jpg", "--format", "xml"]),
         ("predict", ["a.jpg", "--topk", "x"]),

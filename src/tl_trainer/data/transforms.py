@@ -77,19 +77,18 @@ class Pipeline:
         self.batch: Callable[[Tensor], Tensor] = v2.Compose(built[split:]) if split < len(named) else v2.Identity()
         self.mean, self.std = _normalisation(named)
         self.deterministic = all(name in _DETERMINISTIC for name, _ in named)
-        self._transforms = built
+        self.transforms = [leaf for transform in built for leaf in _leaves(transform)]
 
     def sizes(self, size: Size) -> Iterator[Size]:
         """The size after each resize before the first crop, of an image of `size` and at most.
 
         Resizing the short side to 256 makes 1,536,000 x 256 pixels of 6000 x 1.
         """
-        for transform in self._transforms:
+        for transform in self.transforms:
             if len(getattr(transform, "size", None) or ()) == 2:  # from here on every image is of this size
                 return
-            for leaf in _leaves(transform):
-                size = _resized(leaf, *size)
-                yield size
+            size = _resized(transform, *size)
+            yield size
 
     def draw(self, picture: Image.Image, seed: int) -> Tensor:
         """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""

@@ -1,0 +1,176 @@
+"""What tl-export writes, run by onnxruntime, torch and timm alone; what it refuses; a failed one leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import tl_trainer
+from conftest import Run, draw_split
+from tl_trainer import export as module_under_test
+from tl_trainer.cli.export import FORMATS
+
+NAMES = ["blue", "green", "red"]
+SMALL: dict[str, Any] = {
+    "model": {"backbone": "timm/test_vit", "weights": "none", "head": {"normalise": "none"}},
+    "transforms": {"train": "eval", "eval": [{"Resize": 36}, {"CenterCrop": 32}], "size": 32},
+    "train": {"epochs": 1, "batch_size": 8, "precision": "fp32"},
+    "output": {"report": False, "tensorboard": False},
+    "data": {"workers": 0},
+    "features": {"cache": "off"},
+}
+
+pytestmark = pytest.mark.usefixtures("own_logging")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small trained ViT and its images."""
+    folder = tmp_path_factory.mktemp("export")
+    draw_split(folder / "photos" / "train", 4)
+    draw_split(folder / "photos" / "val", 3, size=43)
+    tl_trainer.train(
+        SMALL, data__root=str(folder / "photos"), output__dir=str(folder / "runs"), features__dir=str(folder / "cache")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def best(folder: Path) -> Path:
+    return folder / "runs" / "run-1" / "best.pth"
+
+
+@pytest.fixture
+def picture(folder: Path) -> Path:
+    return folder / "photos" / "val" / "red" / "01.jpg"
+
+
+def expected(best: Path, picture: Path) -> list[float]:
+    """tl-predict's probabilities in the order of the classes."""
+    row = tl_trainer.load(best).predict(picture)[0]
+    return [guess.probability for guess in sorted(row.predictions, key=lambda guess: guess.index)]
+
+
+def pixels(picture: Path) -> np.ndarray[Any, Any]:
+    return np.stack([np.array(Image.open(picture))] * 3)
+
+
+def test_the_formats_of_the_command_are_these() -> None:
+    assert sorted(FORMATS) == sorted(module_under_test.FORMATS)
+
+
+def test_onnx_takes_pixels_and_says_what_it_is(best: Path, picture: Path, tl: Run) -> None:
+    result = tl("export", "--checkpoint", best, "--to", "onnx", "a.onnx")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("a.onnx: 100.0% agreement on 9 validation images, largest difference of a prob")
+    session = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": pixels(picture)})[0]
+    assert found == pytest.approx(np.array([expected(best, picture)] * 3), abs=1e-4)
+    about = {entry.key: entry.value for entry in onnx.load("a.onnx").metadata_props}
+    assert json.loads(about["labels"]) == NAMES
+    assert json.loads(about["temperature"]) is None
+    assert json.loads(Path("a.onnx.json").read_text())["agreement"] == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["a.onnx", "a.onnx.json"]
+
+
+def test_pt2_takes_what_the_network_takes_with_from_tensor(best: Path, picture: Path) -> None:
+    model = tl_trainer.load(best)
+    model.export("pt2", "a.pt2", origin="tensor")
+    extra = {"tl-trainer.json": ""}
+    program = torch.export.load("a.pt2", extra_files=extra).module()
+    pipeline = model._parts.pipeline
+    view = pipeline.batch(pipeline.image(Image.open(picture))[None])
+    assert program(view)[0].tolist() == pytest.approx(expected(best, picture), abs=1e-5)
+    assert json.loads(extra["tl-trainer.json"])["input"] == "float32 (N, 3, H, W), preprocessed"
+
+
+def test_safetensors_hold_the_weights_and_what_belongs_to_them(best: Path) -> None:
+    model = tl_trainer.load(best)
+    model.export("safetensors", "a.safetensors")
+    state = model._parts.network.classifier.state_dict()
+    with safe_open("a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["tl-trainer"])["labels"] == NAMES
+        assert {*file.keys()} == {*state}
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in state.items())
+
+
+def test_timm_alone_loads_the_folder_of_the_hub(best: Path, picture: Path) -> None:
+    model = tl_trainer.load(best)
+    result = model.export("hub", "hub")
+    assert (result["agreement"], result["images"]) == (1, 9)
+    loaded = timm.create_model("local-dir:hub", pretrained=True).eval()
+    assert loaded.pretrained_cfg["label_names"] == NAMES
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))
+    classifier, pipeline = model._parts.network.classifier, model._parts.pipeline
+    view = pipeline.batch(pipeline.image(Image.open(picture))[None])
+    torch.testing.assert_close(transform(Image.open(picture))[None], view, atol=0.02, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(view), classifier(view), atol=1e-4, rtol=0)
+    assert "3 classes" in Path("hub/README.md").read_text()
+
+
+def test_without_its_images_generated_ones_are_taken_and_it_says_so(
+    best: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = tl_trainer.load(best, data__root="gone").export("safetensors", "a.safetensors")
+    assert (result["of"], result["images"]) == ("generated images", 64)
+    assert "checked on generated images, since the validation images are not there: gone" in caplog.text
+
+
+def test_an_export_that_disagrees_fails_with_the_figures_and_leaves_nothing(
+    best: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module_under_test.FORMATS, "onnx", lambda *_: lambda images: torch.eye(3)[: len(images)])
+    with pytest.raises(tl_trainer.RunError, match=r"a\.onnx was not written, .*% agreement on 9 validation images"):
+        tl_trainer.load(best).export("onnx", "a.onnx")
+    assert [*Path().iterdir()] == []
+
+
+def test_what_is_there_is_kept_without_force(best: Path) -> None:
+    model = tl_trainer.load(best)
+    Path("a.safetensors").write_text("mine")
+    with pytest.raises(tl_trainer.InputError, match=r"a\.safetensors exists; choose another name, or .* --force"):
+        model.export("safetensors", "a.safetensors")
+    assert Path("a.safetensors").read_text() == "mine"
+    model.export("safetensors", "a.safetensors", force=True)
+    assert Path("a.safetensors").stat().st_size > 1000
+    Path("hub").mkdir()
+    Path("hub/mine.txt").write_text("mine")
+    model.export("hub", "hub", force=True)
+    assert Path("hub/mine.txt").read_text() == "mine"
+    assert Path("hub/config.json").is_file()
+
+
+def test_a_package_that_is_missing_is_named_with_the_line_of_pip(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(tl_trainer.InputError, match=r"^--to onnx needs onnxruntime; run: pip install onnxruntime$"):
+        tl_trainer.load(best).export("onnx", "a.onnx")
+
+
+def test_what_torch_cannot_express_is_said(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no such operator: fold\nmore")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    words = r"timm/test_vit cannot be exported so .*ONNX opset 18\): no such operator: fold; try another --to$"
+    with pytest.raises(tl_trainer.InputError, match=words):
+        tl_trainer.load(best).export("onnx", "a.onnx", origin="tensor")
+
+
+def test_a_head_that_timm_does_not_have_is_refused_for_the_hub(folder: Path, best: Path) -> None:
+    shutil.copy(best, "best.pth")
+    model = tl_trainer.load("best.pth")
+    model._parts.take_head(torch.zeros(3, model._parts.features), torch.zeros(3), unit=True)
+    with pytest.raises(tl_trainer.InputError, match=r"length 1 \(train with model\.head\.normalise=none\)"):
+        model.export("hub", "hub")
