@@ -32,7 +32,8 @@ from tl_trainer.ground.files import make_folder, numbered_folder
 from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
-from tl_trainer.predict import Predictor, Row, Source, embed, explain
+from tl_trainer.known import FEWEST, Known, known
+from tl_trainer.predict import Near, Predictor, Row, Source, embed, explain
 from tl_trainer.report import write_report
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import best_of
@@ -155,26 +156,43 @@ class Model:
         tta: str | None = None,
         batch_size: int = 16,
         evidence: Location | None = None,
+        neighbours: int = 0,
+        reject: bool = False,
         ready: Callable[[], bool] | None = None,
     ) -> Iterator[Row]:
         """`predict` for any number of images: rows as they come, with constant memory.
 
-        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). ready: whether the
-        next image is there already, so that it can be decoded while a batch is computed; None: always in a list, else
-        never, so that no row waits for an image to come.
+        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). neighbours: how many
+        of the nearest training images each row names. reject: whether `accepted` says if it is like these. ready:
+        whether the next image is there already, so that it can be decoded while a batch is computed; None: always in a
+        list, else never, so that no row waits for an image to come.
         """
         with in_sentences():
             folder = None if evidence is None else Path(evidence)
             if folder is not None:
                 make_folder(folder, "--explain")
+            if (neighbours or reject) and tta in ("fivecrop", "tencrop"):
+                raise InputError(f"--neighbours and --reject compare whole images; leave --tta {tta} out")
             views = tta_pipelines(self._parts.pipeline.steps, tta)
-            predictor = Predictor(self._parts, topk, views, folder)
+            if neighbours or reject:
+                near = Near(self._known(reject), neighbours, reject)
+            predictor = Predictor(self._parts, topk, views, folder, near if neighbours or reject else None)
 
         def stream() -> Iterator[Row]:
             with in_sentences():
                 yield from predictor.rows(images, batch_size, ready)
 
         return stream()
+
+    def _known(self, reject: bool) -> Known:
+        with bars(self._progress):
+            found = known(self._parts, self._checkpoint)
+        if reject and len(found.val) < FEWEST:
+            raise InputError(
+                f"--reject learns from validation images what is usual, and the run has {len(found.val)}; {FEWEST} or "
+                "more are needed: raise data.val_fraction and train again, or leave --reject out"
+            )
+        return found
 
     def evaluate(
         self,

@@ -12,11 +12,11 @@ import select
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import printable
+from tl_trainer.known import Known, Neighbour
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction, prediction_columns
 
@@ -44,11 +45,30 @@ Decoded = tuple[Views, float]  # and what `images.dark` says of it
 
 @dataclass(frozen=True)
 class Row:
-    """What is known about one input: its best classes, or why there are none."""
+    """What is known about one input: its best classes, or why there are none.
+
+    accepted: whether it is like the training images. neighbours: the nearest of them. None where not asked for.
+    """
 
     path: str
     predictions: list[Prediction] = field(default_factory=list)
     error: str | None = None
+    accepted: bool | None = None
+    neighbours: list[Neighbour] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The row as plain data, without what was not asked for."""
+        row = asdict(self)
+        return {key: value for key, value in row.items() if value is not None or key == "error"}
+
+
+@dataclass(frozen=True)
+class Near:
+    """What rows say of the training images: the `count` nearest, and, if asked, whether the image is like them."""
+
+    known: Known
+    count: int
+    reject: bool
 
 
 def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
@@ -89,13 +109,19 @@ def line_waiting(stdin: IO[str]) -> bool:
 class Predictor:
     """Rows from images. `pipelines` are the views whose probabilities are averaged, as `tta_pipelines` gives them.
 
-    explanations: the folder for a picture per image of where the evidence for its first class is; None for none.
+    explanations: the folder for a picture per image of where the evidence for its first class is; None for none. near:
+    what rows say of the training images, whose features are compared with those of the first view.
     """
 
     def __init__(
-        self, parts: Parts, topk: int = 5, pipelines: Sequence[Pipeline] = (), explanations: Path | None = None
+        self,
+        parts: Parts,
+        topk: int = 5,
+        pipelines: Sequence[Pipeline] = (),
+        explanations: Path | None = None,
+        near: Near | None = None,
     ) -> None:
-        self.parts, self.topk, self.explanations = parts, topk, explanations
+        self.parts, self.topk, self.explanations, self.near = parts, topk, explanations, near
         self.pipelines = [*pipelines] or [parts.pipeline]
         if parts.network.classifier.frozen:
             parts.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
@@ -144,7 +170,7 @@ class Predictor:
                 yield Row(path, error=str(error))
                 continue
             self.dark.add(path, largest)
-            row = Row(path, next(found))
+            row = replace(next(found), path=path)
             if self.explanations is not None:
                 self._explain(self.explanations, row, views[-1])
             yield row
@@ -156,24 +182,36 @@ class Predictor:
         name = f"{self.number:05}-{stem}-{label}.png"
         write_atomically(folder / name, partial(picture.save, format="PNG"))
 
-    def _ranked(self, pictures: list[Views]) -> list[list[Prediction]]:
-        """The best classes of each image, given as its views."""
+    def _ranked(self, pictures: list[Views]) -> list[Row]:
+        """The row of each image, given as its views, without its path."""
         if len({views[0].shape for views in pictures}) > 1:  # the transforms fix no size: one by one
             return [self._ranked([views])[0] for views in pictures]
         if not pictures:
             return []
-        logits, saved = self._logits(pictures), self.parts.saved
-        return self.parts.task.predictions(logits, saved.temperature if saved else None, self.topk)
+        (logits, embedded), saved, near = self._logits(pictures), self.parts.saved, self.near
+        predictions = self.parts.task.predictions(logits, saved.temperature if saved else None, self.topk)
+        rows = [Row("", classes) for classes in predictions]
+        if near is not None and near.count:
+            nearest = near.known.nearest(embedded, near.count, self.parts.task.classes)
+            rows = [replace(row, neighbours=found) for row, found in zip(rows, nearest, strict=True)]
+        if near is not None and near.reject:
+            accepted = near.known.accepted(embedded)
+            rows = [replace(row, accepted=like) for row, like in zip(rows, accepted, strict=True)]
+        return rows
 
     @torch.inference_mode()
-    def _logits(self, pictures: list[Views]) -> Tensor:
-        network, views = self.parts.network, []
+    def _logits(self, pictures: list[Views]) -> tuple[Tensor, Tensor]:
+        """The logits, and where they are asked for what the head sees of the first view."""
+        network, embedded = self.parts.network, torch.empty(0)
+        views: list[Tensor] = []
         for pipeline, *tensors in zip(self.pipelines, *pictures, strict=False):
-            batch = pipeline.batch(torch.stack(tensors).to(network.device))
-            views.append(network.logits(network.features(batch)))
+            features = network.features(pipeline.batch(torch.stack(tensors).to(network.device)))
+            if self.near is not None and not views:
+                embedded = network.embed(features)
+            views.append(network.logits(features))
         logits = averaged(views).cpu()
         check_finite(logits)
-        return logits
+        return logits, embedded
 
 
 @torch.no_grad()
@@ -217,11 +255,15 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
     return images.load(Path(source), decoding)
 
 
-def write_rows(rows: Iterable[Row], form: str, file: IO[str], classes: int) -> Counter[str | None]:
+def write_rows(
+    rows: Iterable[Row], form: str, file: IO[str], classes: int, neighbours: int = 0, *, reject: bool = False
+) -> Counter[str | None]:
     """Write the rows as they come, in one of FORMATS; how many images each class has, None being those with an error.
 
-    classes: the most that a row has.
+    classes, neighbours: the most that a row has. reject: whether rows say `accepted`.
     """
+    columns = [*prediction_columns(classes), *(["accepted"] if reject else [])]
+    columns += [f"{name}_{rank}" for rank in range(1, neighbours + 1) for name in ("neighbour", "similarity")]
     tally: Counter[str | None] = Counter()
 
     def counted() -> Iterator[Row]:
@@ -229,46 +271,52 @@ def write_rows(rows: Iterable[Row], form: str, file: IO[str], classes: int) -> C
             tally[row.predictions[0].label if row.error is None else None] += 1
             yield row
 
-    FORMATS[form](counted(), file, classes)
+    FORMATS[form](counted(), file, columns)
     return tally
 
 
-def _write_text(rows: Iterable[Row], file: IO[str], _: int) -> None:
+def _write_text(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
     for row in rows:
         guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
+        if row.accepted is False:
+            guesses = f"none of these  ({guesses})"
+        guesses += "".join(f"\n  {one.similarity:.3f}  {printable(one.path)}" for one in row.neighbours or ())
         # An image's error names its path already.
         file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
         file.flush()
 
 
-def _write_jsonl(rows: Iterable[Row], file: IO[str], _: int) -> None:
+def _write_jsonl(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
     for row in rows:
-        file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        file.write(json.dumps(row.plain(), ensure_ascii=False) + "\n")
         file.flush()
 
 
-def _write_json(rows: Iterable[Row], file: IO[str], _: int) -> None:
+def _write_json(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
     separator = "[\n"
     for row in rows:
-        file.write(separator + json.dumps(asdict(row), ensure_ascii=False))
+        file.write(separator + json.dumps(row.plain(), ensure_ascii=False))
         file.flush()
         separator = ",\n"
     file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
-def _write_csv(rows: Iterable[Row], file: IO[str], classes: int) -> None:
-    """The columns of the report's predictions.csv; the label is empty, since nobody knows it."""
-    columns = prediction_columns(classes)
+def _write_csv(rows: Iterable[Row], file: IO[str], columns: Sequence[str]) -> None:
+    """The columns of the report's predictions.csv and what was asked for; nobody knows the label, so it is empty."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        guesses = [cell for guess in row.predictions for cell in (guess.label, guess.probability)]
-        gaps = [""] * (len(columns) - 3 - len(guesses))
-        writer.writerow([row.path, "", *guesses, *gaps, row.error or ""])
+        cells: dict[str, object] = {"path": row.path, "error": row.error, "accepted": row.accepted}
+        for rank, guess in enumerate(row.predictions, start=1):
+            name = "predicted" if rank == 1 else f"class_{rank}"
+            cells |= {name: guess.label, "probability" if rank == 1 else f"probability_{rank}": guess.probability}
+        for rank, one in enumerate(row.neighbours or (), start=1):
+            cells |= {f"neighbour_{rank}": one.path, f"similarity_{rank}": one.similarity}
+        writer.writerow([cells.get(column) for column in columns])
         file.flush()
 
 
-FORMATS: dict[str, Callable[[Iterable[Row], IO[str], int], None]] = {
+FORMATS: dict[str, Callable[[Iterable[Row], IO[str], Sequence[str]], None]] = {
     "text": _write_text,
     "json": _write_json,
     "jsonl": _write_jsonl,

@@ -20,7 +20,7 @@ from tl_trainer.network import resolve_device
 TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
-SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision")
+SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision", "output.neighbours_mb")
 # Of these, what changes the pixels, and what the val split in the checkpoint was drawn by.
 FIXED = ("data.value_range", "data.group_pattern", "data.csv.group_column")
 # What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get,

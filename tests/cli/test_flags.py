@@ -52,7 +52,8 @@ FLAGS = {
     ],
     "export": ["--checkpoint", "--force", "--from", "--json", "--to", "out", "overrides"],
     "predict": [
-        "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--output", "--topk", "--tta", "-b",
+        "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--neighbours", "--output", "--reject",
+        "--topk", "--tta", "-b",
         "paths",
     ],
 }  # fmt: skip

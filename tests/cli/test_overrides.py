@@ -26,7 +26,7 @@ FIXED = (
     "data.val_fraction, data.on_bad_image, data.on_duplicates, data.skip, data.max_megapixels, data.workers, "
     "data.csv.labels, data.csv.images, data.csv.image_column, data.csv.label_column, data.csv.split_column, "
     "data.csv.suffix, features.cache, features.views, features.dir, features.limit_gb, train.batch_size, "
-    "train.precision"
+    "train.precision, output.neighbours_mb"
 )
 
 

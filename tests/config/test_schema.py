@@ -45,7 +45,7 @@ KEYS = """
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights
-    output.dir output.tensorboard output.report
+    output.dir output.tensorboard output.report output.neighbours_mb
 """
 
 
@@ -102,6 +102,7 @@ def test_the_default_configuration_is_valid() -> None:
         ("output.tensorboard", [True, False], ["off", 0]),
         ("output.report", [True, False], ["off", 0]),
         ("output.dir", ["."], [1, None]),
+        ("output.neighbours_mb", [0.5, 1000], [0, -1, "many"]),
     ],
 )
 def test_range(key: str, inside: list[object], outside: list[object]) -> None:

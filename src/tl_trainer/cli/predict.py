@@ -7,6 +7,7 @@ import glob
 import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from tl_trainer.cli.main import (
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
     add("--tta", choices=TTA, help=TTA_HELP)
     add("--explain", type=given, metavar="DIR", help="write a picture per image to DIR: Grad-CAM for its class")
+    add("--neighbours", type=positive, default=0, metavar="K", help="name the K nearest training images in each row")
+    add("--reject", action="store_true", help="say of each image whether it is like the training images at all")
     add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, default=16, metavar="N", help="images at a time (default 16)")
@@ -84,18 +87,21 @@ def _predict(args: argparse.Namespace) -> int:
         tta=args.tta,
         batch_size=args.batch_size,
         evidence=args.explain,
+        neighbours=args.neighbours,
+        reject=args.reject,
         ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
     classes = min(args.topk, len(model.classes))
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
+    written = partial(write_rows, classes=classes, neighbours=args.neighbours, reject=args.reject)
     if args.output is None:
-        tally = write_rows(rows, args.format, sys.stdout, classes)
+        tally = written(rows, args.format, sys.stdout)
     else:
         try:
             with Path(args.output).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                tally = write_rows(rows, args.format, file, classes)
+                tally = written(rows, args.format, file)
         except OSError as error:
             raise RunError(f"--output {args.output}: {error.strerror}") from error
     if args.explain:

@@ -189,6 +189,9 @@ class OutputSection(Section):
     dir: str = Field("runs", description="The folder in which each run gets its own folder.")
     tensorboard: bool = Field(True, description="Whether to write TensorBoard event files into the run folder.")
     report: bool = Field(True, description="Whether to write a report on the best checkpoint when the run has ended.")
+    neighbours_mb: float = Field(
+        256.0, gt=0, description="The most megabytes of training features that tl-predict keeps beside a checkpoint."
+    )
 
 
 class Config(Section):

@@ -1,0 +1,125 @@
+"""The nearest training images and whether an image is like them, against scikit-learn's neighbours; the file they are
+kept in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+import tl_trainer
+from conftest import Run, draw_split
+from tl_trainer import known as module_under_test
+from tl_trainer.known import FILE, NEAREST, Known
+
+SMALL: dict[str, Any] = {
+    "model": {"backbone": "timm/test_resnet", "weights": "none"},
+    "transforms": {"train": "eval", "eval": [{"Resize": [32, 32]}], "size": 32},
+    "train": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
+    "output": {"report": False, "tensorboard": False},
+    "data": {"workers": 0},
+}
+
+pytestmark = pytest.mark.usefixtures("own_logging")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained classifier of 24 images, and 21 for validation."""
+    folder = tmp_path_factory.mktemp("known")
+    draw_split(folder / "photos" / "train", 8)
+    draw_split(folder / "photos" / "val", 7, size=51)
+    places = {"output__dir": str(folder / "runs"), "features__dir": str(folder / "cache")}
+    tl_trainer.train(SMALL, data__root=str(folder / "photos"), **places)
+    return folder
+
+
+@pytest.fixture
+def best(folder: Path) -> Path:
+    """The checkpoint, without a file of features."""
+    (folder / "runs" / "run-1" / FILE).unlink(missing_ok=True)
+    return folder / "runs" / "run-1" / "best.pth"
+
+
+def unit(rows: torch.Tensor) -> np.ndarray[Any, Any]:
+    return torch.nn.functional.normalize(rows).numpy()
+
+
+def test_neighbours_are_those_of_scikit_learn(folder: Path, best: Path) -> None:
+    model = tl_trainer.load(best)
+    train, val = (sorted((folder / "photos" / split).rglob("*.jpg")) for split in ("train", "val"))
+    reference = NearestNeighbors(n_neighbors=3, metric="cosine").fit(unit(model.embed(train)))
+    distances, _ = reference.kneighbors(unit(model.embed(val)))
+    rows = list(model.rows(val, neighbours=3))
+    for row, expected in zip(rows, distances, strict=True):
+        assert row.neighbours is not None
+        assert [1 - one.similarity for one in row.neighbours] == pytest.approx(expected, abs=2e-3)  # float16
+        assert all(f"{one.label}/" in one.path for one in row.neighbours)
+    itself = next(iter(model.rows([train[5]], neighbours=1))).neighbours
+    assert itself is not None
+    assert itself[0].similarity == pytest.approx(1, abs=2e-3)
+    assert next(iter(model.rows([val[0]]))).neighbours is None
+
+
+def test_the_file_is_made_once_and_anew_for_another_checkpoint(
+    best: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    picture = Image.new("RGB", (40, 40), (200, 40, 30))
+    first = list(tl_trainer.load(best).rows([picture], neighbours=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(module_under_test, "_computed", lambda *_: pytest.fail("computed again"))
+        assert list(tl_trainer.load(best, data__root="gone").rows([picture], neighbours=2)) == first
+    monkeypatch.setattr(module_under_test, "seal_of", lambda _: "another")
+    assert list(tl_trainer.load(best).rows([picture], neighbours=2)) == first
+    assert "belongs to an earlier best.pth and is made again" in caplog.text
+
+
+def test_without_file_and_images_it_says_how_to_get_them(best: Path) -> None:
+    with pytest.raises(tl_trainer.InputError, match=r"gone.*\n--neighbours and --reject need .* data\.root=DIR once"):
+        tl_trainer.load(best, data__root="gone").rows(["a.jpg"], neighbours=1)
+
+
+def test_no_more_is_kept_than_the_key_allows(best: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = tl_trainer.load(best)
+    width = model._parts.features
+    model = tl_trainer.load(best, output__neighbours_mb=10 * 2 * width / 1e6)
+    assert len(model._known(reject=False).paths) == 10
+    assert "output.neighbours_mb holds 10 of the 24 training images, evenly spread" in caplog.text
+
+
+def test_19_of_20_validation_images_are_accepted_and_what_is_far_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    middle = torch.randn(64, generator=generator)
+    train, val, more = (middle + 0.3 * torch.randn(400, 64, generator=generator) for _ in range(3))
+    known = Known(torch.nn.functional.normalize(train).half(), ["a"] * 400, [0] * 400, torch.empty(0))
+    known = Known(known.features, known.paths, known.targets, known.similarities(val, NEAREST)[0][:, -1])
+    assert sum(known.accepted(val)) == 380
+    assert sum(known.accepted(more)) == pytest.approx(380, abs=16)
+    assert not any(known.accepted(torch.randn(50, 64, generator=generator)))
+
+
+def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:
+    red = folder / "photos" / "train" / "red" / "03.jpg"
+    words = ["predict", red, "gone.jpg", "--checkpoint", best, "--neighbours", 2, "--reject", "--topk", 1]
+    row, gone = map(json.loads, tl(*words, "--format", "jsonl").stdout.splitlines())
+    assert row["accepted"] is True
+    assert [sorted(one) for one in row["neighbours"]] == [["label", "path", "similarity"]] * 2
+    assert sorted(gone) == ["error", "path", "predictions"]
+    first, second = csv.DictReader(tl(*words, "--format", "csv").stdout.splitlines())
+    assert first["accepted"] == "True"
+    assert first["neighbour_2"] == row["neighbours"][1]["path"]
+    assert float(first["similarity_2"]) == row["neighbours"][1]["similarity"]
+    assert (second["neighbour_1"], second["accepted"]) == ("", "")
+    text = tl(*words).stdout.splitlines()
+    assert text[1] == f"  {row['neighbours'][0]['similarity']:.3f}  {row['neighbours'][0]['path']}"
+    assert tl(*words, "--tta", "fivecrop").stderr.endswith("compare whole images; leave --tta fivecrop out\n")
