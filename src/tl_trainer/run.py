@@ -318,7 +318,7 @@ def _template(setup: Setup) -> Checkpoint:
         frozen=None,
         epoch=0,
         metrics=None,
-        val_split=torch.tensor(name_hashes(val.names)) if setup.drawn else None,
+        val_split=torch.tensor(name_hashes(val.names), dtype=torch.int64) if setup.drawn else None,
         val_images=val.contents,
     )
 
