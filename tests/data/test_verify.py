@@ -104,7 +104,7 @@ def test_hashes_are_those_of_the_files_in_order(split: Split, reads: Reads) -> N
     assert hashes(split) == expected(split)
     assert reads.taken() == split.names
     assert hashes(split.subset([4, 0, 4])) == [expected(split)[index] for index in (4, 0, 4)]
-    with pytest.raises(DataError, match=r"^none of the 0 train images can be read$"):
+    with pytest.raises(DataError, match=r"^none of the 0 train images can be used$"):
         hashes(split.subset([]))
 
 
@@ -589,7 +589,7 @@ def test_what_is_wrong_with_the_skipped_is_told_to_whoever_asks(damaged: Split) 
 def test_nothing_left_to_read(split: Split) -> None:
     for path in paths_of(split):
         path.write_bytes(b"GIF89a")
-    with pytest.raises(DataError, match=r"^none of the 6 train images can be read$"):
+    with pytest.raises(DataError, match=r"^none of the 6 train images can be used$"):
         verified(split, "train", SKIP, None)
 
 
