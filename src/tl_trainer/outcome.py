@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from tl_trainer.advice import Facts, advise
 from tl_trainer.assembly import Setup
 from tl_trainer.config.load import to_yaml
 from tl_trainer.config.schema import flat
@@ -24,6 +27,7 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import TrainerError
 from tl_trainer.evaluation import Evaluation
+from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.forecast import Forecast, forecast
 from tl_trainer.ground.files import make_folder, write_text
@@ -60,6 +64,7 @@ def conclude(
         **({"search": found.summary()} if found else {"best_epoch": progress.best_epoch, "epochs": progress.epoch}),
         "val": progress.best,
         **({"test": parts.task.figures(scores["test"])} if "test" in scores else {}),
+        "advice": [],
         "seconds": round(time.perf_counter() - started, 3),
     }
     try:
@@ -76,9 +81,16 @@ def conclude(
             )
             for name, of_split in scores.items()
         }
+        overview = Overview.of(setup.dataset)
+        facts = _facts(setup, evaluations["val"], overview, run_dir)
+        facts = replace(facts, **(_of_search(found) if found else _of_epochs(setup, feeds, tracker)))
+        if _head_alone(setup, feeds):
+            result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
+            facts = replace(facts, train=result["train"]["top1"])
+        result["advice"] = [{"evidence": evidence, "try": remedy} for evidence, remedy in advise(facts)]
         if parts.config.output.report:
             about = _found(setup, feeds, found) if found else _trained(tracker, progress.best_epoch)
-            about["overview"] = Overview.of(setup.dataset)
+            about |= {"overview": overview, "advice": result["advice"]}
             result["report"] = str(_report(setup, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
@@ -88,6 +100,46 @@ def conclude(
     except TrainerError as error:  # the run has succeeded, and everything that matters is saved
         log.warning("%s\nevery epoch is done, the best one in %s; %s", error, best, REMEDY.format(run_dir))
     return result
+
+
+def _head_alone(setup: Setup, feeds: dict[str, Feed]) -> bool:
+    """Whether the head alone trained, on cached features: then a pass over train costs next to nothing."""
+    return not setup.parts.network.classifier.trained and isinstance(feeds["train"].batches, FeatureBatches)
+
+
+def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> Facts:
+    """What `advice` goes by, of every run."""
+    config, rows = setup.parts.config, val.measured["per_class"]
+    return Facts(
+        again=shlex.join(["tl-train", "--config", str(run_dir / "config.yaml")]),
+        resume=shlex.join(["tl-train", "--resume", str(run_dir)]),
+        classes=overview.classes,
+        counts=overview.counts["train"],
+        support=[row["support"] for row in rows],
+        recalls=[row["recall"] for row in rows],
+        val=setup.parts.task.figures(val.scores),
+        baseline=overview.baseline("val"),
+        best_epoch=val.checkpoint.epoch,
+        backbone="resnet50" if config.model.backbone == "convnext_tiny" else "convnext_tiny",
+        balanced=config.train.loss.class_weights == "balanced",
+        augmented=not setup.train_pipeline.deterministic,
+        val_fraction=config.data.val_fraction if setup.drawn else None,
+    )
+
+
+def _of_search(found: Found) -> dict[str, Any]:
+    """What more is known of a head that was found."""
+    other = max((row for row in found.rows if row.loss is None), key=lambda row: row.top1)
+    return {"reference": (other.method, other.top1, found.best.top1)}
+
+
+def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker) -> dict[str, Any]:
+    """What more is known of a head that was trained."""
+    rows, head = tracker.history(), setup.parts.config.model.head
+    return {
+        "losses": tuple(row["val_loss"] for row in rows),
+        "searchable": _head_alone(setup, feeds) and not head.hidden and not head.dropout,
+    }
 
 
 def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], of_run: dict[str, Any]) -> Path:

@@ -39,7 +39,7 @@ def write_report(
     """Write every file of the report into `folder`, which is there; the path of its page.
 
     about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`. Of a run
-    also its `overview` and PNG files by name under `pictures`, and of a head that was found `search` (what
+    also its `overview`, `advice` and PNG files by name under `pictures`, and of a head that was found `search` (what
     `search.Found.summary` gives, and the rows `shown`) and `forecast` (`sentence` and `how`), of another `best_epoch`.
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -210,12 +211,14 @@ def _report(result: dict[str, Any]) -> str:
         lines = [f"best of {found['candidates']} heads: {found['method']}, {how}; {result['seconds']:.0f} s"]
     else:
         lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
-    for split in ("val", "test"):
+    for split in ("train", "val", "test"):
         if split in result:
             figures = result[split]
             lines.append(f"{split:>5}: {accuracy(figures)}  loss {figures['loss']:.4f}  ({figures['n']} images)")
     lines.append(f"checkpoint: {result['checkpoint']}")
     lines += [f"report: {result['report']}"] if result["report"] else []
+    for advice in result.get("advice", []):  # not in the result.json of earlier versions
+        lines += [*textwrap.wrap(advice["evidence"], 80), f"  try: {advice['try']}"]
     return "\n".join(lines)
 
 
