@@ -10,8 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
 from tl_trainer import forecast, logistic
+from tl_trainer.candidates import Row
 from tl_trainer.forecast import Curve, Forecast, fitted, forecast_of, measured
-from tl_trainer.search import Row, Table
+from tl_trainer.search import Table
 
 WIDTH = 24
 

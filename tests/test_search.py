@@ -12,21 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional
 
 import tl_trainer
 from conftest import Run, draw_split
-from tl_trainer import checkpoint, logistic, run, search
+from tl_trainer import checkpoint, logistic, mlp, run, search
 from tl_trainer.api import train
 from tl_trainer.assembly import set_up
+from tl_trainer.candidates import LINEAR, UNIT, Found, Row
+from tl_trainer.cli.train import _report as cli_report
 from tl_trainer.config.load import load
 from tl_trainer.errors import InputError, Interrupted, RunError
 from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.logistic import Solution, path
-from tl_trainer.search import FOLDS, STRENGTHS, UNIT, Found, Row, Table, best_lines, find
+from tl_trainer.search import FOLDS, STRENGTHS, Table, find
 from tl_trainer.tasks import SingleLabel
 
 CLASSES = 3
@@ -44,7 +46,8 @@ def table(count: int, seed: int, noise: float = 1.0, views: int = 1) -> Table:
 
 
 def logits(found: Found, features: Tensor) -> Tensor:
-    return (functional.normalize(features) if found.unit else features) @ found.weight.T + found.bias
+    [(weight, bias)] = found.layers
+    return (functional.normalize(features) if found.unit else features) @ weight.T + bias
 
 
 @pytest.mark.parametrize("scaling", list(search.SCALINGS))
@@ -95,7 +98,7 @@ def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) 
 def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
     def solved(losses: list[float], top1: float) -> search._Solved:
         tensor = torch.tensor(losses)
-        return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, tensor, tensor)
+        return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, [])
 
     lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
     assert search._best([lowest, equal, worse]) is equal
@@ -130,25 +133,10 @@ def test_a_head_that_did_not_converge_or_diverged_is_a_row_that_says_so_and_is_n
         find(*tables, scalings=["raw"])
 
 
-def test_ridge_and_nearest_neighbours_are_what_their_names_say() -> None:
-    train, val = table(90, 1, noise=2), table(250, 2, noise=2)
-    rows = find(train, val, scalings=["raw"]).rows
-    mean, deviation = train.features.mean(dim=0), train.features.std(dim=0, correction=0)
-    for row in (row for row in rows if row.method == "ridge regression"):
-        reference = Ridge(alpha=row.strength * 90).fit(
-            ((train.features - mean) / deviation).numpy(), train.soft.numpy()
-        )
-        said = torch.from_numpy(reference.predict(((val.features - mean) / deviation).numpy())).argmax(dim=1)
-        assert row.top1 == pytest.approx((said == val.targets).double().mean().item(), abs=0.009)
-    [nearest] = [row for row in rows if row.method == "nearest neighbours" and row.strength == 1]
-    cosine = functional.normalize(val.features) @ functional.normalize(train.features).T
-    assert nearest.top1 == (train.targets[cosine.argmax(dim=1)] == val.targets).double().mean().item()
-
-
 def test_nothing_is_left_to_chance() -> None:
     first, second = (find(table(45, 1), table(30, 2)) for _ in range(2))
     assert first.rows == second.rows
-    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.layers[0][0], second.layers[0][0])
 
 
 def test_a_class_of_one_image_and_a_column_of_one_value_are_no_obstacle() -> None:
@@ -157,17 +145,7 @@ def test_a_class_of_one_image_and_a_column_of_one_value_are_no_obstacle() -> Non
     train.targets[train.targets == 2] = 1
     train.targets[-1] = 2
     found = find(train._replace(soft=functional.one_hot(train.targets, 3).float()), val)
-    assert found.weight.isfinite().all()
-
-
-def test_the_best_lines_show_the_choice_and_the_best_of_each_other_method() -> None:
-    found = find(table(60, 1), table(250, 2))
-    lines = best_lines(found)
-    assert len(lines) == 9
-    assert [line[0] for line in lines[1:]].count(">") == 1
-    for method in ("nearest class mean", "nearest neighbours", "ridge regression"):
-        assert sum(method in line for line in lines) == 1
-    assert max(map(len, lines)) <= 80
+    assert found.layers[0][0].isfinite().all()
 
 
 def killed(*_: object) -> None:
@@ -184,11 +162,17 @@ def config(colours: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_a_run_that_says_nothing_of_training_finds_its_head(config: dict[str, object]) -> None:
+def test_a_run_that_says_nothing_of_training_finds_its_head(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="tl_trainer")
+    monkeypatch.setattr(Found, "remark", lambda _: "ridge does better")
     result = train(config, output__report=True)
     run_dir = Path(result["run_dir"])
     page = (run_dir / "report" / "report.html").read_text()
     assert "How the head was found" in page
+    assert "ridge does better" in page
+    assert "ridge does better" in caplog.text
     assert f"{result['search']['candidates']} heads were compared" in page
     assert "Will more photographs help?" in page
     forecast = re.search(r'id="forecast">(.*)</p>', page)
@@ -220,7 +204,7 @@ def test_a_configured_scaling_is_kept(config: dict[str, object], normalise: str)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"model__head__hidden": [4]}, "hidden layers"),
+        ({"model__head__dropout": 0.1}, "it has dropout"),
         ({"transforms__train": [{"Resize": [64, 64]}, "RandomHorizontalFlip"], "features__cache": "off"}, "not kept"),
     ],
 )
@@ -268,9 +252,12 @@ def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
     assert "logistic regression" in result.stderr
 
 
+@pytest.mark.parametrize("hidden", [[], [4]])
 def test_a_run_that_was_killed_in_the_report_finds_the_same_among_as_many(
-    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, hidden: list[int]
 ) -> None:
+    monkeypatch.setattr(mlp, "STEPS", 1)
+    config["model"]["head"] = {"hidden": hidden}
     whole = train(config)
     with monkeypatch.context() as patch:
         patch.setattr(run, "conclude", killed)
@@ -354,3 +341,93 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
     assert caplog.messages[-1].endswith(
         "have too few groups for cross-validation, so the val images alone choose the head"
     )
+
+
+def test_a_head_with_hidden_layers_is_found_among_48(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "STEPS", 1)
+    result = train(config, model__head={"hidden": [4], "normalise": "l2"})
+    assert result["search"]["method"] == "MLP 4"
+    with (Path(result["run_dir"]) / "search.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    settings = {(row["rate"], row["strength"], row["dropout"]) for row in rows if row["method"] == "MLP 4"}
+    assert len(settings) == 48
+    assert any(row["method"] == LINEAR for row in rows)
+    measured = tl_trainer.load(result["run_dir"]).evaluate("val")
+    assert measured["loss"] == pytest.approx(result["val"]["loss"], abs=1e-6)
+    assert measured["loss"] == pytest.approx(result["search"]["loss"], abs=1e-4)
+    saved = checkpoint.load(Path(result["checkpoint"]))
+    assert saved.config["model"]["head"] == {"hidden": [4], "dropout": 0.0, "normalise": "l2"}
+
+
+def test_a_configured_dropout_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "STEPS", 1)
+    monkeypatch.setattr(mlp, "ROUNDS", 1)
+    found = search.find_mlp(table(60, 1), table(30, 2), mlp.Plan([5], 0.3, 20, 0))
+    assert {row.dropout for row in found.rows if row.rate} == {0.3}
+
+
+def test_a_head_is_solved_again_on_train_and_val_and_judged_by_heads_that_did_not_see_the_image() -> None:
+    train_, val = table(60, 1, noise=2, views=2), table(45, 2, noise=2)
+    found = find(train_, val, scalings=["raw"])
+    refitted = search.refitted(found, train_, val, lambda: None)
+    features = torch.cat([train_.features[:60], val.features, train_.features[60:]])
+    targets = torch.cat([train_.targets[:60], val.targets, train_.targets[60:]])
+    images = torch.cat([torch.arange(105), torch.arange(60)])
+    fold = search._folds(Table(features, targets, functional.one_hot(targets).float(), images))
+
+    def of_scikit_learn(rows: Tensor) -> Any:
+        model = LogisticRegression(C=1 / (rows.sum().item() * found.best.strength), max_iter=5000, tol=1e-7)
+        return model.fit(features[rows].numpy(), targets[rows].numpy())
+
+    shares = of_scikit_learn(fold < FOLDS).predict_proba(val.features.numpy())
+    torch.testing.assert_close(
+        logits(refitted, val.features).softmax(dim=1), torch.from_numpy(shares).float(), atol=0.02, rtol=0
+    )
+    assert refitted.held_out is not None
+    for number in range(FOLDS):
+        shares = of_scikit_learn(fold != number).predict_proba(val.features[fold[60:105] == number].numpy())
+        held_out = refitted.held_out[fold[60:105] == number].softmax(dim=1)
+        torch.testing.assert_close(held_out, torch.from_numpy(shares).float(), atol=0.02, rtol=0)
+
+
+def test_a_run_with_refit_says_where_its_val_figures_are_from(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, result = train(config), train(config, train__refit=True, output__report=True)
+    assert (plain["search"]["refit"], result["search"]["refit"]) == (False, True)
+    assert plain["search"]["loss"] == result["search"]["loss"]
+    assert "from\ncross-validation" in Path(result["report"]).read_text()
+    assert "the val figures are from cross-validation" in cli_report(result)
+    assert "cross-validation" not in cli_report(plain)
+    measured = tl_trainer.load(result["run_dir"]).evaluate("val")
+    assert measured["loss"] < result["val"]["loss"]
+    assert "the head was solved on 12 of these images too (train.refit)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"train__epochs": 3}, "refit is for a head that is found"),
+        ({"model__head__hidden": [4]}, r"train\.refit.*the head is not linear"),
+        ({"model__trainable": "conv5"}, r"train\.refit.*stages of the backbone train"),
+        ({"features__cache": "off"}, r"train\.refit.*features\.cache is off"),
+    ],
+)
+def test_refit_is_refused_where_no_linear_head_is_found(
+    config: dict[str, Any], words: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        train(config, train__refit=True, **words)
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("hidden", [[], [4]])
+def test_two_runs_write_the_same_bytes(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, hidden: list[int]
+) -> None:
+    monkeypatch.setattr(mlp, "STEPS", 1)
+    config["model"]["head"] = {"hidden": hidden}
+    torch.rand(7)
+    first, second = (Path(train(config)["run_dir"]) for _ in range(2))
+    for name in ("best.pth", "search.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name

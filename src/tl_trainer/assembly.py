@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -88,10 +88,11 @@ class Parts:
         """How images are decoded in evaluation and prediction."""
         return _decoding(self.config.data, self.pipeline)
 
-    def take_head(self, weight: Tensor, bias: Tensor, *, unit: bool) -> None:
-        """Put another linear head, (classes, features) and (classes,), into the classifier and the configuration."""
-        *_, last = self.new_head("l2" if unit else "none")
-        last.load_state_dict({"weight": weight, "bias": bias})
+    def take_head(self, layers: Sequence[tuple[Tensor, Tensor]], *, unit: bool) -> None:
+        """Put another head into the classifier and the configuration; of each Linear (out, in) and (out,)."""
+        linear = [layer for layer in self.new_head("l2" if unit else "none") if isinstance(layer, nn.Linear)]
+        for layer, (weight, bias) in zip(linear, layers, strict=True):
+            layer.load_state_dict({"weight": weight, "bias": bias})
 
     def new_head(self, normalise: Literal["none", "l2"]) -> nn.Sequential:
         """Put a head for features scaled like this into the classifier and the configuration."""

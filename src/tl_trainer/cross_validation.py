@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Setup, set_up
+from tl_trainer.candidates import UNIT
 from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config, expand
 from tl_trainer.data.dataset import Dataset, Split
@@ -30,7 +31,7 @@ from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 from tl_trainer.metrics import Scores, wilson
 from tl_trainer.report import Predictions
-from tl_trainer.search import HOPELESS, SCALINGS, STRENGTHS, UNIT, Table
+from tl_trainer.search import HOPELESS, SCALINGS, STRENGTHS, Table
 from tl_trainer.settings import located
 from tl_trainer.tasks import Task
 

@@ -109,6 +109,12 @@ def evaluate_checkpoint(
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
+    if config.train.refit and (seen := len(set(split.contents) & set(saved.val_images))):
+        log.warning(
+            "the head was solved on %d of these images too (train.refit), so the figures are too good; "
+            "what it gives on images it has not seen is in the run's result.json, or evaluate it on a test split",
+            seen,
+        )
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
     return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates)
 

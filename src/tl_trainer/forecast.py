@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from tl_trainer.assembly import Setup
+from tl_trainer.candidates import Row
 from tl_trainer.features import FeatureBatches, Features
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.logistic import Axes, path
-from tl_trainer.search import FEWEST_VAL, SCALINGS, Row, Table, _table
+from tl_trainer.search import FEWEST_VAL, SCALINGS, Table, table_of
 
 PARTS = (0.1, 0.2, 0.4, 0.7, 1.0)  # of the training images
 DRAWS = 5
@@ -125,7 +126,7 @@ def forecast(setup: Setup, feeds: dict[str, Feed], head: Row) -> Forecast | str:
     if work > WORK:
         return f"{images:,} training images of {classes:,} classes are too many to solve for again and again."
     views = min(len(train.keys), WORK // work)
-    tables = _table(setup, "train", train, views), _table(setup, "val", val)
+    tables = table_of(setup, "train", train, views), table_of(setup, "val", val)
     with threads_for(work * DRAWS):
         return forecast_of(*tables, head)
 

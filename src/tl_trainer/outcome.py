@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tl_trainer.advice import Facts, advise
 from tl_trainer.assembly import Setup
+from tl_trainer.candidates import LINEAR, Found
 from tl_trainer.config.load import to_yaml
 from tl_trainer.config.schema import flat
 from tl_trainer.data.dataset import Split
@@ -35,7 +36,6 @@ from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figu
 from tl_trainer.report import write_report
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Saver
-from tl_trainer.search import Found
 from tl_trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -159,13 +159,15 @@ def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], of_
 def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]:
     """What the report tells of a head that was found."""
     pictures = {"search": png(strengths_figure(found.curves()))}
-    expected = forecast(setup, feeds, found.best)
+    linear = found.best.method == LINEAR
+    expected = forecast(setup, feeds, found.best) if linear else "There is no forecast for a head with hidden layers."
     if isinstance(expected, Forecast):
         pictures["forecast"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))
         told = {"sentence": expected.sentence, "how": expected.how}
     else:
         told = {"sentence": expected, "how": ""}
-    return {"search": {**found.summary(), "shown": found.shown()}, "forecast": told, "pictures": pictures}
+    table = {"shown": found.shown(), "figure": found.figure, "remark": found.remark()}
+    return {"search": {**found.summary(), **table}, "forecast": told, "pictures": pictures}
 
 
 def _trained(tracker: Tracker, best_epoch: int) -> dict[str, Any]:

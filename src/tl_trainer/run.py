@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tl_trainer.assembly import Parts, Setup, set_up
+from tl_trainer.candidates import Found
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
 from tl_trainer.config.schema import expand
@@ -38,7 +39,7 @@ from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import EpochDone, Saver, State
-from tl_trainer.search import Found, search
+from tl_trainer.search import search
 from tl_trainer.tracking import Tracker, graph_of
 
 log = logging.getLogger(__name__)
@@ -292,9 +293,11 @@ def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, 
     parts, started, progress = setup.parts, time.perf_counter(), saver.state.progress
     asked = progress.found or parts.config.model.head.normalise
     epochs = saver.state.begun + saver.state.schedule.epochs
-    parts.take_head(found.weight, found.bias, unit=found.unit)
+    parts.take_head(found.layers, unit=found.unit)
     saver.template = replace(saver.template, config=parts.config.model_dump())
     train, val = (parts.scores(feeds[name], name) for name in ("train", "val"))
+    if found.held_out is not None:
+        val = Scores(found.held_out.cpu(), val.targets)
     figures = parts.task.figures(val)
     progress.head_found(asked, epochs, figures)
     loss, seconds = parts.task.figures(train)["loss"], time.perf_counter() - started

@@ -7,21 +7,24 @@ on validation images, and where these are few also by that of cross-validation o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tl_trainer.assembly import Setup
+from tl_trainer import mlp, simpler
+from tl_trainer.assembly import Parts, Setup
+from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, Row
+from tl_trainer.config.schema import HeadSection
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.features import FeatureBatches, Features, free_on
 from tl_trainer.feeds import Feed
-from tl_trainer.ground.files import csv_text
 from tl_trainer.ground.machine import free_memory, threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
@@ -32,9 +35,7 @@ STRENGTHS = [10 ** (3 - step / 4) for step in range(37)]  # of L2, 1e3 to 1e-6
 FOLDS = 5
 FEWEST_VAL, FEWEST_DRAWN = 200, 2_000  # validation images from which they decide: of the source's own split, of a drawn
 HOPELESS = 1.25  # of the best log loss so far: where a path of ever weaker strengths ends
-NEIGHBOURS = (1, 3, 5, 10, 20, 50)
 PAIRS = 10**9  # of images of train and val, up to which neighbours are looked for
-LINEAR = "logistic regression"
 
 
 class Table(NamedTuple):
@@ -54,64 +55,6 @@ class Table(NamedTuple):
         return self.targets[: int(self.images.max()) + 1]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A candidate: method, how the features are scaled, its strength or number of neighbours, and how good it is.
-
-    loss: the log loss in nats; None for a method that gives no probabilities. note: why it may not be chosen, if so.
-    """
-
-    method: str
-    scaling: str
-    strength: float
-    loss: float | None
-    top1: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """All candidates, the linear one that was chosen, its weight (C, D) and bias (C,), and how it was judged."""
-
-    rows: list[Row]
-    best: Row
-    weight: Tensor
-    bias: Tensor
-    judged: str
-
-    @property
-    def unit(self) -> bool:
-        """Whether the head takes features of length 1."""
-        return self.best.scaling == UNIT
-
-    def summary(self) -> dict[str, Any]:
-        """What result.json says of the search."""
-        return {**asdict(self.best), "candidates": len(self.rows), "judged_by": self.judged}
-
-    def curves(self) -> dict[str, list[tuple[float, float, float]]]:
-        """(strength, log loss, top-1) of the linear candidates, by how their features are scaled."""
-        found: dict[str, list[tuple[float, float, float]]] = {}
-        for row in self.rows:
-            if row.loss is not None and not row.note:
-                found.setdefault(row.scaling, []).append((row.strength, row.loss, row.top1))
-        return found
-
-    def shown(self, count: int = 8) -> list[Row]:
-        """The choice, the linear candidates of the lowest log loss, and the best of each other method."""
-        linear = [row for row in self.rows if row.loss is not None and not row.note]
-        linear.sort(key=lambda row: row.loss or 0.0)
-        others: dict[str, Row] = {}
-        for row in self.rows:
-            if row.loss is None and (row.method not in others or row.top1 > others[row.method].top1):
-                others[row.method] = row
-        next_best = [row for row in linear if row is not self.best][: count - 1 - len(others)]
-        return [self.best, *next_best, *others.values()]
-
-    def table(self) -> str:
-        """All candidates as CSV."""
-        return csv_text((field.name for field in fields(Row)), map(astuple, self.rows))
-
-
 class Scaling(NamedTuple):
     """(features - shift) * scale, of rows first brought to length 1 where `unit`."""
 
@@ -123,8 +66,11 @@ class Scaling(NamedTuple):
         """(N, D) -> (N, D)"""
         return ((functional.normalize(features) if self.unit else features) - self.shift) * self.scale
 
-
-UNIT = "length 1"
+    def folded(self, layers: mlp.Layers) -> mlp.Layers:
+        """The layers of a head on scaled features -> on the features themselves, of length 1 where `unit`."""
+        (weight, bias), *others = layers
+        weight = weight * self.scale
+        return [(weight.contiguous(), bias - weight @ self.shift), *others]
 
 
 def _standardised(features: Tensor) -> Scaling:
@@ -146,56 +92,88 @@ SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
 def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | None:
     """The best head for the features; None, saying why, where it has to be trained for epochs.
 
-    pause: called after every candidate; it may end the search by an exception. Raises RunError for features that are
-    not finite.
+    pause: called after every candidate, and of an MLP after every batch; it may end the search by an exception. Raises
+    RunError for features that are not finite, and where train.refit asks for a search that is not possible.
     """
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
-    obstacle, head = None, parts.config.model.head
+    section, obstacle, head = parts.config.train, None, parts.config.model.head
     if parts.network.classifier.trained:
         obstacle = "stages of the backbone train too"
     elif not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
         obstacle = (
             "its features are not kept (features.cache is off, or there are no features.views of a random transform)"
         )
-    elif head.hidden or head.dropout:
-        obstacle = "it has hidden layers or dropout"
-    elif not (views := _views_that_fit(train.features, len(parts.task.classes), parts.network.device)):
+    elif head.dropout and not head.hidden:
+        obstacle = "it has dropout"
+    elif not (views := _views_that_fit(train.features, _work(parts), parts.network.device)):
         obstacle = "its features take too much memory"
     else:
-        scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
-        tables = _table(setup, "train", train.features, views), _table(setup, "val", val.features)
+        tables = table_of(setup, "train", train.features, views), table_of(setup, "val", val.features)
         if views < len(train.features.keys):
             log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
         with threads_for(tables[0].features.numel() * len(parts.task.classes)):
-            found = find(*tables, scalings=scalings, drawn=setup.drawn, pause=pause, folds=_grouped(setup))
-        log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(best_lines(found)))
+            found = _found(tables, head, setup, pause)
+        log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(found.lines()))
+        if remark := found.remark():
+            log.info("%s", remark)
         return found
-    log.info("the head is trained for %d epochs instead of being searched for: %s", parts.config.train.epochs, obstacle)
+    if section.refit:
+        raise RunError(f"train.refit needs a head that is found, and this one is not: {obstacle}")
+    log.info("the head is trained for %d epochs instead of being searched for: %s", section.epochs, obstacle)
     return None
 
 
-def _grouped(setup: Setup) -> Tensor | None:
-    """The folds of the training images where these have groups, at most FOLDS; says where there can be none."""
-    split, parts = setup.dataset.split("train"), setup.parts
-    if not split.groups:
+def _grouped(setup: Setup, *names: str) -> Tensor | None:
+    """The folds of the images of these splits where they have groups, at most FOLDS; says where there can be none."""
+    splits, parts = [setup.dataset.split(name) for name in names], setup.parts
+    if not splits[0].groups:
         return None
+    targets = [target for split in splits for target in split.targets]
+    groups = [group for split in splits for group in split.groups]
     for count in range(FOLDS, 1, -1):
         with contextlib.suppress(DataError):
-            return torch.tensor(parts.task.folds(split.targets, count, parts.config.seed, split.groups))
+            return torch.tensor(parts.task.folds(targets, count, parts.config.seed, groups))
     log.info("the training images have too few groups for cross-validation, so the val images alone choose the head")
-    return torch.full((len(split),), FOLDS)
+    return torch.full((len(targets),), FOLDS)
 
 
-def _views_that_fit(features: Features, classes: int, device: torch.device) -> int:
+def _found(tables: tuple[Table, Table], head: HeadSection, setup: Setup, pause: Callable[[], None]) -> Found:
+    train, val, config = *tables, setup.parts.config
+    if head.hidden:
+        plan = mlp.Plan(head.hidden, head.dropout, config.train.batch_size, config.seed)
+        return find_mlp(train, val, plan, unit=head.normalise == "l2", pause=pause)
+    scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
+    found = find(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=_grouped(setup, "train"))
+    return refitted(found, train, val, pause, _grouped(setup, "train", "val")) if config.train.refit else found
+
+
+class _Work(NamedTuple):
+    """What a search keeps of each row of features, and in all, in numbers."""
+
+    row: int
+    kept: int
+
+
+def _work(parts: Parts) -> _Work:
+    """By how many numbers the memory of a search is counted: the logits of all problems at once, and all heads."""
+    widths = [parts.features, *(hidden := parts.config.model.head.hidden), classes := len(parts.task.classes)]
+    size = sum(wide * narrow for wide, narrow in itertools.pairwise(widths))
+    linear = _Work(10 * (FOLDS + 1) * classes, len(SCALINGS) * len(STRENGTHS) * parts.features * classes)
+    if not hidden:
+        return linear
+    at_once = len(mlp.RATES) * len(mlp.DECAYS)  # with gradients and AdamW's two means
+    return _Work(linear.row, linear.kept + (len(mlp.DROPOUTS) + 4) * at_once * size)
+
+
+def _views_that_fit(features: Features, work: _Work, device: torch.device) -> int:
     """How many views fit into half of the free memory, with the copies and the logits that the search makes of them."""
     free = free_on(device) if device.type == "cuda" else free_memory()
-    rows, width = len(features.targets), features.take(0, [0]).numel()
-    heads = 4 * len(SCALINGS) * len(STRENGTHS) * width * classes
-    view = 4 * rows * (4 * width + 10 * (FOLDS + 1) * classes)
-    return min(len(features.keys), max(0, int((free / 2 - heads) // view)))
+    view = 4 * len(features.targets) * (4 * features.take(0, [0]).numel() + work.row)
+    return min(len(features.keys), max(0, int((free / 2 - 4 * work.kept) // view)))
 
 
-def _table(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
+def table_of(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
+    """The features of a split as the solver takes them; RunError for what is not finite."""
     parts, count = setup.parts, len(features.targets)
     rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
     if not rows.norm().isfinite():
@@ -229,47 +207,121 @@ def find(
     fold = torch.full_like(train.targets, FOLDS)
     if few:
         fold = _folds(train) if folds is None else folds.to(fold.device)[train.images]
-    held_out = torch.stack([fold == number for number in (*(range(FOLDS) if few else ()), -1)])
     judged = _judged(train) if few else train.images[:0]
-    targets = torch.cat([val.targets, train.targets[judged]])
-    solved: list[_Solved] = []
+    standard, solved = None, []
     for name in scalings:
-        scaling, lowest = SCALINGS[name](train.features), float("inf")
-        of_val = scaling(val.features)
-        solutions = path(Axes.of(scaling(train.features)), train.soft, (~held_out).to(train.soft), STRENGTHS)
-        for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
-            weight, bias = solution.head()
-            logits = of_val @ weight.T + bias
-            if few:
-                logits = torch.cat([logits, solution.logits[fold[judged], judged]])
-            losses = functional.cross_entropy(logits.double(), targets, reduction="none")
-            loss, note = losses.mean().item(), "" if solution.converged.all() else "did not converge"
-            note = note if math.isfinite(loss) else "diverged"
-            row = Row(LINEAR, name, solution.strength, loss, _top1(logits, targets), note)
-            weight = weight * scaling.scale
-            solved.append(_Solved(row, losses, weight, bias - weight @ scaling.shift))
-            pause()
-            lowest = min(lowest, loss)
-            if loss > HOPELESS * lowest:
-                break
+        axes, candidates = _linear(name, train, val, fold, judged, pause)
+        standard = axes if name == "standardised" else standard  # which serve ridge regression too
+        solved += candidates
     best = _best(solved)
     parts = [(train, val)]
     if few:
         inside = torch.zeros_like(fold, dtype=torch.bool).index_fill_(0, judged, True)
         parts += [(_part(train, fold != number), _part(train, inside & (fold == number))) for number in range(FOLDS)]
-    rows = [*(candidate.row for candidate in solved), *_simpler(parts, pause)]
+    rows = [*(candidate.row for candidate in solved), *_simpler(parts, standard, pause)]
     words = f"{len(val.targets):,} validation images"
-    words += f" and {int(fold.max()) + 1}-fold cross-validation over train" if few else ""
-    return Found(rows, best.row, best.weight, best.bias, words)
+    divided = int(fold.max()) + 1 if few else 0
+    words += f" and {divided}-fold cross-validation over train" if few else ""
+    count = len(val.targets) + len(judged)
+    return Found(rows, best.row, best.layers, words, count, divided)
+
+
+def _linear(
+    name: str, train: Table, val: Table, fold: Tensor, judged: Tensor, pause: Callable[[], None]
+) -> tuple[Axes, list[_Solved]]:
+    """The linear candidates on features of that scaling, and the axes of these.
+
+    fold: (N,) of each row, none below FOLDS where val alone judges. judged: the rows of train that judge too.
+    """
+    scaling, targets = SCALINGS[name](train.features), torch.cat([val.targets, train.targets[judged]])
+    axes, of_val, lowest = Axes.of(scaling(train.features)), scaling(val.features), float("inf")
+    solved: list[_Solved] = []
+    solutions = path(axes, train.soft, _shares(fold, train.soft), STRENGTHS)
+    for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
+        weight, bias = solution.head()
+        logits = of_val @ weight.T + bias
+        if len(judged):
+            logits = torch.cat([logits, solution.logits[fold[judged], judged]])
+        losses = functional.cross_entropy(logits.double(), targets, reduction="none")
+        loss, note = losses.mean().item(), "" if solution.converged.all() else "did not converge"
+        note = note if math.isfinite(loss) else "diverged"
+        row = Row(LINEAR, name, solution.strength, loss, _top1(logits, targets), note)
+        solved.append(_Solved(row, losses, scaling.folded([(weight, bias)])))
+        pause()
+        lowest = min(lowest, loss)
+        if loss > HOPELESS * lowest:
+            break
+    return axes, solved
+
+
+def find_mlp(
+    train: Table, val: Table, plan: mlp.Plan, *, unit: bool = False, pause: Callable[[], None] = lambda: None
+) -> Found:
+    """The best head with hidden layers, judged by val; beside it what a linear head and simpler methods give.
+
+    A dropout of 0 in the plan is left to the search. Raises RunError where no candidate converges.
+    """
+    scaling = _standardised(functional.normalize(train.features) if unit else train.features)._replace(unit=unit)
+    samples = mlp.Samples(scaling(train.features), train.soft, len(train.labels))
+    of_val, settings = (
+        scaling(val.features),
+        list(itertools.starmap(mlp.Setting, itertools.product(mlp.RATES, mlp.DECAYS))),
+    )
+    method, solved = f"MLP {' '.join(map(str, plan.hidden))}", []
+    for dropout in bar([plan.dropout] if plan.dropout else mlp.DROPOUTS, method, unit="dropout"):
+        heads = mlp.train_heads(samples, (of_val, val.targets), plan._replace(dropout=dropout), settings, pause)
+        for (rate, decay), epochs, logits, layers in heads:
+            losses = functional.cross_entropy(logits.double(), val.targets, reduction="none")
+            note, top1 = "" if epochs else "diverged", _top1(logits, val.targets)
+            scaled = UNIT if unit else "standardised"
+            row = Row(method, scaled, decay, losses.mean().item(), top1, note, rate, dropout, epochs)
+            solved.append(_Solved(row, losses, layers))
+    best = _best(solved)
+    axes, linear = _linear("standardised", train, val, torch.full_like(train.targets, FOLDS), train.images[:0], pause)
+    rows = [*(candidate.row for candidate in [*solved, *linear]), *_simpler([(train, val)], axes, pause)]
+    count = len(val.targets)
+    return Found(rows, best.row, scaling.folded(best.layers), f"{count:,} validation images", count)
+
+
+def refitted(found: Found, train: Table, val: Table, pause: Callable[[], None], folds: Tensor | None = None) -> Found:
+    """The linear head that was found, solved again on train and val together.
+
+    The val images are judged by cross-validation: of each, the logits are those of a head that did not see it. folds:
+    the fold of each image, those of val after those of train; None: drawn here. Raises RunError where it does not
+    converge, or where groups leave no folds.
+    """
+    if folds is not None and (folds == FOLDS).any():
+        raise RunError("there are too few groups to judge val by cross-validation; set train.refit=false")
+    count, more = len(train.labels), len(val.labels)
+    val = val._replace(images=val.images + count)
+    both = Table(*(torch.cat([of[:count], also, of[count:]]) for of, also in zip(train, val, strict=True)))
+    scaling = SCALINGS[found.best.scaling](both.features)
+    fold = _folds(both) if folds is None else folds.to(both.images.device)[both.images]
+    strengths = STRENGTHS[: STRENGTHS.index(found.best.strength) + 1]
+    for solution in path(Axes.of(scaling(both.features)), both.soft, _shares(fold, both.soft), strengths):
+        pause()
+        last = solution
+    if not last.converged.all():
+        raise RunError("the head did not converge on train and val together; set train.refit=false")
+    rows = torch.arange(count, count + more, device=fold.device)
+    return replace(found, layers=scaling.folded([last.head()]), held_out=last.logits[fold[rows], rows])
+
+
+def _shares(fold: Tensor, like: Tensor) -> Tensor:
+    """(B, N): how each row counts in the problem of each fold, which is solved without it, and in that of all rows.
+
+    fold: (N,) of each row; FOLDS for all where there are none.
+    """
+    folds = range(FOLDS) if (fold < FOLDS).any() else ()
+    return torch.stack([fold != number for number in (*folds, -1)]).to(like)
 
 
 class _Solved(NamedTuple):
-    """A linear candidate: its row, the loss of each image it was judged by (N,), its weight (C, D) and bias (C,)."""
+    """A candidate: its row, the loss of each image it was judged by (N,), its layers on features as they are."""
 
     row: Row
     losses: Tensor
-    weight: Tensor
-    bias: Tensor
+    layers: mlp.Layers
 
 
 def _best(solved: Sequence[_Solved]) -> _Solved:
@@ -305,17 +357,29 @@ def _folds(table: Table) -> Tensor:
     return fold[table.images]
 
 
-def _simpler(parts: Sequence[tuple[Table, Table]], pause: Callable[[], None]) -> Iterator[Row]:
-    """Nearest class mean, nearest neighbours, ridge regression: each fitted to one table and judged by another."""
+def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Callable[[], None]) -> Iterator[Row]:
+    """Nearest class mean, nearest neighbours, ridge regression: each fitted to one table and judged by another.
+
+    axes: of the standardised features of the first table, where they are known.
+    """
     parts = [(fitted, judged) for fitted, judged in parts if len(judged.targets)]
     targets = torch.cat([judged.targets for _, judged in parts])
-    methods = [("nearest class mean", UNIT, _class_means), ("ridge regression", "standardised", _ridge)]
+
+    ready = [axes] if axes else []
+
+    def ridge(features: Tensor, labels: Tensor, others: Tensor) -> dict[float, Tensor]:
+        return simpler.ridge(ready.pop() if ready else Axes.of(features), labels, others, STRENGTHS)
+
+    methods = [(MEANS, UNIT, simpler.class_means), (RIDGE, "standardised", ridge)]
     if sum(len(fitted.targets) * len(judged.targets) for fitted, judged in parts) <= PAIRS:
-        methods.insert(1, ("nearest neighbours", UNIT, _neighbours))
-    for method, scaling, scores_of in methods:
-        found = [scores_of(fitted, judged.features) for fitted, judged in parts]
+        methods.insert(1, (NEIGHBOURS, UNIT, simpler.neighbours))
+    for method, name, scores_of in methods:
+        found = []
+        for fitted, judged in parts:
+            scaling = SCALINGS[name](fitted.features)
+            found.append(scores_of(scaling(fitted.features), _labels(fitted), scaling(judged.features)))
         for strength in found[0]:
-            yield Row(method, scaling, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
+            yield Row(method, name, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
         pause()
 
 
@@ -323,44 +387,6 @@ def _part(table: Table, rows: Tensor) -> Table:
     return Table(*(column[rows] for column in table))
 
 
-def _class_means(train: Table, features: Tensor) -> dict[float, Tensor]:
-    unit = functional.normalize(train.features)
-    return {0: functional.normalize(features) @ functional.normalize(_labels(train).T @ unit).T}
-
-
-def _neighbours(train: Table, features: Tensor) -> dict[float, Tensor]:
-    """Votes of the nearest rows by cosine, weighted by it."""
-    unit, votes = functional.normalize(train.features), {}
-    largest = min(max(NEIGHBOURS), len(unit))
-    near = [(functional.normalize(part) @ unit.T).topk(largest, dim=1) for part in torch.split(features, 1024)]
-    weights, rows = torch.cat([part.values + 1 for part in near]), torch.cat([part.indices for part in near])
-    for count in NEIGHBOURS:
-        none = weights.new_zeros(len(features), train.soft.shape[1])
-        votes[float(count)] = none.scatter_add_(1, train.targets[rows[:, :count]], weights[:, :count])
-    return votes
-
-
-def _ridge(train: Table, features: Tensor) -> dict[float, Tensor]:
-    """Least squares on the labels; one eigendecomposition serves all strengths (those of the mean square)."""
-    scaling = _standardised(train.features)
-    axes = Axes.of(scaling(train.features))
-    labels = _labels(train)
-    mean = labels.mean(dim=0)
-    moments, slopes = axes.rotated.square().mean(dim=0), axes.rotated.T @ (labels - mean) / len(labels)
-    rotated = (scaling(features) - axes.mean) @ axes.axes
-    return {strength: rotated @ (slopes / (moments + strength)[:, None]) + mean for strength in STRENGTHS}
-
-
 def _labels(table: Table) -> Tensor:
     """(N, C) one-hot."""
     return functional.one_hot(table.targets, table.soft.shape[1]).to(table.features)
-
-
-def best_lines(found: Found) -> list[str]:
-    """The candidates worth seeing, as lines of a table."""
-    heading = f"  {'head':20}  {'features':12}  {'strength':>8}  {'log loss':>8}  top-1"
-    return [heading] + [
-        f"{'>' if row is found.best else ' '} {row.method:20}  {row.scaling:12}  {row.strength:8.2g}  "
-        f"{'' if row.loss is None else format(row.loss, '8.4f'):>8}  {row.top1:.1%}"
-        for row in found.shown()
-    ]

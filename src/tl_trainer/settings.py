@@ -58,6 +58,7 @@ def check_settings(loaded: Loaded) -> None:
         lambda: resolve_weights(config.model.backbone, config.model.weights),
         lambda: _check_stages(config),
         lambda: resolve_device(config.device),
+        lambda: _check_refit(config),
         lambda: check_asked_root(loaded),
     ]
     for check in checks:
@@ -73,6 +74,20 @@ def check_asked_root(loaded: Loaded) -> None:
     """Check the folder of the data where it was asked for: a file, such as a run's config.yaml, spells all keys out."""
     if loaded.origins.get(("data", "root")) == COMMAND_LINE:
         check_root(loaded.config.data)
+
+
+def _check_refit(config: Config) -> None:
+    head, obstacle = config.model.head, None
+    if config.model.trainable != "head":
+        obstacle = "stages of the backbone train (model.trainable)"
+    elif config.features.cache == "off":
+        obstacle = "features.cache is off"
+    elif head.hidden or head.dropout:
+        obstacle = "the head is not linear (model.head)"
+    if config.train.refit and obstacle:
+        raise SettingError(
+            "train.refit", f"only a linear head that is found is solved again, and {obstacle}; set false"
+        )
 
 
 def _check_stages(config: Config) -> None:

@@ -41,7 +41,7 @@ KEYS = """
     train.search train.phases train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
-    train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
+    train.refit train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights
@@ -93,6 +93,7 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.optimizer.weight_decay", [0.0, 0.1], [-0.1, float("inf")]),
         ("train.optimizer.betas", [[0.0, 0.99]], [[0.9], [0.9, 1.0], [0.9, 0.9, 0.9], 0.9]),
         ("train.optimizer.layer_decay", [0.1, 1.0], [0.0, 1.01]),
+        ("train.refit", [True, False], ["auto", 1]),
         ("train.clip_norm", [None, 0.1], [0.0, -1.0]),
         ("train.accumulate", [1, 4], [0, 1.5]),
         ("train.schedule.warmup_epochs", [0.0, 2.5, 10.0], [-1.0, 10.5]),

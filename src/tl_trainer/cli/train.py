@@ -207,14 +207,16 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
 
 def _report(result: dict[str, Any]) -> str:
     if found := result.get("search"):
-        how = f"features {found['scaling']}, strength {found['strength']:.2g}"
-        lines = [f"best of {found['candidates']} heads: {found['method']}, {how}; {result['seconds']:.0f} s"]
+        how = f"{found['method']}, {found['settings']}"
+        lines = [f"best of {found['candidates']} heads: {how}; {result['seconds']:.0f} s"]
     else:
         lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
     for split in ("train", "val", "test"):
         if split in result:
             figures = result[split]
             lines.append(f"{split:>5}: {accuracy(figures)}  loss {figures['loss']:.4f}  ({figures['n']} images)")
+    if found and found["refit"]:
+        lines.append("  the head was solved on train and val; the val figures are from cross-validation")
     lines.append(f"checkpoint: {result['checkpoint']}")
     lines += [f"report: {result['report']}"] if result["report"] else []
     for advice in result.get("advice", []):  # not in the result.json of earlier versions

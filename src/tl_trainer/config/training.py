@@ -116,8 +116,13 @@ class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
         description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
-        "are kept and the head is a single Linear; off trains it, which is the default where epochs, optimizer or "
-        "schedule is set.",
+        "are kept and the head is a single Linear or has hidden layers; off trains it, which is the default where "
+        "epochs, optimizer or schedule is set.",
+    )
+    refit: bool = Field(
+        False,
+        description="Whether the linear head that was found is solved again on train and val together; the val figures "
+        "are then from cross-validation.",
     )
     phases: list[PhaseSection] = Field(
         default_factory=list,
@@ -182,6 +187,11 @@ class TrainSection(Section):
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
+        if self.refit and self.search == "off":
+            raise ValueError(
+                "refit is for a head that is found: set search: auto, and leave out epochs, optimizer, schedule "
+                "and phases"
+            )
         if self.phases:
             object.__setattr__(self, "epochs", sum(phase.epochs for phase in self.phases))
         return self

@@ -1,0 +1,177 @@
+"""Heads with hidden layers, many at once: the same features and the same batches, each with its own rate and decay.
+
+The first layer of all heads is one matrix product, as they share its inputs; the others are batched ones. All heads
+begin with the same weights and share the dropout masks, so that they differ in nothing but their settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn, optim
+from torch.nn import functional
+
+from tl_trainer.data.loaders import batch_order
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+DECAYS = (1e-2, 0.1, 1.0, 10.0)
+DROPOUTS = (0.0, 0.25, 0.5)
+STEPS = 50  # fewest in a round: an epoch, or several where these are short
+ROUNDS = 30  # at most
+PATIENCE = 3  # rounds without a lower log loss on the validation images, after which a head is trained no further
+ROWS_AT_ONCE = 2048  # when heads are judged
+
+Layers = list[tuple[Tensor, Tensor]]  # of each Linear the weight (out, in) and the bias (out,)
+Dropped = Callable[[Tensor], Tensor]
+
+
+class Setting(NamedTuple):
+    """What tells one head from another: the learning rate and weight decay of its AdamW."""
+
+    rate: float
+    decay: float
+
+
+class Trained(NamedTuple):
+    """A head at its best epoch: the logits of the validation images (M, C), and its layers; epoch 0 if it diverged."""
+
+    setting: Setting
+    epoch: int
+    logits: Tensor
+    layers: Layers
+
+
+class Samples(NamedTuple):
+    """Features (N, D) and the weights of their classes (N, C), all views of the images one after the other."""
+
+    features: Tensor
+    soft: Tensor
+    images: int  # in a view; an epoch goes through one view
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, in the order in which the loop of epochs would take them."""
+        first = self.images * (epoch % (len(self.features) // self.images))
+        for indices in batch_order(self.images, batch_size, seed, epoch, shuffle=True):
+            rows = torch.tensor(indices, device=self.features.device) + first
+            yield self.features[rows], self.soft[rows]
+
+
+class Plan(NamedTuple):
+    """What the heads have in common: widths of the hidden layers, dropout before each Linear, batches, seed."""
+
+    hidden: Sequence[int]
+    dropout: float
+    batch_size: int
+    seed: int
+
+
+def train_heads(
+    train: Samples,
+    val: tuple[Tensor, Tensor],
+    plan: Plan,
+    settings: Sequence[Setting],
+    pause: Callable[[], None] = lambda: None,
+) -> list[Trained]:
+    """Train a head for each setting, until its log loss on `val` no longer falls; each as it was at its best epoch.
+
+    After 1, 2, 4, ... rounds only the better half goes on (successive halving; Jamieson & Talwalkar, 2016).
+
+    val: features (M, D) and targets (M,). pause: called after every batch; it may end the training by an exception.
+    """
+    heads = _Heads([train.features.shape[1], *plan.hidden, train.soft.shape[1]], settings, plan.seed, train.features)
+    masks = torch.Generator().manual_seed(plan.seed)
+    best: dict[int, tuple[float, Trained]] = {}
+    span = -(-STEPS * plan.batch_size // train.images)  # epochs of a round
+    halvings = {span << power for power in range(ROUNDS.bit_length())}
+    for epoch in range(1, ROUNDS * span + 1):
+        for inputs, soft in train.batches(plan.batch_size, plan.seed, epoch - 1):
+            heads.step(inputs, soft, lambda values: _drop(values, plan.dropout, masks))
+            pause()
+        logits = torch.cat([heads.logits(part) for part in torch.split(val[0], ROWS_AT_ONCE)], dim=2).transpose(1, 2)
+        losses = [functional.cross_entropy(of_head.double(), val[1]).item() for of_head in logits]
+        for row, (number, loss) in enumerate(zip(heads.numbers, losses, strict=True)):
+            if number not in best:
+                best[number] = float("inf"), Trained(settings[number], 0, logits[row], heads.layers(row))
+            if loss < best[number][0]:
+                best[number] = loss, Trained(settings[number], epoch, logits[row].clone(), heads.layers(row))
+        going_on = {number for number in heads.numbers if epoch - best[number][1].epoch < PATIENCE * span}
+        if epoch in halvings:
+            ranked = sorted(heads.numbers, key=lambda number: best[number][0])
+            going_on &= set(ranked[: (len(ranked) + 1) // 2])
+        heads.keep([row for row, number in enumerate(heads.numbers) if number in going_on])
+        if not heads.numbers:
+            break
+    return [best[number][1] for number in range(len(settings))]
+
+
+def _drop(values: Tensor, dropout: float, masks: torch.Generator) -> Tensor:
+    """Dropout of values (..., width, n) with one mask (width, n), drawn on the processor: the same on every device."""
+    if not dropout:
+        return values
+    kept = torch.rand(values.shape[-2:], generator=masks) >= dropout
+    return values * (kept / (1 - dropout)).to(values)
+
+
+class _Heads:
+    """K heads whose weights (K, out, in) and biases (K, out) are stacked, and which AdamW knows one by one."""
+
+    def __init__(self, widths: Sequence[int], settings: Sequence[Setting], seed: int, like: Tensor) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.numbers = list(range(len(settings)))
+        self.stacks: list[Tensor] = []
+        for wide, narrow in itertools.pairwise(widths):  # torch's own first weights of a Linear
+            for shape in ((narrow, wide), (narrow,)):
+                drawn = (torch.rand(shape, generator=draw) * 2 - 1) / wide**0.5
+                self.stacks.append(drawn.to(like).repeat(len(settings), *[1] * len(shape)).requires_grad_())
+        groups = [
+            {
+                "params": [nn.Parameter(stack.detach()[number]) for stack in self.stacks],
+                "lr": rate,
+                "weight_decay": decay,
+            }
+            for number, (rate, decay) in enumerate(settings)
+        ]  # of views: AdamW writes into the stacks
+        self.optimizer = optim.AdamW(groups, fused=True)
+
+    def step(self, inputs: Tensor, soft: Tensor, drop: Dropped) -> None:
+        """One update of every head by its mean cross-entropy on a batch (n, D), (n, C)."""
+        log_shares = self._forward(inputs, drop).log_softmax(dim=1)
+        loss = -(soft.T * log_shares).sum() / soft.sum()
+        slopes = torch.autograd.grad(loss, self.stacks)
+        for row, group in enumerate(self.optimizer.param_groups):
+            for parameter, slope in zip(group["params"], slopes, strict=True):
+                parameter.grad = slope[row]
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(n, D) -> (K, C, n)"""
+        return self._forward(inputs, lambda values: values)
+
+    def _forward(self, inputs: Tensor, drop: Dropped) -> Tensor:
+        (weight, bias), *others = zip(self.stacks[::2], self.stacks[1::2], strict=True)
+        products: Tensor = weight.flatten(0, 1) @ drop(inputs.T)
+        outputs = products.view(*bias.shape, -1) + bias[..., None]
+        for weight, bias in others:
+            outputs = torch.baddbmm(bias[..., None], weight, drop(outputs.relu()))
+        return outputs
+
+    def layers(self, row: int) -> Layers:
+        """A copy of the head in that row."""
+        copies = [stack.detach()[row].clone() for stack in self.stacks]
+        return list(zip(copies[::2], copies[1::2], strict=True))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the heads in these rows alone."""
+        if len(rows) == len(self.numbers):
+            return
+        self.numbers = [self.numbers[row] for row in rows]
+        self.stacks = [stack.detach()[list(rows)].requires_grad_() for stack in self.stacks]
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [groups[row] for row in rows]
+        for row, group in enumerate(self.optimizer.param_groups):
+            for parameter, stack in zip(group["params"], self.stacks, strict=True):
+                parameter.data = stack.detach()[row]
