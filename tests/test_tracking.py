@@ -546,3 +546,20 @@ def test_on_a_terminal_short_epochs_that_are_not_the_best_share_a_line(
     ]
     assert [line.rpartition("  ")[0] for line in shown] == lines[1:2] * terminal
     assert len(rows(tmp_path)) == 5
+
+
+def test_heads_that_were_compared_are_runs_with_curves_and_hparams(tmp_path: Path) -> None:
+    shown: list[Any] = [
+        ({"search/method": name, "search/strength": 0.1}, {"search/top1": 0.5}) for name in ("ridge", "means")
+    ]
+    for written in (shown, shown[1:]):  # the second time after a resume
+        with tracking(tmp_path) as tracker:
+            tracker.candidates(written, {"raw": [(100.0, 0.7, 0.25), (10.0, 0.6, 0.5)]})
+    assert [path.name for path in sorted((tmp_path / "search").iterdir())] == ["1", "raw"]
+    curves, head = events(tmp_path / "search" / "raw"), events(tmp_path / "search" / "1")
+    assert points(curves, "search_top1") == {0: 0.25, 1: 0.5}
+    assert points(curves, "search_loss") == pytest.approx({0: 0.7, 1: 0.6})
+    assert points(head, "search/top1") == {0: 0.5}
+    session = head.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"search/method" in session
+    assert b"means" in session

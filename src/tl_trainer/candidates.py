@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
@@ -99,6 +99,17 @@ class Found:
                 others[row.method] = row
         alike = [row for row in sound if row.method == self.best.method and row is not self.best]
         return [self.best, *alike[: count - 1 - len(others)], *others.values()]
+
+    def sessions(self) -> Iterator[tuple[dict[str, str | float], dict[str, float]]]:
+        """The candidates worth seeing, each as settings and figures."""
+        for row in self.shown():
+            settings: dict[str, str | float] = {
+                "search/method": row.method,
+                "search/features": row.scaling,
+                "search/strength": row.strength,
+            }
+            figures = {"search/top1": row.top1, "search/loss": row.loss}
+            yield settings, {tag: value for tag, value in figures.items() if value is not None}
 
     def lines(self) -> list[str]:
         """The candidates worth seeing, as lines of a table."""

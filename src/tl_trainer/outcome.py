@@ -94,6 +94,8 @@ def conclude(
             result["report"] = str(_report(setup, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
+            if found is not None:
+                tracker.candidates(found.sessions(), found.curves())
         tracker.close()
         result["seconds"] = round(time.perf_counter() - started, 3)
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")

@@ -8,7 +8,7 @@ import io
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -39,6 +39,7 @@ CAPTION_HEIGHT = 14
 GAP = 4
 SECONDS_BETWEEN_DRAWINGS = 10.0  # and before the first: the pictures take longer than a short run, and come at its end
 PROJECTOR = "projector"  # the folder that add_embedding makes, which it names after a step
+CANDIDATES = "search"  # the folder of the runs that show them
 COMPONENTS = 128  # of the features, for the projector, whose own methods reduce them further
 
 
@@ -157,6 +158,34 @@ class Tracker:
         for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
             self.writer._get_file_writer().add_summary(summary)
         self._scalars(figures, self._done + 1)
+
+    @_on_tensorboard
+    def candidates(
+        self,
+        shown: Iterable[tuple[dict[str, str | float], dict[str, float]]],
+        curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    ) -> None:
+        """Log heads that were compared, in runs of their own, as TensorBoard's hparams tab wants them.
+
+        shown: settings and figures of a few. curves: (strength, log loss, top-1) of all linear ones by their scaling; a
+        step is a strength.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        folder = Path(self.writer.log_dir) / CANDIDATES
+        shutil.rmtree(folder, ignore_errors=True)  # of before a resume
+        for number, (settings, figures) in enumerate(shown, 1):
+            with SummaryWriter(str(folder / str(number))) as writer:
+                for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
+                    writer._get_file_writer().add_summary(summary)
+                for tag, value in figures.items():
+                    writer.add_scalar(tag, value, 0)
+        for name, points in curves.items():
+            with SummaryWriter(str(folder / name)) as writer:
+                for step, (_, loss, top1) in enumerate(points):
+                    writer.add_scalar("search_loss", loss, step)
+                    writer.add_scalar("search_top1", top1, step)
 
     @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:
