@@ -252,7 +252,7 @@ def test_the_command_is_the_same_call(colours: Path, tl: Run) -> None:
     ]  # fmt: skip
     printed = last_json(tl("train", "--json", *words, "--data-dir", colours))
     called = trained(colours)
-    paths = ("run_dir", "checkpoint", "seconds")
+    paths = ("run_dir", "checkpoint", "seconds", "advice")
     assert {**printed, **dict.fromkeys(paths)} == {**called, **dict.fromkeys(paths)}
     one, two = (torch.load(result["checkpoint"], weights_only=True) for result in (printed, called))
     assert all(torch.equal(one["trained"][key], two["trained"][key]) for key in one["trained"])

@@ -11,6 +11,7 @@ CODES = {
     "TrainerError": 1,
     "RunError": 1,
     "InputError": 2,
+    "DownloadError": 2,
     "DataError": 2,
     "ImageError": 2,
     "CheckpointError": 2,

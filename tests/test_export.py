@@ -171,6 +171,6 @@ def test_what_torch_cannot_express_is_said(best: Path, monkeypatch: pytest.Monke
 def test_a_head_that_timm_does_not_have_is_refused_for_the_hub(folder: Path, best: Path) -> None:
     shutil.copy(best, "best.pth")
     model = tl_trainer.load("best.pth")
-    model._parts.take_head(torch.zeros(3, model._parts.features), torch.zeros(3), unit=True)
+    model._parts.take_head([(torch.zeros(3, model._parts.features), torch.zeros(3))], unit=True)
     with pytest.raises(tl_trainer.InputError, match=r"length 1 \(train with model\.head\.normalise=none\)"):
         model.export("hub", "hub")

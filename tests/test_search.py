@@ -268,7 +268,7 @@ def test_a_run_that_was_killed_in_the_report_finds_the_same_among_as_many(
     assert resumed["search"] == whole["search"]
     assert Path("again/run-1/config.yaml").read_text() == written
     assert len(Path("again/run-1/metrics.csv").read_text().splitlines()) == 2
-    with pytest.raises(InputError, match="nothing is left to do; start a new run to train one"):
+    with pytest.raises(InputError, match="its head was found by the search; start a new run to train one"):
         train(resume="again/run-1")
     assert train(config, output__dir="again", resume=True) == resumed
 
@@ -332,12 +332,12 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
     config: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     setup = set_up(load(config, [("data.group_pattern", "([0-9])[.]jpg")]))
-    split, folds = setup.dataset.split("train"), search._grouped(setup)
+    split, folds = setup.dataset.split("train"), search._grouped(setup, "train")
     assert folds is not None
     assert len({*zip(split.groups, folds.tolist(), strict=True)}) == len({*split.groups}) > 1
     caplog.set_level("INFO")
     setup.dataset.splits["train"] = replace(split, groups=["a"] * len(split))
-    assert (search._grouped(setup) == FOLDS).all()
+    assert (search._grouped(setup, "train") == FOLDS).all()
     assert caplog.messages[-1].endswith(
         "have too few groups for cross-validation, so the val images alone choose the head"
     )

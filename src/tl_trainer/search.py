@@ -82,10 +82,14 @@ def _raw(features: Tensor) -> Scaling:
     return Scaling(torch.zeros_like(features[0]), torch.ones_like(features[0]))
 
 
+def _unit(features: Tensor) -> Scaling:
+    return _raw(features)._replace(unit=True)
+
+
 SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
     "standardised": _standardised,
     "raw": _raw,
-    UNIT: lambda features: _raw(features)._replace(unit=True),
+    UNIT: _unit,
 }
 
 
@@ -370,13 +374,13 @@ def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Cal
     def ridge(features: Tensor, labels: Tensor, others: Tensor) -> dict[float, Tensor]:
         return simpler.ridge(ready.pop() if ready else Axes.of(features), labels, others, STRENGTHS)
 
-    methods = [(MEANS, UNIT, simpler.class_means), (RIDGE, "standardised", ridge)]
+    methods = [(MEANS, UNIT, _unit, simpler.class_means), (RIDGE, "standardised", _standardised, ridge)]
     if sum(len(fitted.targets) * len(judged.targets) for fitted, judged in parts) <= PAIRS:
-        methods.insert(1, (NEIGHBOURS, UNIT, simpler.neighbours))
-    for method, name, scores_of in methods:
+        methods.insert(1, (NEIGHBOURS, UNIT, _unit, simpler.neighbours))
+    for method, name, scaled, scores_of in methods:
         found = []
         for fitted, judged in parts:
-            scaling = SCALINGS[name](fitted.features)
+            scaling = scaled(fitted.features)
             found.append(scores_of(scaling(fitted.features), _labels(fitted), scaling(judged.features)))
         for strength in found[0]:
             yield Row(method, name, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))

@@ -155,7 +155,7 @@ def test_classes_of_a_checkpoint_are_enforced(
         DataError, match=r"CIFAR10 in .* has no class 'truck'; the 4 classes are those of the checkpoint"
     ):
         _open("cifar10", tmp_path, [*classes, "truck"])
-    with pytest.raises(DataError, match=r"CIFAR10 in .* has an extra class 'ship'"):
+    with pytest.raises(DataError, match=r"CIFAR10 in .* has the unknown class 'ship'"):
         _open("cifar10", tmp_path, classes[:2])
 
 

@@ -114,7 +114,14 @@ def _only_folders(folder: Path) -> bool:
 
 def _folders_in(folder: Path) -> list[str]:
     """The names of the folders in it that are not hidden, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, which is named as an image that cannot be read
+        return False
 
 
 def _has_images(folder: Path) -> bool:
