@@ -54,11 +54,6 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         {"searchable": True, "losses": (0.3,) * 10, "best_epoch": 4}, "the head was trained for 10 epochs",
         "tl-train --config c train.search=auto", {"losses": (0.3,) * 10, "best_epoch": 4},
     ),
-    "beaten": (
-        {"reference": ("nearest neighbours", 0.95, 0.9)},
-        "nearest neighbours: top-1 95.0% in the search, the linear head 90.0%",
-        "tl-train --config c model.head.hidden=[512]", {"reference": ("nearest neighbours", 0.91, 0.9)},
-    ),
     "few_validation_images": (
         {"val": val(0.9, 30), "val_fraction": 0.2}, "30 val images: the 95% interval of top-1 is 74.4% to 96.5%",
         "tl-train --config c data.val_fraction=0.4", {"val": val(0.9, 200)},
@@ -86,6 +81,12 @@ def test_what_was_done_already_is_not_advised_again() -> None:
     assert "transforms" not in advice.remedy
     [advice] = advise(replace(FINE, val=val(0.9, 30), val_fraction=None))
     assert advice.remedy == "add images to val, or move some of train there"
+
+
+def test_phases_say_themselves_how_long_they_train() -> None:
+    assert advise(replace(FINE, losses=(0.5, 0.4, 0.3), best_epoch=3, phased=True)) == []
+    [advice] = advise(replace(FINE, val=val(0.55), phased=True))
+    assert advice.remedy == "tl-train --config c 'model={backbone: convnext_tiny}' 'train.phases=[]'"
 
 
 def test_perfect_runs_are_left_alone() -> None:

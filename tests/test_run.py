@@ -145,6 +145,8 @@ def test_phases_are_one_run_that_can_be_stopped_anywhere(
     assert len(averages) == (4 if which == "trained" else 0)
     assert tl_trainer.load(run_dir).evaluate("val")["top1"] == whole["val"]["top1"]
 
+    with pytest.raises(InputError, match="all phases of the run are done"), resume(str(run_dir), None, []):
+        pass
     looks = [3, 8] if which == "trained" else [42, 45, 52]  # after a batch, a phase, a validation
     for number, look in enumerate(looks):
         folder = f"stopped-{number}"

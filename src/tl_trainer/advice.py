@@ -14,7 +14,6 @@ LEARNED, GAP = 0.98, 0.1  # train top-1 from which the head knows the images; it
 IMBALANCE, BEHIND = 4, 0.2  # times as many images; recall below top-1
 FEWEST_RECALLED = 3  # val images of a class whose recall says something
 FALLING = 0.01  # of the validation loss, in the last epoch
-BETTER = 0.02  # top-1 of another method above that of the head
 WIDEST = 0.15  # of the 95% interval
 
 
@@ -24,8 +23,7 @@ class Facts:
 
     again, resume: the commands that repeat the run and go on with it. counts: the training images of each class.
     support, recalls: the val images of each class, and how many of these are right, a share. train: top-1 on the
-    training images, None where it is not known. losses: of val, by epoch; empty for a head that was found. reference:
-    the best other method of the search, its top-1, and that of the head.
+    training images, None where it is not known. losses: of val, by epoch; empty for a head that was found.
     """
 
     again: str
@@ -40,7 +38,7 @@ class Facts:
     train: float | None = None
     best_epoch: int = 0
     losses: tuple[float, ...] = ()
-    reference: tuple[str, float, float] | None = None
+    phased: bool = False  # the run has phases, which say how long each trains
     searchable: bool = False  # the head was trained, and could be found
     balanced: bool = False  # classes have weights
     augmented: bool = False  # the train transform is random
@@ -49,7 +47,7 @@ class Facts:
     @property
     def another(self) -> str:
         """The command for another backbone, whose stages and weights have other names."""
-        return f"{self.again} 'model={{backbone: {self.backbone}}}'"
+        return f"{self.again} 'model={{backbone: {self.backbone}}}'" + " 'train.phases=[]'" * self.phased
 
 
 class Advice(NamedTuple):
@@ -103,7 +101,12 @@ def imbalanced(facts: Facts) -> Advice | None:
 def improving(facts: Facts) -> Advice | None:
     """The last epoch is the best, and its validation loss still falls."""
     epochs = len(facts.losses)
-    if epochs < 2 or facts.best_epoch != epochs or facts.losses[-1] > (1 - FALLING) * min(facts.losses[:-1]):
+    if (
+        facts.phased
+        or epochs < 2
+        or facts.best_epoch != epochs
+        or facts.losses[-1] > (1 - FALLING) * min(facts.losses[:-1])
+    ):
         return None
     return Advice(
         f"epoch {epochs}, the last, is the best; its val loss is {facts.losses[-1]:.4f}, before it "
@@ -122,20 +125,6 @@ def not_searched(facts: Facts) -> Advice | None:
     )
 
 
-def beaten(facts: Facts) -> Advice | None:
-    """Another method of the search is clearly better than the linear head."""
-    if facts.reference is None:
-        return None
-    method, other, top1 = facts.reference
-    error = (top1 * (1 - top1) / facts.val["n"]) ** 0.5
-    if other - top1 <= max(BETTER, error):
-        return None
-    return Advice(
-        f"{method}: top-1 {other:.1%} in the search, the linear head {top1:.1%}; a hidden layer may close the gap",
-        f"{facts.again} model.head.hidden=[512]",
-    )
-
-
 def few_validation_images(facts: Facts) -> Advice | None:
     """The interval of the validation top-1 is wide."""
     images = int(facts.val["n"])
@@ -149,5 +138,5 @@ def few_validation_images(facts: Facts) -> Advice | None:
 
 
 RULES: tuple[Callable[[Facts], Advice | None], ...] = (
-    near_baseline, memorised, imbalanced, improving, not_searched, beaten, few_validation_images,
+    near_baseline, memorised, imbalanced, improving, not_searched, few_validation_images,
 )  # fmt: skip

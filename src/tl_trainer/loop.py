@@ -97,10 +97,11 @@ class Step:
                     weight.grad /= gathered
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(weights, self.clip_norm)
+        scale = 0.0 if self.average is None else self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
+        if self.average is not None and self.scaler.get_scale() >= scale:  # else fp16 overflowed: no step
             self.average.update()
 
     def loss(self, batch: Batch) -> Tensor:

@@ -83,7 +83,8 @@ def conclude(
         }
         overview = Overview.of(setup.dataset)
         facts = _facts(setup, evaluations["val"], overview, run_dir)
-        facts = replace(facts, **(_of_search(found) if found else _of_epochs(setup, feeds, tracker)))
+        if not found:
+            facts = replace(facts, **_of_epochs(setup, feeds, tracker))
         if _head_alone(setup, feeds):
             result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
             facts = replace(facts, train=result["train"]["top1"])
@@ -129,18 +130,13 @@ def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> 
     )
 
 
-def _of_search(found: Found) -> dict[str, Any]:
-    """What more is known of a head that was found."""
-    other = max((row for row in found.rows if row.loss is None), key=lambda row: row.top1)
-    return {"reference": (other.method, other.top1, found.best.top1)}
-
-
 def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker) -> dict[str, Any]:
     """What more is known of a head that was trained."""
-    rows, head = tracker.history(), setup.parts.config.model.head
+    rows, head, phased = tracker.history(), setup.parts.config.model.head, bool(setup.parts.config.train.phases)
     return {
+        "phased": phased,
         "losses": tuple(row["val_loss"] for row in rows),
-        "searchable": _head_alone(setup, feeds) and not head.hidden and not head.dropout,
+        "searchable": _head_alone(setup, feeds) and not (phased or head.hidden or head.dropout),
     }
 
 

@@ -121,6 +121,8 @@ def _read(
     result = None
     if last.epoch >= loaded.config.train.epochs:
         result = _result(path.with_name(RESULT))
+        if result and named and loaded.config.train.phases:
+            raise InputError(f"{path.parent}: all phases of the run are done; start a new run to train others")
         if result and named and progress.found is not None:
             raise InputError(
                 f"{path.parent}: the run is complete, its head was found by the search; start a new run to train one"

@@ -178,17 +178,13 @@ def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> d
     cached: whether the features are kept. Without the search of the head and the report.
     """
     network, splits, epochs = setup.parts.network, setup.dataset.splits, training.epochs
-    sample = splits["train"].sample(8)
-    started = time.perf_counter()
-    for index in range(len(sample)):
-        setup.train_pipeline.image(sample.open(index))
-    decoded = time.perf_counter()
-    row = network.features(batch.inputs)[0]
-    computed = time.perf_counter()
-    training.step.loss(batch).backward()  # type: ignore[no-untyped-call]
-    ended = time.perf_counter()
-    of_one = max((decoded - started) / len(sample) / cores(), (computed - decoded) / len(batch.targets))
-    step = max(0.0, (ended - computed) - (computed - decoded)) / len(batch.targets)
+    sample, pipeline = splits["train"].sample(8), setup.train_pipeline
+    reading = _seconds(network.device, lambda: [pipeline.image(sample.open(index)) for index in range(len(sample))])
+    row = network.features(batch.inputs)[0]  # the first batch on a GPU takes longer than all others
+    computing = _seconds(network.device, lambda: network.features(batch.inputs))
+    stepping = _seconds(network.device, lambda: training.step.loss(batch).backward())  # type: ignore[no-untyped-call]
+    of_one = max(reading / len(sample) / cores(), computing / len(batch.targets))
+    step = max(0.0, stepping - computing) / len(batch.targets)
     images = setup.computed if cached else sum(map(len, splits.values())) * epochs
     kept = setup.computed * row.numel() * DTYPES[network.precision].itemsize if cached else 0
     return {
@@ -196,6 +192,15 @@ def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> d
         "cache_bytes": kept,
         "memory_bytes": peak_memory(network.device) + kept,
     }
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """How long the work takes, with what it has a GPU do."""
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
 
 
 def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Callable[[], None]) -> Training:

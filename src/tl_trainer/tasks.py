@@ -30,6 +30,7 @@ from tl_trainer.plots import confusion_figure, reliability_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FINEST = 20  # parts into which groups are divided for a val split: the time grows with its square
 CLASSES_NAMED = 5  # in a message
 SEEDS = 2**32  # that scikit-learn takes
 ATTEMPTS = 10  # draws, of which the first is taken that leaves every class on both sides
@@ -84,7 +85,7 @@ class SingleLabel:
         """
         if groups:
             most = self._fewest_groups(targets, groups)
-            share = Fraction(fraction).limit_denominator(most)
+            share = Fraction(fraction).limit_denominator(min(most, FINEST))
             parts, of_val = max(share.denominator, 2), max(share.numerator, 1)
             if share.numerator in (0, share.denominator):  # too few groups for so small a part
                 parts, of_val = most, 1 if share.numerator == 0 else most - 1

@@ -142,7 +142,10 @@ class TrainSection(Section):
         None, gt=0, description="The largest norm of all gradients together; null does not limit it."
     )
     accumulate: int = Field(
-        1, ge=1, description="Batches per update of the weights, which takes the mean gradient over their images."
+        1,
+        ge=1,
+        description="Batches per update of the weights, which takes the mean gradient over their images; where "
+        "loss.class_weights is balanced, each batch counts by its images.",
     )
     ema: EmaSection = Field(
         default_factory=EmaSection,
