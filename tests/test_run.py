@@ -14,7 +14,7 @@ import tl_trainer
 from tl_trainer import assembly, checkpoint, run, search
 from tl_trainer.assembly import set_up
 from tl_trainer.config.load import Loaded, load
-from tl_trainer.errors import DataError, Interrupted
+from tl_trainer.errors import DataError, InputError, Interrupted
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather
 from tl_trainer.resume import resume
