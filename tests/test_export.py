@@ -18,8 +18,10 @@ from safetensors import safe_open
 
 import tl_trainer
 from conftest import Run, draw_split
+from tiny import tiny_classifier
 from tl_trainer import export as module_under_test
 from tl_trainer.cli.export import FORMATS
+from tl_trainer.network import Network
 
 NAMES = ["blue", "green", "red"]
 SMALL: dict[str, Any] = {
@@ -56,9 +58,23 @@ def picture(folder: Path) -> Path:
     return folder / "photos" / "val" / "red" / "01.jpg"
 
 
-def expected(best: Path, picture: Path) -> list[float]:
+@pytest.fixture(scope="module")
+def trained(best: Path) -> tl_trainer.Model:
+    return tl_trainer.load(best)
+
+
+@pytest.fixture(params=["tiny", pytest.param("vit", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest, best: Path) -> tl_trainer.Model:
+    """The ViT, or a few layers in its place, for which torch's exporters take a tenth of the time."""
+    model = tl_trainer.load(best)
+    if request.param == "tiny":
+        model._parts.network = Network(tiny_classifier().eval(), torch.device("cpu"), "fp32")
+    return model
+
+
+def expected(model: tl_trainer.Model, picture: Path) -> list[float]:
     """tl-predict's probabilities in the order of the classes."""
-    row = tl_trainer.load(best).predict(picture)[0]
+    row = model.predict(picture)[0]
     return [guess.probability for guess in sorted(row.predictions, key=lambda guess: guess.index)]
 
 
@@ -70,13 +86,16 @@ def test_the_formats_of_the_command_are_these() -> None:
     assert sorted(FORMATS) == sorted(module_under_test.FORMATS)
 
 
-def test_onnx_takes_pixels_and_says_what_it_is(best: Path, picture: Path, tl: Run) -> None:
-    result = tl("export", "--checkpoint", best, "--to", "onnx", "a.onnx")
+def test_onnx_takes_pixels_and_says_what_it_is(
+    model: tl_trainer.Model, picture: Path, tl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tl_trainer.api, "load", lambda *_, **__: model)
+    result = tl("export", "--checkpoint", "best.pth", "--to", "onnx", "a.onnx")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("a.onnx: 100.0% agreement on 9 validation images, largest difference of a prob")
     session = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": pixels(picture)})[0]
-    assert found == pytest.approx(np.array([expected(best, picture)] * 3), abs=1e-4)
+    assert found == pytest.approx(np.array([expected(model, picture)] * 3), abs=1e-4)
     about = {entry.key: entry.value for entry in onnx.load("a.onnx").metadata_props}
     assert json.loads(about["labels"]) == NAMES
     assert json.loads(about["temperature"]) is None
@@ -84,35 +103,32 @@ def test_onnx_takes_pixels_and_says_what_it_is(best: Path, picture: Path, tl: Ru
     assert sorted(path.name for path in Path().iterdir()) == ["a.onnx", "a.onnx.json"]
 
 
-def test_pt2_takes_what_the_network_takes_with_from_tensor(best: Path, picture: Path) -> None:
-    model = tl_trainer.load(best)
+def test_pt2_takes_what_the_network_takes_with_from_tensor(model: tl_trainer.Model, picture: Path) -> None:
     model.export("pt2", "a.pt2", origin="tensor")
     extra = {"tl-trainer.json": ""}
     program = torch.export.load("a.pt2", extra_files=extra).module()
     pipeline = model._parts.pipeline
     view = pipeline.batch(pipeline.image(Image.open(picture))[None])
-    assert program(view)[0].tolist() == pytest.approx(expected(best, picture), abs=1e-5)
+    assert program(view)[0].tolist() == pytest.approx(expected(model, picture), abs=1e-5)
     assert json.loads(extra["tl-trainer.json"])["input"] == "float32 (N, 3, H, W), preprocessed"
 
 
-def test_safetensors_hold_the_weights_and_what_belongs_to_them(best: Path) -> None:
-    model = tl_trainer.load(best)
-    model.export("safetensors", "a.safetensors")
-    state = model._parts.network.classifier.state_dict()
+def test_safetensors_hold_the_weights_and_what_belongs_to_them(trained: tl_trainer.Model) -> None:
+    trained.export("safetensors", "a.safetensors")
+    state = trained._parts.network.classifier.state_dict()
     with safe_open("a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["tl-trainer"])["labels"] == NAMES
         assert {*file.keys()} == {*state}
         assert all(torch.equal(file.get_tensor(key), value) for key, value in state.items())
 
 
-def test_timm_alone_loads_the_folder_of_the_hub(best: Path, picture: Path) -> None:
-    model = tl_trainer.load(best)
-    result = model.export("hub", "hub")
+def test_timm_alone_loads_the_folder_of_the_hub(trained: tl_trainer.Model, picture: Path) -> None:
+    result = trained.export("hub", "hub")
     assert (result["agreement"], result["images"]) == (1, 9)
     loaded = timm.create_model("local-dir:hub", pretrained=True).eval()
     assert loaded.pretrained_cfg["label_names"] == NAMES
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))
-    classifier, pipeline = model._parts.network.classifier, model._parts.pipeline
+    classifier, pipeline = trained._parts.network.classifier, trained._parts.pipeline
     view = pipeline.batch(pipeline.image(Image.open(picture))[None])
     torch.testing.assert_close(transform(Image.open(picture))[None], view, atol=0.02, rtol=0)
     with torch.no_grad():
@@ -129,48 +145,72 @@ def test_without_its_images_generated_ones_are_taken_and_it_says_so(
 
 
 def test_an_export_that_disagrees_fails_with_the_figures_and_leaves_nothing(
-    best: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tl_trainer.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module_under_test.FORMATS, "onnx", lambda *_: lambda images: torch.eye(3)[: len(images)])
     with pytest.raises(tl_trainer.RunError, match=r"a\.onnx was not written, .*% agreement on 9 validation images"):
-        tl_trainer.load(best).export("onnx", "a.onnx")
+        trained.export("onnx", "a.onnx")
     assert [*Path().iterdir()] == []
 
 
-def test_what_is_there_is_kept_without_force(best: Path) -> None:
-    model = tl_trainer.load(best)
-    Path("a.safetensors").write_text("mine")
+def test_what_is_there_is_kept_without_force(trained: tl_trainer.Model) -> None:
+    for name in ("a.safetensors", "b.safetensors.json"):
+        Path(name).write_text("mine")
     with pytest.raises(tl_trainer.InputError, match=r"a\.safetensors exists; choose another name, or .* --force"):
-        model.export("safetensors", "a.safetensors")
+        trained.export("safetensors", "a.safetensors")
     assert Path("a.safetensors").read_text() == "mine"
-    model.export("safetensors", "a.safetensors", force=True)
+    trained.export("safetensors", "a.safetensors", force=True)
     assert Path("a.safetensors").stat().st_size > 1000
+    with pytest.raises(tl_trainer.InputError, match=r"^b\.safetensors\.json exists; .* --force"):
+        trained.export("safetensors", "b.safetensors")
     Path("hub").mkdir()
     Path("hub/mine.txt").write_text("mine")
-    model.export("hub", "hub", force=True)
+    trained.export("hub", "hub", force=True)
     assert Path("hub/mine.txt").read_text() == "mine"
     assert Path("hub/config.json").is_file()
 
 
-def test_a_package_that_is_missing_is_named_with_the_line_of_pip(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_named_with_the_line_of_pip(
+    trained: tl_trainer.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module_under_test, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(tl_trainer.InputError, match=r"^--to onnx needs onnxruntime; run: pip install onnxruntime$"):
-        tl_trainer.load(best).export("onnx", "a.onnx")
+        trained.export("onnx", "a.onnx")
 
 
-def test_what_torch_cannot_express_is_said(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_cannot_express_is_said(trained: tl_trainer.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no such operator: fold\nmore")
 
     monkeypatch.setattr(torch.export, "export", fail)
     words = r"timm/test_vit cannot be exported so .*ONNX opset 18\): no such operator: fold; try another --to$"
     with pytest.raises(tl_trainer.InputError, match=words):
-        tl_trainer.load(best).export("onnx", "a.onnx", origin="tensor")
+        trained.export("onnx", "a.onnx", origin="tensor")
 
 
-def test_a_head_that_timm_does_not_have_is_refused_for_the_hub(folder: Path, best: Path) -> None:
-    shutil.copy(best, "best.pth")
-    model = tl_trainer.load("best.pth")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_a_full_disk_is_not_torchs_fault(trained: tl_trainer.Model, error: Exception) -> None:
+    with pytest.raises(type(error)), module_under_test._exporting(trained._parts):
+        raise error
+
+
+def test_an_unreadable_image_is_left_out_of_the_check(folder: Path, best: Path) -> None:
+    shutil.copytree(folder / "photos", "photos")
+    Path("photos/val/red/01.jpg").write_text("no image")
+    result = tl_trainer.load(best, data__root="photos").export("safetensors", "a.safetensors")
+    assert (result["of"], result["images"]) == ("validation images", 8)
+
+
+def test_what_torch_would_write_into_two_files_is_refused(
+    trained: tl_trainer.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "ONNX_BYTES", 1000)
+    with pytest.raises(tl_trainer.InputError, match=r"the weights take .* GB, and .*; use --to pt2"):
+        trained.export("onnx", "a.onnx")
+
+
+def test_a_head_that_timm_does_not_have_is_refused_for_the_hub(best: Path) -> None:
+    model = tl_trainer.load(best)
     model._parts.take_head([(torch.zeros(3, model._parts.features), torch.zeros(3))], unit=True)
     with pytest.raises(tl_trainer.InputError, match=r"length 1 \(train with model\.head\.normalise=none\)"):
         model.export("hub", "hub")
