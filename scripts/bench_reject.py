@@ -46,7 +46,8 @@ def main() -> None:
         found = known(parts, best)
     paths = [path for path in walk(args.unknown) if path.suffix.lower() in ENDINGS]
     strange = embed(parts, paths[:: max(1, -(-len(paths) // args.images))], 16)
-    others = found.similarities(strange, NEAREST)[0][:, -1]
+    similarities = found.similarities(strange, NEAREST)
+    others = similarities[0][:, -1]
     truth = [1] * len(found.val) + [0] * len(others)
     auroc = roc_auc_score(truth, torch.cat([found.val, others]).tolist())
     generator, shares = torch.Generator().manual_seed(0), []
@@ -54,7 +55,7 @@ def main() -> None:
         order = torch.randperm(len(found.val), generator=generator)
         half, rest = found.val[order].tensor_split(2)
         shares.append((rest >= torch.quantile(half, 1 - ACCEPTED)).double().mean().item())
-    taken = found.accepted(strange)
+    taken = found.accepted(similarities)
     row = (args.backbone, len(found.val), len(others), auroc, sum(shares) / 100, sum(taken) / len(taken))
     report(COLUMNS, [row], dict(zip(COLUMNS, row, strict=True)))
 

@@ -18,6 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 import tl_trainer
 from conftest import Run, draw_split
 from tl_trainer import known as module_under_test
+from tl_trainer.ground.sealed import save_sealed
 from tl_trainer.known import FILE, NEAREST, Known
 
 SMALL: dict[str, Any] = {
@@ -78,6 +79,7 @@ def test_the_file_is_made_once_and_anew_for_another_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(module_under_test, "_computed", lambda *_: pytest.fail("computed again"))
         assert list(tl_trainer.load(best, data__root="gone").rows([picture], neighbours=2)) == first
+    assert "holds the features of 24 training images, and data.root changes nothing; remove it" in caplog.text
     monkeypatch.setattr(module_under_test, "seal_of", lambda _: "another")
     assert list(tl_trainer.load(best).rows([picture], neighbours=2)) == first
     assert "belongs to an earlier best.pth and is made again" in caplog.text
@@ -103,9 +105,28 @@ def test_19_of_20_validation_images_are_accepted_and_what_is_far_is_not() -> Non
     train, val, more = (middle + 0.3 * torch.randn(400, 64, generator=generator) for _ in range(3))
     known = Known(torch.nn.functional.normalize(train).half(), ["a"] * 400, [0] * 400, torch.empty(0))
     known = Known(known.features, known.paths, known.targets, known.similarities(val, NEAREST)[0][:, -1])
-    assert sum(known.accepted(val)) == 380
-    assert sum(known.accepted(more)) == pytest.approx(380, abs=16)
-    assert not any(known.accepted(torch.randn(50, 64, generator=generator)))
+    far = torch.randn(50, 64, generator=generator)
+    accepted = [known.accepted(known.similarities(images, NEAREST + 2)) for images in (val, more, far)]
+    assert sum(accepted[0]) == 380
+    assert sum(accepted[1]) == pytest.approx(380, abs=16)
+    assert not any(accepted[2])
+
+
+def test_many_images_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    known = Known(features.half(), ["a"] * 9, [0] * 9, torch.empty(0))
+    whole = known.similarities(features, 3)
+    monkeypatch.setattr(module_under_test, "ROWS", 2)
+    torch.testing.assert_close(known.similarities(features, 3), whole)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], {"checkpoint": "a"}, {"checkpoint": "a", "features": 1, "paths": [], "targets": [], "val": []}]
+)
+def test_a_sealed_file_of_other_things_is_refused(best: Path, wrong: Any) -> None:
+    save_sealed(best.with_name(FILE), wrong)
+    with pytest.raises(tl_trainer.CheckpointError, match=r"neighbours\.pth: not a file of .*features; remove it"):
+        tl_trainer.load(best)._known(reject=False)
 
 
 def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:

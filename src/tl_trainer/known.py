@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Parts, memory_of, reopened
+from tl_trainer.config.load import COMMAND_LINE
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, InputError, RunError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed, seal_of
@@ -26,7 +29,11 @@ log = logging.getLogger(__name__)
 FILE = "neighbours.pth"
 NEAREST = 5  # k
 ACCEPTED = 0.95
+ROWS = 1024  # that are compared at once
 FEWEST = 20  # validation images that can tell what 95% of them are
+
+
+Similarities = tuple[Tensor, Tensor]  # of each image to its nearest training images, and which they are
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class Neighbour:
     path: str
     label: str
     similarity: float
+
+
+_KINDS: dict[str, type] = {"features": Tensor, "paths": list, "targets": list, "val": Tensor}
 
 
 @dataclass(frozen=True)
@@ -50,15 +60,21 @@ class Known:
     targets: list[int]
     val: Tensor
 
-    def similarities(self, embedded: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Those of the `count` nearest to each of (M, features), nearest first, and which they are; both (M, count)."""
-        alike = functional.normalize(embedded.cpu().float()) @ self.features.float().T
-        found = alike.topk(min(count, len(self.paths)), dim=1)
-        return found.values, found.indices
+    @cached_property
+    def _compared(self) -> Tensor:
+        return self.features.float()
 
-    def nearest(self, embedded: Tensor, count: int, classes: Sequence[str]) -> list[list[Neighbour]]:
-        """The `count` nearest training images of each of (M, features)."""
-        alike, found = self.similarities(embedded, count)
+    def similarities(self, embedded: Tensor, count: int) -> Similarities:
+        """Those of the `count` nearest to each of (M, features), nearest first, and which they are; both (M, count)."""
+        parts = [
+            (functional.normalize(rows.cpu().float()) @ self._compared.T).topk(min(count, len(self.paths)), dim=1)
+            for rows in torch.split(embedded, ROWS)
+        ]
+        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+    def nearest(self, similarities: Similarities, count: int, classes: Sequence[str]) -> list[list[Neighbour]]:
+        """The `count` nearest training images of each image, from the similarities of as many or more."""
+        alike, found = (part[:, :count] for part in similarities)
         return [
             [
                 Neighbour(self.paths[at], classes[self.targets[at]], round(value, 6))
@@ -67,10 +83,10 @@ class Known:
             for row in zip(alike.tolist(), found.tolist(), strict=True)
         ]
 
-    def accepted(self, embedded: Tensor) -> list[bool]:
-        """Whether each of (M, features) is as near to the training images as 95% of the validation images are."""
+    def accepted(self, similarities: Similarities) -> list[bool]:
+        """Whether each is as near to the training images as 95% of the validation images are; of NEAREST or more."""
         least = torch.quantile(self.val, 1 - ACCEPTED)
-        return [bool(value >= least) for value in self.similarities(embedded, NEAREST)[0][:, -1]]
+        return [bool(value >= least) for value in similarities[0][:, :NEAREST][:, -1]]
 
 
 def known(parts: Parts, checkpoint: Path) -> Known:
@@ -83,16 +99,40 @@ def known(parts: Parts, checkpoint: Path) -> Known:
     if file.exists():
         if not check_seal(file):
             raise CheckpointError(f"{file}: damaged; remove it, and it is made again")
-        content = load_plain(file)
+        content = load_plain(file, mapped=False)  # Windows replaces no file that is mapped
+        if not _is_ours(content):
+            raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
         if content.pop("checkpoint") == seal:
+            _ignored(parts, file, len(content["paths"]))
             return Known(**content)
         log.info("%s belongs to an earlier %s and is made again", file, checkpoint.name)
     found = _computed(parts, file)
     try:
-        save_sealed(file, {"checkpoint": seal, **vars(found)})
+        save_sealed(file, {"checkpoint": seal, **{name: getattr(found, name) for name in _KINDS}})
     except RunError as error:
         log.warning("%s; the features are computed again next time", error)
     return found
+
+
+def _is_ours(content: Any) -> bool:
+    """Whether the features file holds what belongs there, each of its kind and as long as the others."""
+    kinds = {"checkpoint": str, **_KINDS}
+    if not isinstance(content, dict) or {*content} != {*kinds}:
+        return False
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        return False
+    features, val = content["features"], content["val"]
+    return (features.ndim, val.ndim) == (2, 1) and len(features) == len(content["paths"]) == len(content["targets"])
+
+
+def _ignored(parts: Parts, file: Path, kept: int) -> None:
+    """Say which of the keys that were asked for change nothing, since the file is there."""
+    origins, keys = parts.loaded.origins, ("data.root", "output.neighbours_mb")
+    if given := [key for key in keys if origins.get((*key.split("."),)) == COMMAND_LINE]:
+        log.info(
+            "%s holds the features of %d training images, and %s changes nothing; remove it to have it made again",
+            file, kept, " and ".join(given),
+        )  # fmt: skip
 
 
 def _computed(parts: Parts, file: Path) -> Known:

@@ -34,7 +34,7 @@ from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import printable
-from tl_trainer.known import Known, Neighbour
+from tl_trainer.known import NEAREST, Known, Neighbour
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction, prediction_columns
 
@@ -191,11 +191,14 @@ class Predictor:
         (logits, embedded), saved, near = self._logits(pictures), self.parts.saved, self.near
         predictions = self.parts.task.predictions(logits, saved.temperature if saved else None, self.topk)
         rows = [Row("", classes) for classes in predictions]
-        if near is not None and near.count:
-            nearest = near.known.nearest(embedded, near.count, self.parts.task.classes)
+        if near is None:
+            return rows
+        similarities = near.known.similarities(embedded, max(near.count, NEAREST))
+        if near.count:
+            nearest = near.known.nearest(similarities, near.count, self.parts.task.classes)
             rows = [replace(row, neighbours=found) for row, found in zip(rows, nearest, strict=True)]
-        if near is not None and near.reject:
-            accepted = near.known.accepted(embedded)
+        if near.reject:
+            accepted = near.known.accepted(similarities)
             rows = [replace(row, accepted=like) for row, like in zip(rows, accepted, strict=True)]
         return rows
 
