@@ -117,7 +117,7 @@ def test_evidence_for_a_class(colours: Path) -> None:
     assert any(picture.tobytes() != model.explain(red, label).tobytes() for label in model.classes)
     with pytest.raises(tl_trainer.InputError, match="unknown class 'rde'; did you mean 'red'"):
         model.explain(red, "rde")
-    (row,) = model.rows([red], evidence="evidence")
+    (row,) = model.rows([red], extras=tl_trainer.Extras(evidence="evidence"))
     assert [path.name for path in Path("evidence").iterdir()] == [f"00001-00-{row.predictions[0].label}.png"]
 
 

@@ -59,12 +59,12 @@ def test_neighbours_are_those_of_scikit_learn(folder: Path, best: Path) -> None:
     train, val = (sorted((folder / "photos" / split).rglob("*.jpg")) for split in ("train", "val"))
     reference = NearestNeighbors(n_neighbors=3, metric="cosine").fit(unit(model.embed(train)))
     distances, _ = reference.kneighbors(unit(model.embed(val)))
-    rows = list(model.rows(val, neighbours=3))
+    rows = list(model.rows(val, extras=tl_trainer.Extras(neighbours=3)))
     for row, expected in zip(rows, distances, strict=True):
         assert row.neighbours is not None
         assert [1 - one.similarity for one in row.neighbours] == pytest.approx(expected, abs=2e-3)  # float16
         assert all(f"{one.label}/" in one.path for one in row.neighbours)
-    itself = next(iter(model.rows([train[5]], neighbours=1))).neighbours
+    itself = next(iter(model.rows([train[5]], extras=tl_trainer.Extras(neighbours=1)))).neighbours
     assert itself is not None
     assert itself[0].similarity == pytest.approx(1, abs=2e-3)
     assert next(iter(model.rows([val[0]]))).neighbours is None
@@ -75,19 +75,22 @@ def test_the_file_is_made_once_and_anew_for_another_checkpoint(
 ) -> None:
     caplog.set_level(logging.INFO)
     picture = Image.new("RGB", (40, 40), (200, 40, 30))
-    first = list(tl_trainer.load(best).rows([picture], neighbours=2))
+    first = list(tl_trainer.load(best).rows([picture], extras=tl_trainer.Extras(neighbours=2)))
     with monkeypatch.context() as patch:
         patch.setattr(module_under_test, "_computed", lambda *_: pytest.fail("computed again"))
-        assert list(tl_trainer.load(best, data__root="gone").rows([picture], neighbours=2)) == first
+        assert (
+            list(tl_trainer.load(best, data__root="gone").rows([picture], extras=tl_trainer.Extras(neighbours=2)))
+            == first
+        )
     assert "holds the features of 24 training images, and data.root changes nothing; remove it" in caplog.text
     monkeypatch.setattr(module_under_test, "seal_of", lambda _: "another")
-    assert list(tl_trainer.load(best).rows([picture], neighbours=2)) == first
+    assert list(tl_trainer.load(best).rows([picture], extras=tl_trainer.Extras(neighbours=2))) == first
     assert "belongs to an earlier best.pth and is made again" in caplog.text
 
 
 def test_without_file_and_images_it_says_how_to_get_them(best: Path) -> None:
     with pytest.raises(tl_trainer.InputError, match=r"gone.*\n--neighbours and --reject need .* data\.root=DIR once"):
-        tl_trainer.load(best, data__root="gone").rows(["a.jpg"], neighbours=1)
+        tl_trainer.load(best, data__root="gone").rows(["a.jpg"], extras=tl_trainer.Extras(neighbours=1))
 
 
 def test_no_more_is_kept_than_the_key_allows(best: Path, caplog: pytest.LogCaptureFixture) -> None:

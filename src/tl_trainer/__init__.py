@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         TrainerError,
     )
     from tl_trainer.ground.signals import StopRequest
-    from tl_trainer.predict import Row
+    from tl_trainer.predict import Extras, Row
     from tl_trainer.tasks import Prediction
 
 __version__ = "0.3.0"
@@ -38,12 +38,12 @@ _ORIGINS = {
         "TrainerError",
     ),
     "tl_trainer.ground.signals": ("StopRequest",),
-    "tl_trainer.predict": ("Row",),
+    "tl_trainer.predict": ("Extras", "Row"),
     "tl_trainer.tasks": ("Prediction",),
 }  # fmt: skip
 __all__ = [
-    "CheckpointError", "ConfigError", "DataError", "ImageError", "InputError", "Interrupted", "Model", "Prediction",
-    "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "cross_validate",
+    "CheckpointError", "ConfigError", "DataError", "Extras", "ImageError", "InputError", "Interrupted", "Model",
+    "Prediction", "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "cross_validate",
     "load", "train",
 ]  # fmt: skip
 

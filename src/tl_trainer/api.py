@@ -33,7 +33,7 @@ from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
 from tl_trainer.known import FEWEST, Known, known
-from tl_trainer.predict import Near, Predictor, Row, Source, embed, explain
+from tl_trainer.predict import Extras, Near, Predictor, Row, Source, embed, explain
 from tl_trainer.report import write_report
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import best_of
@@ -155,28 +155,25 @@ class Model:
         topk: int = 5,
         tta: str | None = None,
         batch_size: int = 16,
-        evidence: Location | None = None,
-        neighbours: int = 0,
-        reject: bool = False,
+        extras: Extras | None = None,
         ready: Callable[[], bool] | None = None,
     ) -> Iterator[Row]:
         """`predict` for any number of images: rows as they come, with constant memory.
 
-        evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). neighbours: how many
-        of the nearest training images each row names. reject: whether `accepted` says if it is like these. ready:
-        whether the next image is there already, so that it can be decoded while a batch is computed; None: always in a
-        list, else never, so that no row waits for an image to come.
+        extras: what else rows say. ready: whether the next image is there already, so that it can be decoded while a
+        batch is computed; None: always in a list, else never, so that no row waits for an image to come.
         """
+        asked = extras or Extras()
+        compared = bool(asked.neighbours or asked.reject)
         with in_sentences():
-            folder = None if evidence is None else Path(evidence)
+            folder = None if asked.evidence is None else Path(asked.evidence)
             if folder is not None:
                 make_folder(folder, "--explain")
-            if (neighbours or reject) and tta in ("fivecrop", "tencrop"):
+            if compared and tta in ("fivecrop", "tencrop"):
                 raise InputError(f"--neighbours and --reject compare whole images; leave --tta {tta} out")
             views = tta_pipelines(self._parts.pipeline.steps, tta)
-            if neighbours or reject:
-                near = Near(self._known(reject), neighbours, reject)
-            predictor = Predictor(self._parts, topk, views, folder, near if neighbours or reject else None)
+            near = Near(self._known(asked.reject), asked.neighbours, asked.reject) if compared else None
+            predictor = Predictor(self._parts, topk, views, folder, near)
 
         def stream() -> Iterator[Row]:
             with in_sentences():

@@ -63,6 +63,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What is to be said of an image beside its classes.
+
+    evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). neighbours: how many of
+    the nearest training images its row names. reject: whether `accepted` says if it is like these.
+    """
+
+    evidence: str | os.PathLike[str] | None = None
+    neighbours: int = 0
+    reject: bool = False
+
+
+@dataclass(frozen=True)
 class Near:
     """What rows say of the training images: the `count` nearest, and, if asked, whether the image is like them."""
 

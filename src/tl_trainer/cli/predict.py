@@ -73,7 +73,7 @@ def _predict(args: argparse.Namespace) -> int:
     overrides = overrides_of(args, {"device": "device"}, ON_A_CHECKPOINT)
     with without_collection():
         from tl_trainer import api
-    from tl_trainer.predict import expand_inputs, line_waiting, write_rows
+    from tl_trainer.predict import Extras, expand_inputs, line_waiting, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
     if model.temperature is None:
@@ -86,9 +86,7 @@ def _predict(args: argparse.Namespace) -> int:
         topk=args.topk,
         tta=args.tta,
         batch_size=args.batch_size,
-        evidence=args.explain,
-        neighbours=args.neighbours,
-        reject=args.reject,
+        extras=Extras(args.explain, args.neighbours, args.reject),
         ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
     classes = min(args.topk, len(model.classes))
