@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.schema import DataSection, expand
 from tl_trainer.data.dataset import Dataset, Split, name_hashes
 from tl_trainer.data.duplicates import across, unrepeated
 from tl_trainer.data.sources import open_dataset
@@ -19,7 +21,7 @@ from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import remembered, verified
 from tl_trainer.errors import DataError, InputError
 from tl_trainer.evaluate import averaged
-from tl_trainer.ground.wording import listed
+from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Scores
 from tl_trainer.plots import png
 from tl_trainer.tasks import Task
@@ -88,6 +90,7 @@ def evaluate_checkpoint(
     assert saved is not None
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
+    _say_what_was_left_out(config.data, saved)
     what = what or _default_split(dataset, saved.val_split)
     if what in ("train", "val") and saved.val_split is not None:
         dataset = with_val(config, dataset, parts.task, saved)
@@ -117,6 +120,17 @@ def evaluate_checkpoint(
         )
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
     return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates)
+
+
+def _say_what_was_left_out(data: DataSection, saved: Checkpoint) -> None:
+    """Say that training left images out of this data, and how again; a checkpoint's word opens no file."""
+    trained = saved.config.get("data") or {}
+    skip, root = trained.get("skip"), trained.get("root")
+    if skip is not None and data.skip is None and isinstance(root, str) and expand(root) == expand(data.root):
+        log.warning(
+            "images of this data were left out in training, and are not here; to leave them out again: data.skip=%s",
+            printable(shlex.quote(str(skip))),
+        )
 
 
 def _default_split(dataset: Dataset, drawn: Tensor | None) -> str:

@@ -24,10 +24,10 @@ SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision
 # Of these, what changes the pixels, and what the val split in the checkpoint was drawn by.
 FIXED = ("data.value_range", "data.group_pattern", "data.csv.group_column")
 # What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get,
-# and groups, which other images may not have.
+# groups, which other images may not have, and which images are left out, by a file that is opened.
 NOT_TAKEN: tuple[Override, ...] = (
     ("features.dir", None), ("features.limit_gb", FeaturesSection().limit_gb), ("data.download", False),
-    ("data.group_pattern", None), ("data.csv.group_column", None),
+    ("data.group_pattern", None), ("data.csv.group_column", None), ("data.skip", None),
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def test_the_key_leaves_rows_out_and_says_how_many(tmp_path: Path, caplog: pytes
     ("splits", "row", "left_out"),
     [
         (("train", "test"), "1,test", {"test"}),
+        (("train", "test"), "1,Test", {"test"}),
         (("train", "test"), "1,train", {"train"}),
+        (("train",), "1,test", set()),
         (("train", "test"), "1,val", {"train"}),  # a drawn one
         (("all",), "1,val", {"all"}),
         (("all",), "1,train", {"all"}),
@@ -91,6 +94,8 @@ def test_a_name_that_is_no_text_is_found() -> None:
         ("file,split\na,b\n", r"data\.skip: skip\.csv:1: unknown column 'path' \(valid: file, split\)"),
         ("", r"data\.skip: skip\.csv:1: unknown column 'path'"),
         ("path\n" + "x" * 200_000, r"data\.skip: skip\.csv: not a CSV file: field larger"),
+        ("split,path\ntrain,1\ntest\n", r"data\.skip: skip\.csv:3: the row names no path"),
+        ("path,split\n1,tset\n", r"data\.skip: skip\.csv:2: unknown split 'tset'"),
         (None, r"data\.skip: skip\.csv: cannot be read: No such file .*; give the skip\.csv that tl-check wrote"),
     ],
 )
@@ -98,6 +103,11 @@ def test_a_wrong_table_is_refused(text: str | None, message: str) -> None:
     path = Path("skip.csv") if text is None else table(text)
     with pytest.raises(SettingError, match=message):
         without(pictures("train"), path)
+
+
+def test_what_is_no_ordinary_file_is_not_opened() -> None:
+    with pytest.raises(SettingError, match=r"data\.skip: /dev/zero is not an ordinary file"):
+        without(pictures("train"), Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(
@@ -128,9 +138,14 @@ def test_a_run_leaves_them_out_and_so_does_its_evaluation(tl: Run, tmp_path: Pat
     evaluated = tl("eval", "--checkpoint", result["checkpoint"], "--json")
     assert last_json(evaluated)["n"] == result["val"]["n"]
     skip.unlink()
-    gone = tl("eval", "--checkpoint", result["checkpoint"])
-    assert (gone.returncode, "data.skip: skip.csv: cannot be read" in gone.stderr) == (2, True)
-    assert last_json(tl("eval", "--checkpoint", result["checkpoint"], "--json", "data.skip=null"))["n"] == 3
+    gone = tl("eval", "--checkpoint", result["checkpoint"], "--json")
+    assert last_json(gone)["n"] == 3
+    assert "to leave them out again: data.skip=skip.csv" in gone.stderr
+    named = tl("eval", "--checkpoint", result["checkpoint"], "data.skip=skip.csv")
+    assert (named.returncode, "data.skip: skip.csv: cannot be read" in named.stderr) == (2, True)
+    shutil.copytree("photos", "others")
+    others = tl("eval", "--checkpoint", result["checkpoint"], "--data-dir", "others")
+    assert (others.returncode, "left out" in others.stderr) == (0, False)
 
 
 def test_a_wrong_table_is_named_with_its_key_before_an_image_is_read(tl: Run, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.data.dataset import SPLIT_OF, Dataset, Split
 from tl_trainer.errors import DataError, SettingError
 from tl_trainer.ground.wording import printable, unknown
 
@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 KEY = "data.skip"
 PATH, SPLIT = "path", "split"  # the columns that say which image is meant
+_SPLITS = {**SPLIT_OF, "all": "all"}
 
 
 def without(dataset: Dataset, table: Path) -> Dataset:
@@ -45,11 +46,13 @@ def without(dataset: Dataset, table: Path) -> Dataset:
 def _rows(table: Path) -> list[tuple[str, str]]:
     """The path and the split of each row; the split is empty where it is not given."""
     try:
+        if table.exists() and not table.is_file():
+            raise SettingError(KEY, f"{table} is not an ordinary file; give the skip.csv that tl-check wrote, or null")
         with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if PATH not in (columns := reader.fieldnames or []):
                 raise SettingError(KEY, f"{table}:1: {unknown('column', PATH, columns)}; its first line must name it")
-            return [(row[PATH], row.get(SPLIT) or "") for row in reader]
+            return [_row(row, f"{table}:{reader.line_num}") for row in reader]
     except OSError as error:
         raise SettingError(
             KEY, f"{table}: cannot be read: {error.strerror}; give the skip.csv that tl-check wrote, or null"
@@ -58,9 +61,18 @@ def _rows(table: Path) -> list[tuple[str, str]]:
         raise SettingError(KEY, f"{table}: not a CSV file: {error}") from error
 
 
+def _row(row: dict[str, str | None], where: str) -> tuple[str, str]:
+    path, split = row[PATH], row.get(SPLIT) or ""
+    if not path:
+        raise SettingError(KEY, f"{where}: the row names no path")
+    if split and split.lower() not in _SPLITS:
+        raise SettingError(KEY, f"{where}: {unknown('split', split, _SPLITS)}")
+    return path, _SPLITS[split.lower()] if split else ""
+
+
 def _source(split: str, dataset: Dataset) -> str:
     """The split of the dataset that an image is in; one of a val split that was drawn is in train, or in all."""
-    return split if split in dataset.splits else "all" if "all" in dataset.splits else "train"
+    return split if split in dataset.splits or split == "test" else "all" if "all" in dataset.splits else "train"
 
 
 def _require_images(dataset: Dataset, name: str, kept: Split, table: Path) -> None:
