@@ -160,8 +160,8 @@ def test_a_checkpoint_decides_no_folder_and_no_limit(tl: Run, colours: Path, tmp
     assert last_json(tl("eval", "--checkpoint", best, "--json"))["n"] == 12
     assert sorted(path.relative_to(tmp_path) for path in bait.parent.rglob("*")) == before
     parts = restore(best)
-    groups = {"data.group_pattern": None, "data.csv.group_column": None}
-    assert dict(NOT_TAKEN) == {"features.dir": None, "features.limit_gb": 20.0, "data.download": False, **groups}
+    nulls = dict.fromkeys(("data.group_pattern", "data.csv.group_column", "data.skip"))
+    assert dict(NOT_TAKEN) == {"features.dir": None, "features.limit_gb": 20.0, "data.download": False, **nulls}
     found = dict(flat(parts.config.model_dump()))
     assert {key: found[key] for key, _ in NOT_TAKEN} == dict(NOT_TAKEN)
     chosen = restore(best, [("features.dir", "here"), ("features.limit_gb", 0.5), ("data.download", True)])

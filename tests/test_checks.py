@@ -139,7 +139,10 @@ def test_the_command_that_is_shown_trains_without_them(checked: dict[str, Any], 
     assert program == "tl-train"
     again = tl("check", *words[:-2], f"data.skip={words[-1]}", "--json")
     assert "skip.csv: 6 of 33 train images are left out" in again.stderr
-    assert not {"unreadable", "two labels", "copy", "copy across splits", "blank"} & last_json(again)["counts"].keys()
+    found = last_json(again)
+    assert not {"unreadable", "two labels", "copy", "copy across splits", "blank"} & found["counts"].keys()
+    assert [row["path"] for row in rows(found["skip"])] == [row["path"] for row in rows(checked["skip"])]
+    assert found["train_without"].endswith(f"--apply {found['skip']}") and "data.skip" not in found["train_without"]
 
 
 def test_a_second_check_reads_no_image_again(checked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,12 @@ from scipy.optimize import curve_fit
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
+from conftest import draw_split
 from tl_trainer import forecast, logistic
 from tl_trainer.candidates import Row
+from tl_trainer.config.schema import DataSection
+from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.sources import open_dataset
 from tl_trainer.forecast import Curve, Forecast, fitted, forecast_of, measured
 from tl_trainer.search import Table
 
@@ -170,3 +178,11 @@ def test_a_head_that_does_not_converge_makes_no_curve(monkeypatch: pytest.Monkey
     monkeypatch.setattr(logistic, "ITERATIONS", 1)
     said = forecast_of(table(120, 1, 3, 2.0), table(200, 2, 3, 2.0), head(0.0001))
     assert said == "The head does not converge on fewer training images, so there is no forecast."
+
+
+def test_groups_which_its_curve_would_divide_have_none(tmp_path: Path) -> None:
+    draw_split(tmp_path / "photos", 2)
+    dataset = open_dataset(DataSection(root=str(tmp_path / "photos"), group_pattern="/0([0-9])"))
+    setup: Any = SimpleNamespace(dataset=Dataset(dataset.classes, {"train": dataset.split("all")}, "photos"))
+    said = forecast.forecast(setup, {}, head(0.001))
+    assert said == "There is no forecast for images in groups: its curve would divide them."

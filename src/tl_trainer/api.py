@@ -88,6 +88,7 @@ def check(config: Configuration = None, *, progress: bool = False, **overrides: 
     """
     from tl_trainer import checks  # nobody else waits for these
     from tl_trainer.checks_page import write_check
+    from tl_trainer.data.skip import named_in
 
     with _called(progress):
         loaded = load_config(os.fspath(config) if isinstance(config, os.PathLike) else config, _dotted(overrides))
@@ -95,7 +96,8 @@ def check(config: Configuration = None, *, progress: bool = False, **overrides: 
         make_folder(output, "--output")
         checked = checks.check(loaded)
         folder = numbered_folder(output, f"{loaded.name}-check")
-        return write_check(folder, checked, loaded.name, _train_command(config, overrides))
+        before = [] if loaded.config.data.skip is None else named_in(expand(loaded.config.data.skip))
+        return write_check(folder, checked, loaded.name, _train_command(config, overrides), before)
 
 
 def cross_validate(
@@ -272,12 +274,13 @@ def _started(
 
 
 def _train_command(config: Configuration, overrides: Mapping[str, Any]) -> str:
-    """The command that trains on the same; a mapping has none, and stands as its name."""
+    """The command that trains on the same, but for data.skip; a mapping has none, and stands as its name."""
     words = []
     if isinstance(config, (str, os.PathLike)):
         words = [os.fspath(config)] if data_at(expand(os.fspath(config))) else ["--config", os.fspath(config)]
-    given = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in _dotted(overrides))
-    return shlex.join(["tl-train", *words, *given])
+    given = [(key, value) for key, value in _dotted(overrides) if key != "data.skip"]
+    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given]
+    return shlex.join(["tl-train", *words])
 
 
 def _dotted(overrides: Mapping[str, Any]) -> list[Override]:

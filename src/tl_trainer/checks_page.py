@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,16 @@ KINDS = {
 }
 
 
-def write_check(folder: Path, checked: Checked, name: str, command: str) -> dict[str, Any]:
+def write_check(
+    folder: Path, checked: Checked, name: str, command: str, before: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
     """Write check.html, findings.csv, skip.csv and check.json into `folder`, which is there; what check.json holds.
 
-    command: the tl-train command for the same data. Raises RunError where a file cannot be written, ImageError where an
-    image is gone.
+    command: the tl-train command for the same data. before: path and split of what the check itself left out, which
+    skip.csv leaves out too. Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     rows, left_out = _rows(checked), _rows(checked, skip=True)
+    left_out += [[path, split, "", "left out before", *[""] * (len(COLUMNS) - 4)] for path, split in before]
     counts = Counter(row[COLUMNS.index("kind")] for row in rows)
     result: dict[str, Any] = {
         "page": str(folder / "check.html"),
@@ -80,7 +84,7 @@ def write_check(folder: Path, checked: Checked, name: str, command: str) -> dict
         "confused": [_pair(pair, checked) for pair in checked.confused[:PAIRS]],
         "notes": checked.notes,
         "skipped": len(left_out),
-        "train_without": f"{command} --apply {folder / 'skip.csv'}" if left_out else None,
+        "train_without": f"{command} --apply {shlex.quote(str(folder / 'skip.csv'))}" if left_out else None,
     }
     named = {"findings.csv": csv_text(COLUMNS, rows), "skip.csv": csv_text(COLUMNS, left_out)}
     page = template("check.html").render(

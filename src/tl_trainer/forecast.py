@@ -118,6 +118,8 @@ class Forecast:
 
 def forecast(setup: Setup, feeds: dict[str, Feed], head: Row) -> Forecast | str:
     """The forecast for a head that was found; a sentence where there is none."""
+    if setup.dataset.split("train").groups:
+        return "There is no forecast for images in groups: its curve would divide them."
     train, val = (_features(feeds[name]) for name in ("train", "val"))
     classes = len(setup.parts.task.classes)
     width = train.take(0, [0]).numel()

@@ -46,3 +46,12 @@ def test_a_val_split_of_its_own_stays_and_what_it_shares_is_named(
     first, second = caplog.messages
     assert first == f"{colours} has a val split of its own, which is not divided by groups; folds are"
     assert second == "4 groups are in train and in val, so the val figures are too good: 0, 1, 2, 3"
+
+
+def test_what_train_shares_with_test_is_named_where_val_is_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, count in (("train", 3), ("test", 1)):
+        draw_split(tmp_path / "photos" / name, count)
+    open_dataset(DataSection(root=str(tmp_path / "photos"), group_pattern="/0([0-9])"))
+    assert caplog.messages == ["1 groups are in train and in test, so the test figures are too good: 0"]

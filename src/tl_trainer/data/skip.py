@@ -24,7 +24,7 @@ def without(dataset: Dataset, table: Path) -> Dataset:
     A row names an image by `path`, and its split by `split` where there is such a column. Raises SettingError for a
     file that is not there or has no such column, DataError where a split or a class to learn from would be left empty.
     """
-    rows = _rows(table)
+    rows = named_in(table)
     splits, missing, told = {}, {name for name, _ in rows}, []
     for name, split in dataset.splits.items():
         wanted = {image for image, of in rows if of == "" or _source(of, dataset) == name}
@@ -43,7 +43,7 @@ def without(dataset: Dataset, table: Path) -> Dataset:
     return replace(dataset, splits=splits)
 
 
-def _rows(table: Path) -> list[tuple[str, str]]:
+def named_in(table: Path) -> list[tuple[str, str]]:
     """The path and the split of each row; the split is empty where it is not given."""
     try:
         if table.exists() and not table.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
+from itertools import combinations
 
 from tl_trainer.config.schema import DataSection, expand
 from tl_trainer.data.csv_table import check_found, open_csv
@@ -67,15 +68,14 @@ def _grouped(dataset: Dataset, pattern: re.Pattern[str]) -> Dataset:
 
 
 def _say_what_is_not_drawn(dataset: Dataset) -> None:
-    """Say that a val split of the source's own stays as it is, whatever groups it shares with train."""
-    train, val = dataset.splits.get("train"), dataset.splits.get("val")
-    if train is None or val is None or not train.groups:
-        return
-    log.info("%s has a val split of its own, which is not divided by groups; folds are", dataset.where)
-    if shared := sorted({*train.groups} & {*val.groups}):
-        log.warning(
-            "%d groups are in train and in val, so the val figures are too good: %s", len(shared), listed(shared)
-        )
+    """Say that splits of the source's own stay as they are, and which groups they share."""
+    groups = {name: {*split.groups} for name, split in dataset.splits.items()}
+    if groups.get("train") and "val" in groups:
+        log.info("%s has a val split of its own, which is not divided by groups; folds are", dataset.where)
+    for first, second in combinations(groups, 2):
+        if shared := sorted(groups[first] & groups[second]):
+            what = (len(shared), first, second, second, listed(shared))
+            log.warning("%d groups are in %s and in %s, so the %s figures are too good: %s", *what)
 
 
 def check_root(data: DataSection) -> None:
