@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import pytest
@@ -35,7 +36,15 @@ from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import DataError, ImageError, InputError, RunError
-from tl_trainer.features import IMAGES_AT_ONCE, Extractor, FeatureBatches, Features, Missing, features_folder
+from tl_trainer.features import (
+    IMAGES_AT_ONCE,
+    Extractor,
+    FeatureBatches,
+    Features,
+    Missing,
+    features_folder,
+    views_that_fit,
+)
 from tl_trainer.models.chain import Stage
 from tl_trainer.models.prefix import FrozenPrefix
 
@@ -832,3 +841,10 @@ def test_ctrl_c_keeps_what_was_computed_and_says_so(
     assert "16 features were computed and are kept: the same command goes on with the others" in caplog.text
     computed, _ = cache.run(split)
     assert computed == COUNT - 16
+
+
+def test_the_views_that_fit_are_counted_where_they_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_trainer.features.free_on", lambda _: 0)
+    kept: Any = SimpleNamespace(targets=[0], keys=[1, 2], take=lambda *_: torch.zeros(1, 8))
+    assert views_that_fit(kept, 10, 0, torch.device("cpu")) == 2
+    assert views_that_fit(kept, 10, 0, torch.device("cuda")) == 0

@@ -278,7 +278,7 @@ def test_a_head_that_is_being_trained_is_not_searched_for_after_a_resume(
 ) -> None:
     stop = StopRequest()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_views_that_fit", lambda *_: 0)
+        patch.setattr(search, "views_that_fit", lambda *_: 0)
         patch.setattr(SingleLabel, "better", lambda *_: setattr(stop, "signal", 2) or False)
         with pytest.raises(Interrupted):
             train(config, stop=stop)
@@ -294,7 +294,7 @@ def test_a_search_that_cannot_be_repeated_is_no_training(
         patch.setattr(run, "conclude", killed)
         with pytest.raises(Interrupted):
             train(config)
-    monkeypatch.setattr(search, "_views_that_fit", lambda *_: 0)
+    monkeypatch.setattr(search, "views_that_fit", lambda *_: 0)
     with pytest.raises(RunError, match=r"run-1: the search cannot be repeated here; what it found is in best\.pth"):
         train(config, resume=True)
 
@@ -310,7 +310,7 @@ def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
     train_, val = table(61, 1), table(30, 2)
     train_.targets[-1] = CLASSES
     alone = train_._replace(soft=functional.one_hot(train_.targets).float())
-    assert search._judged(alone).tolist() == list(range(60))
+    assert search._judged(alone, search._folds(alone)).tolist() == list(range(60))
     found = find(alone, val, scalings=["raw"])
     assert found.best.loss is not None
     assert found.best.loss < 0.5
@@ -341,6 +341,23 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
     assert caplog.messages[-1].endswith(
         "have too few groups for cross-validation, so the val images alone choose the head"
     )
+
+
+def test_a_class_that_is_copies_of_one_image_judges_no_head() -> None:
+    train_ = table(60, 1)
+    fold = search._folds(train_)
+    fold[train_.labels == 0] = 1
+    assert search._judged(train_, fold).tolist() == (train_.labels != 0).nonzero()[:, 0].tolist()
+
+
+def test_copies_are_not_divided_by_the_folds_of_a_search(config: dict[str, object]) -> None:
+    setup = set_up(load(config))
+    split = setup.dataset.split("train")
+    assert search._grouped(setup, "train") is None
+    setup.dataset.splits["train"] = replace(split, hashes=[split.hashes[index // 2] for index in range(len(split))])
+    folds = search._grouped(setup, "train")
+    assert folds is not None
+    assert torch.equal(folds[: len(folds) // 2 * 2 : 2], folds[1::2])
 
 
 def test_a_head_with_hidden_layers_is_found_among_48(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer import suspects
+from tl_trainer.search import folds_of
 from tl_trainer.suspects import (
     FOLDS,
     NEIGHBOURS,
@@ -19,7 +20,6 @@ from tl_trainer.suspects import (
     by_self_confidence,
     confused,
     deviations,
-    folds,
     nearest,
     out_of_fold,
     outliers,
@@ -55,12 +55,12 @@ def test_no_head_judges_a_copy_of_what_it_has_seen() -> None:
 
 def test_each_fold_has_its_share_of_each_class_and_whole_groups() -> None:
     targets = torch.tensor([0] * 20 + [1] * 10)
-    fold = folds(targets, alone(30))
+    fold = folds_of(targets, alone(30))
     assert [(fold[targets == 0] == number).sum().item() for number in range(FOLDS)] == [4] * FOLDS
     assert [(fold[targets == 1] == number).sum().item() for number in range(FOLDS)] == [2] * FOLDS
     groups = alone(30)
     groups[[3, 7, 25]] = 3
-    grouped = folds(targets, groups)
+    grouped = folds_of(targets, groups)
     assert grouped[[7, 25]].tolist() == [grouped[3].item()] * 2
     others = [index for index in range(30) if index not in (7, 25)]
     assert grouped[others].tolist() == fold[others].tolist()

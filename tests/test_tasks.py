@@ -348,3 +348,16 @@ def test_no_group_is_divided_by_folds() -> None:
 def test_groups_that_cannot_be_divided(groups: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         TASK.folds([0, 0, 1, 1, 2, 2] * 2, 3, 0, groups * 2)
+
+
+def test_copies_share_a_fold_and_join_their_groups() -> None:
+    hashes = [bytes([number // 2]) for number in range(24)]
+    fold = SingleLabel(["a", "b"]).folds([0, 1] * 12, 3, 0, (), hashes)
+    assert fold[::2] == fold[1::2] and {*fold} == {0, 1, 2}
+    groups = [str(number // 4) for number in range(24)]
+    hashes = [bytes([number]) for number in range(24)]
+    hashes[0] = hashes[7] = hashes[21]
+    fold = SingleLabel(["a", "b"]).folds([0, 1] * 12, 3, 0, groups, hashes)
+    assert len({*fold[:8], *fold[20:]}) == 1 and {*fold} == {0, 1, 2}
+    with pytest.raises(DataError, match="too many images are copies"):
+        SingleLabel(["a", "b"]).folds([0, 1] * 12, 3, 0, (), [b""] * 24)

@@ -24,9 +24,9 @@ from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config, expand
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.errors import InputError, RunError, SettingError
-from tl_trainer.features import FeatureBatches, Features
+from tl_trainer.features import FeatureBatches, Features, views_that_fit
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
-from tl_trainer.ground.machine import free_memory, threads_for
+from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 from tl_trainer.metrics import Scores, wilson
@@ -70,7 +70,7 @@ def cross_validate(loaded: Loaded, folds: int) -> dict[str, Any]:
 
     def folds_of(dataset: Dataset, task: Task, drawn: bool) -> list[int]:
         taking_part = _taking_part(dataset, drawn)
-        return task.folds(taking_part.targets, folds, config.seed, taking_part.groups)
+        return task.folds(taking_part.targets, folds, config.seed, taking_part.groups, taking_part.hashes)
 
     setup = set_up(loaded, inspect=folds_of)
     parts, split = setup.parts, _taking_part(setup.dataset, setup.drawn)
@@ -164,7 +164,10 @@ def _tables(setup: Setup, split: Split, folds: int) -> tuple[Table, Tensor]:
             "to 2 or more"
         )
     features, count = kept.features, len(split)
-    views = _views_that_fit(features, len(_pairs(folds, count)) * len(parts.task.classes))
+    logits = len(_pairs(folds, count)) * len(parts.task.classes)
+    views = views_that_fit(features, 10 * logits, 0, parts.network.device)
+    if views == 0:
+        raise RunError("the features of the images take too much memory for --folds; take fewer folds or images")
     device = torch.device("cpu") if parts.network.device.type == "mps" else parts.network.device  # as for a search
     soft = parts.task.soft_targets(config.train.loss, split.targets)
     table = Table(
@@ -250,12 +253,3 @@ def _pairs(folds: int, images: int) -> list[tuple[int, int]]:
     steps = min(folds // 2, math.ceil(JUDGES * folds / (2 * images)))
     pairs = {(number, (number + step) % folds) for number in range(folds) for step in range(1, steps + 1)}
     return sorted({(min(pair), max(pair)) for pair in pairs})
-
-
-def _views_that_fit(features: Features, logits: int) -> int:
-    """How many views fit into half of the free memory; `logits`: of all problems for a row."""
-    row = 4 * (4 * features.take(0, [0]).numel() + 10 * logits)
-    views = min(len(features.keys), int(free_memory() / 2 // (row * len(features.targets))))
-    if views == 0:
-        raise RunError("the features of the images take too much memory for --folds; take fewer folds or images")
-    return views

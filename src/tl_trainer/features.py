@@ -273,6 +273,16 @@ def free_on(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
+def views_that_fit(features: Features, row: int, kept: int, device: torch.device) -> int:
+    """How many views fit into half of the memory that is free on the device, with the copies that a solver makes.
+
+    row, kept: the numbers that are kept beside these of each row, and in all.
+    """
+    free = free_on(device) if device.type == "cuda" else free_memory()
+    view = 4 * len(features.targets) * (4 * features.take(0, [0]).numel() + row)
+    return min(len(features.keys), max(0, int((free / 2 - 4 * kept) // view)))
+
+
 def _key(digest: bytes, tag: bytes) -> bytes:
     return hashlib.sha256(digest + tag).digest() if tag else digest
 

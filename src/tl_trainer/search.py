@@ -23,9 +23,9 @@ from tl_trainer.assembly import Parts, Setup
 from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, Row
 from tl_trainer.config.schema import HeadSection
 from tl_trainer.errors import DataError, RunError
-from tl_trainer.features import FeatureBatches, Features, free_on
+from tl_trainer.features import FeatureBatches, Features, views_that_fit
 from tl_trainer.feeds import Feed
-from tl_trainer.ground.machine import free_memory, threads_for
+from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 
@@ -109,7 +109,7 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
         )
     elif head.dropout and not head.hidden:
         obstacle = "it has dropout"
-    elif not (views := _views_that_fit(train.features, _work(parts), parts.network.device)):
+    elif not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
         obstacle = "its features take too much memory"
     else:
         tables = table_of(setup, "train", train.features, views), table_of(setup, "val", val.features)
@@ -128,15 +128,18 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
 
 
 def _grouped(setup: Setup, *names: str) -> Tensor | None:
-    """The folds of the images of these splits where they have groups, at most FOLDS; says where there can be none."""
+    """The folds of the images of these splits where they have groups or copies; says where there can be none."""
     splits, parts = [setup.dataset.split(name) for name in names], setup.parts
-    if not splits[0].groups:
-        return None
     targets = [target for split in splits for target in split.targets]
+    hashes = [digest for split in splits for digest in split.hashes]
+    if not splits[0].groups:
+        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(hashes))}
+        same = torch.tensor([numbers[digest] for digest in hashes])
+        return folds_of(torch.tensor(targets), same) if len(numbers) < len(hashes) else None
     groups = [group for split in splits for group in split.groups]
     for count in range(FOLDS, 1, -1):
         with contextlib.suppress(DataError):
-            return torch.tensor(parts.task.folds(targets, count, parts.config.seed, groups))
+            return torch.tensor(parts.task.folds(targets, count, parts.config.seed, groups, hashes))
     log.info("the training images have too few groups for cross-validation, so the val images alone choose the head")
     return torch.full((len(targets),), FOLDS)
 
@@ -167,13 +170,6 @@ def _work(parts: Parts) -> _Work:
         return linear
     at_once = len(mlp.RATES) * len(mlp.DECAYS)  # with gradients and AdamW's two means
     return _Work(linear.row, linear.kept + (len(mlp.DROPOUTS) + 4) * at_once * size)
-
-
-def _views_that_fit(features: Features, work: _Work, device: torch.device) -> int:
-    """How many views fit into half of the free memory, with the copies and the logits that the search makes of them."""
-    free = free_on(device) if device.type == "cuda" else free_memory()
-    view = 4 * len(features.targets) * (4 * features.take(0, [0]).numel() + work.row)
-    return min(len(features.keys), max(0, int((free / 2 - 4 * work.kept) // view)))
 
 
 def table_of(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
@@ -211,7 +207,7 @@ def find(
     fold = torch.full_like(train.targets, FOLDS)
     if few:
         fold = _folds(train) if folds is None else folds.to(fold.device)[train.images]
-    judged = _judged(train) if few else train.images[:0]
+    judged = _judged(train, fold) if few else train.images[:0]
     standard, solved = None, []
     for name in scalings:
         axes, candidates = _linear(name, train, val, fold, judged, pause)
@@ -346,19 +342,27 @@ def _top1(scores: Tensor, targets: Tensor) -> float:
     return (scores.argmax(dim=1) == targets).double().mean().item()
 
 
-def _judged(table: Table) -> Tensor:
-    """The first view of each image whose class has another; without it, a fold is solved without the class."""
-    return (torch.bincount(table.labels)[table.labels] > 1).nonzero()[:, 0]
+def _judged(table: Table, fold: Tensor) -> Tensor:
+    """The first view of each image whose class has one in another fold; else, its own is solved without the class."""
+    labels = table.labels
+    inside = labels * (FOLDS + 1) + fold[: len(labels)]
+    return (torch.bincount(labels)[labels] > torch.bincount(inside)[inside]).nonzero()[:, 0]
 
 
 def _folds(table: Table) -> Tensor:
     """(N,) the fold of each row: every class spread evenly, all views of an image together, the same in every run."""
-    target = table.labels
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
-    order = order[target[order].sort(stable=True).indices]
-    fold = torch.empty_like(target)
-    fold[order] = torch.arange(len(order), device=target.device) % FOLDS
-    return fold[table.images]
+    labels = table.labels.cpu()
+    return folds_of(labels, torch.arange(len(labels))).to(table.images.device)[table.images]
+
+
+def folds_of(targets: Tensor, groups: Tensor) -> Tensor:
+    """(N,): the fold of each image, drawn within each class; an image and its copies share one."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    order = order[targets[order].sort(stable=True).indices]
+    fold, every = torch.empty_like(targets), torch.arange(len(targets))
+    fold[order] = every % FOLDS
+    first = torch.full_like(every, len(every)).scatter_reduce(0, groups, every, "amin")  # of each group
+    return fold[first[groups]]
 
 
 def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Callable[[], None]) -> Iterator[Row]:

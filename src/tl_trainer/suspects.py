@@ -13,7 +13,7 @@ from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 from tl_trainer.metrics import Scores, confusion
-from tl_trainer.search import FOLDS, HOPELESS, SCALINGS, STRENGTHS
+from tl_trainer.search import FOLDS, HOPELESS, SCALINGS, STRENGTHS, folds_of
 
 STRONG_TO_WEAK = STRENGTHS[::2]  # no candidate is chosen for a run here, so half as many do
 NEIGHBOURS = 5
@@ -44,7 +44,7 @@ def out_of_fold(features: Tensor, targets: Tensor, groups: Tensor, classes: int)
     features: (N, D) float32. groups: (N,), the same number for an image and its copies. The strength of L2 is the one
     of the lowest log loss.
     """
-    fold = folds(targets, groups)
+    fold = folds_of(targets, groups)
     held_out = fold == torch.arange(FOLDS)[:, None]
     scaled = SCALINGS["standardised"](features)(features)
     soft, every = functional.one_hot(targets, classes).to(features), torch.arange(len(targets))
@@ -59,18 +59,6 @@ def out_of_fold(features: Tensor, targets: Tensor, groups: Tensor, classes: int)
             elif loss > HOPELESS * lowest:
                 break
     return best.softmax(dim=1)
-
-
-def folds(targets: Tensor, groups: Tensor) -> Tensor:
-    """(N,): the fold of each image, drawn within each class; an image and its copies share one."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(targets), generator=generator)
-    order = order[targets[order].sort(stable=True).indices]
-    fold = torch.empty_like(targets)
-    fold[order] = torch.arange(len(order)) % FOLDS
-    every = torch.arange(len(targets))
-    first = torch.full_like(every, len(every)).scatter_reduce(0, groups, every, "amin")  # of each group
-    return fold[first[groups]]
 
 
 def wrong_labels(probabilities: Tensor, targets: Tensor) -> int:

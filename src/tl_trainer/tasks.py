@@ -109,11 +109,19 @@ class SingleLabel:
             held_out.update(rng.sample(indices, count))
         return held_out
 
-    def folds(self, targets: Sequence[int], count: int, seed: int, groups: Sequence[str] = ()) -> list[int]:
+    def folds(
+        self,
+        targets: Sequence[int],
+        count: int,
+        seed: int,
+        groups: Sequence[str] = (),
+        hashes: Sequence[bytes] = (),
+    ) -> list[int]:
         """The fold of each image, 0 to count - 1: of each class about as many images in every one.
 
-        groups: of the images, if any; none of them is divided. Raises DataError, naming them, for classes of fewer
-        images than folds, and for groups that cannot be divided into so many.
+        groups: of the images, if any; none of them is divided. hashes: of their contents, if known; copies share
+        a fold, and so do their groups. Raises DataError, naming them, for classes of fewer images than folds, and for
+        groups that cannot be divided into so many.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -124,10 +132,16 @@ class SingleLabel:
                 "fewer folds, add images, or remove the class"
             )
         if groups:
+            groups = _with_copies(groups, hashes)
             self._fewest_groups(targets, groups)
             return self._grouped(targets, groups, (count, 0), seed)
-        rows = list(targets)
-        return _numbered(StratifiedKFold(count, shuffle=True, random_state=seed % SEEDS).split(rows, rows), len(rows))
+        rows, first = list(targets), dict[bytes, int]()
+        splitter = StratifiedKFold(count, shuffle=True, random_state=seed % SEEDS)
+        fold = _numbered(splitter.split(rows, rows), len(rows))
+        fold = [first.setdefault(digest, of) for digest, of in zip(hashes, fold, strict=True)] if hashes else fold
+        if len({*fold}) < count:
+            raise DataError(f"too many images are copies to divide them into {count} folds; remove these, or use fewer")
+        return fold
 
     def _fewest_groups(self, targets: Sequence[int], groups: Sequence[str]) -> int:
         """In how many groups the class in the fewest is; DataError for one that is in a single group."""
@@ -245,6 +259,22 @@ class SingleLabel:
             shares, labels = metrics.probabilities(scores.logits, None), one_hot(scores.targets, len(self.classes))
             for index, name in enumerate(self.classes):
                 yield name, labels[:, index], shares[:, index]
+
+
+def _with_copies(groups: Sequence[str], hashes: Sequence[bytes]) -> Sequence[str]:
+    """The group of each image, where groups that share an image are one."""
+    joined: dict[str, str] = {}
+
+    def of(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    first: dict[bytes, str] = {}
+    for group, digest in zip(groups, hashes, strict=bool(hashes)):
+        if (one := of(first.setdefault(digest, group))) != (other := of(group)):
+            joined[other] = one
+    return [*map(of, groups)]
 
 
 def _numbered(parts: Iterable[tuple[Iterable[int], Iterable[int]]], images: int) -> list[int]:
