@@ -103,7 +103,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
     return {
         "data": {"root": str(tmp_path / "photos")},
         "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]},
-        "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "model": {"backbone": "timm/test_resnet", "weights": "none"},
         "train": {"precision": "fp32"},
     }
 
@@ -150,7 +150,7 @@ def test_a_val_split_of_its_own_takes_no_part(
 
 
 def test_the_command_tells_it(config: dict[str, Any], tl: Run, tmp_path: Path) -> None:
-    words = ["model.backbone=shufflenet_v2_x0_5", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]"]
+    words = ["model.backbone=timm/test_resnet", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]"]
     command = ["train", tmp_path / "photos", "--folds", 4, *words]
     result = tl(*command)
     assert result.returncode == 0, result.stderr
@@ -167,7 +167,7 @@ def test_the_command_tells_it(config: dict[str, Any], tl: Run, tmp_path: Path) -
     ("folds", "overrides", "message"),
     [
         (2, {}, "--folds 2: 3 or more are needed; 10 is usual"),
-        (4, {"model__trainable": "conv5"}, "model.trainable: .*of a frozen backbone; set it to head"),
+        (4, {"model__trainable": "layer4"}, "model.trainable: .*of a frozen backbone; set it to head"),
         (4, {"model__head__hidden": [8]}, "model.head: .*a single Linear; leave out hidden and dropout"),
         (4, {"train__epochs": 3}, "train.search: .*set train.search=auto, also where epochs"),
         (4, {"train__phases": [{"trainable": "head", "epochs": 1}]}, r"train.phases: .*set train.phases=\[\]"),

@@ -96,7 +96,7 @@ def test_train_evaluate_predict(tl: Run, colours: Path) -> None:
         result["val"][name] for name in ("loss", "top1", "top5")
     ]
 
-    evaluated = last_json(console("eval", "--checkpoint", run_dir / "best.pth", "--split", "val", "--json"))
+    evaluated = last_json(tl("eval", "--checkpoint", run_dir / "best.pth", "--split", "val", "--json"))
     assert _headline(evaluated) == {"split": "val", **result["val"]}
     tested = last_json(tl("eval", "--checkpoint", run_dir / "best.pth", "--json"))
     assert _headline(tested) == {"split": "test", **result["test"]}

@@ -21,7 +21,7 @@ from tl_trainer.resume import resume
 from tl_trainer.tracking import Tracker
 
 WORDS: list[tuple[str, Any]] = [
-    ("model", {"backbone": "alexnet", "weights": "none"}), ("transforms.train", "eval"),
+    ("model", {"backbone": "timm/test_resnet", "weights": "none"}), ("transforms.train", "eval"),
     ("transforms.eval", [{"Resize": [64, 64]}]), ("train.epochs", 2), ("train.batch_size", 8),
     ("data.workers", 0), ("output.report", False), ("output.tensorboard", False),
 ]  # fmt: skip

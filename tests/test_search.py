@@ -153,10 +153,11 @@ def killed(*_: object) -> None:
 
 
 @pytest.fixture
-def config(colours: Path) -> dict[str, object]:
-    """A run whose head is found: nothing says how to train it."""
+def config(colours: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A run whose head is found, among few: nothing says how to train it."""
+    monkeypatch.setattr(search, "STRENGTHS", STRENGTHS[::4])
     return {
-        "data": {"root": str(colours)}, "model": {"backbone": "shufflenet_v2_x0_5", "weights": "none"},
+        "data": {"root": str(colours)}, "model": {"backbone": "timm/test_resnet", "weights": "none"},
         "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]}, "features": {"dir": "cache"},
         "output": {"report": False, "tensorboard": False},
     }  # fmt: skip
@@ -167,7 +168,7 @@ def test_a_run_that_says_nothing_of_training_finds_its_head(
 ) -> None:
     caplog.set_level("INFO", logger="tl_trainer")
     monkeypatch.setattr(Found, "remark", lambda _: "ridge does better")
-    result = train(config, output__report=True)
+    result = train(config, model__backbone="shufflenet_v2_x0_5", output__report=True)
     run_dir = Path(result["run_dir"])
     page = (run_dir / "report" / "report.html").read_text()
     assert "How the head was found" in page
@@ -245,7 +246,7 @@ def test_a_search_that_was_killed_is_resumed_to_the_same_head(
 
 def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
     draw_split(tmp_path / "photos", 6)
-    words = ("model.backbone=shufflenet_v2_x0_5", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
+    words = ("model.backbone=timm/test_resnet", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
     result = tl("train", tmp_path / "photos", *words, "output.report=false", "output.tensorboard=false")
     assert result.returncode == 0, result.stderr
     assert "best of " in result.stdout
@@ -426,7 +427,7 @@ def test_a_run_with_refit_says_where_its_val_figures_are_from(
     [
         ({"train__epochs": 3}, "refit is for a head that is found"),
         ({"model__head__hidden": [4]}, r"train\.refit.*the head is not linear"),
-        ({"model__trainable": "conv5"}, r"train\.refit.*stages of the backbone train"),
+        ({"model__trainable": "layer4"}, r"train\.refit.*stages of the backbone train"),
         ({"features__cache": "off"}, r"train\.refit.*features\.cache is off"),
     ],
 )

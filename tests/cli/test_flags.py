@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ def test_each_choice_of_tta_is_one_that_the_transforms_know() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_installed_commands_say_their_version_and_help(command: str, tl: Run) -> None:
+    [installed] = entry_points(group="console_scripts", name=f"tl-{command}")
+    assert installed.value == f"tl_trainer.cli.{command}:main"
     assert tl(command, "--version").stdout == f"tl-trainer {__version__}\n"
     result = tl(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
