@@ -20,7 +20,7 @@ from conftest import Run, draw_split, last_json
 from tl_trainer import assembly, saver
 
 SMALL: dict[str, Any] = {
-    "model": {"backbone": "alexnet", "weights": "none"},
+    "model": {"backbone": "timm/test_resnet", "weights": "none"},
     "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]},
     "train": {"epochs": 2, "batch_size": 8, "optimizer": {"lr": 0.02}},
     "output": {"report": False, "tensorboard": False},
@@ -96,9 +96,9 @@ def test_embeddings_are_what_the_head_sees(colours: Path) -> None:
     model = tl_trainer.load(trained(colours)["run_dir"])
     paths = [colours / "val" / name / "00.jpg" for name in model.classes]
     features = model.embed(paths, batch_size=2)
-    assert (features.shape, features.dtype) == ((3, 4096), torch.float32)
+    assert (features.shape, features.dtype) == ((3, 96), torch.float32)
     torch.testing.assert_close(model.embed(Image.open(paths[1])), features[1:2])
-    assert model.embed([]).shape == (0, 4096)
+    assert model.embed([]).shape == (0, 96)
     head = model._parts.network.classifier.head
     expected = head(features).softmax(dim=1).max(dim=1).values.tolist()
     shown = [row.predictions[0].probability for row in model.predict(paths)]
@@ -246,7 +246,7 @@ def test_progress_is_shown_to_who_asks(colours: Path, tl: Run, monkeypatch: pyte
 
 def test_the_command_is_the_same_call(colours: Path, tl: Run) -> None:
     words = [
-        "model={backbone: alexnet, weights: none}", "transforms={train: eval, eval: [{Resize: [64, 64]}]}",
+        "model={backbone: timm/test_resnet, weights: none}", "transforms={train: eval, eval: [{Resize: [64, 64]}]}",
         "train={epochs: 2, batch_size: 8, optimizer: {lr: 0.02}}", "output={report: false, tensorboard: false}",
         "data={workers: 0}",
     ]  # fmt: skip
