@@ -153,6 +153,15 @@ def test_an_export_that_disagrees_fails_with_the_figures_and_leaves_nothing(
     assert [*Path().iterdir()] == []
 
 
+def test_another_first_class_that_is_as_probable_agrees(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tl_trainer.load(best)
+    model._parts.take_head([(torch.zeros(3, model._parts.features), torch.zeros(3))], unit=False)
+    near = torch.tensor([[1 / 3 - 1e-6, 1 / 3, 1 / 3 + 1e-6]])
+    monkeypatch.setitem(module_under_test.FORMATS, "safetensors", lambda *_: lambda images: near.repeat(len(images), 1))
+    monkeypatch.setattr(module_under_test, "_put", lambda *_: None)
+    assert model.export("safetensors", "a.safetensors")["agreement"] == 1
+
+
 def test_what_is_there_is_kept_without_force(trained: tl_trainer.Model) -> None:
     for name in ("a.safetensors", "b.safetensors.json"):
         Path(name).write_text("mine")
