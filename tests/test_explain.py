@@ -68,9 +68,9 @@ def test_the_heat_is_in_the_quadrant_of_the_evidence() -> None:
 
 
 @pytest.mark.parametrize("trainable", ["head", "all"])
-@pytest.mark.parametrize("backbone", ["alexnet", "vgg16", "resnet152", "efficientnet_v2_s", "densenet121", "swin_t"])
+@pytest.mark.parametrize("backbone", ["alexnet", "vgg16", "resnet18", "efficientnet_b0", "densenet121", "swin_t"])
 def test_every_chain_with_a_spatial_stage_can_be_explained(backbone: str, trainable: str) -> None:
-    if backbone in ("vgg16", "resnet152") and trainable == "all":
+    if backbone == "vgg16" and trainable == "all":
         pytest.skip("the same path as alexnet's, at the cost of seconds")
     chain = build_backbone(backbone, resolve_weights(backbone, "none"), "penultimate", 0)
     assert chain.features is not None
