@@ -41,7 +41,7 @@ def trained(folder: Path, **more: Any) -> dict[str, Any]:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(tl_trainer.__all__) == [
-        "CheckpointError", "ConfigError", "DataError", "ImageError", "InputError", "Interrupted", "Model",
+        "CheckpointError", "ConfigError", "DataError", "Extras", "ImageError", "InputError", "Interrupted", "Model",
         "Prediction", "Row", "RunError", "StopRequest", "TrainerError", "__version__", "check", "cross_validate",
         "load", "train",
     ]  # fmt: skip
