@@ -24,14 +24,14 @@ from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config, expand
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.errors import InputError, RunError, SettingError
-from tl_trainer.features import FeatureBatches, Features, views_that_fit
+from tl_trainer.features import FeatureBatches, views_that_fit
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import Axes, path
 from tl_trainer.metrics import Scores, wilson
 from tl_trainer.report import Predictions
-from tl_trainer.search import HOPELESS, SCALINGS, STRENGTHS, Table
+from tl_trainer.search import HOPELESS, SCALINGS, STRENGTHS, Table, table_of
 from tl_trainer.settings import located
 from tl_trainer.tasks import Task
 
@@ -163,27 +163,15 @@ def _tables(setup: Setup, split: Split, folds: int) -> tuple[Table, Tensor]:
             "--folds needs features that are kept, and no random view is; set transforms.train=eval, or features.views "
             "to 2 or more"
         )
-    features, count = kept.features, len(split)
-    logits = len(_pairs(folds, count)) * len(parts.task.classes)
+    features = kept.features
+    logits = len(_pairs(folds, len(split))) * len(parts.task.classes)
     views = views_that_fit(features, 10 * logits, 0, parts.network.device)
     if views == 0:
         raise RunError("the features of the images take too much memory for --folds; take fewer folds or images")
-    device = torch.device("cpu") if parts.network.device.type == "mps" else parts.network.device  # as for a search
-    soft = parts.task.soft_targets(config.train.loss, split.targets)
-    table = Table(
-        torch.cat([_rows(features, view) for view in range(views)]),
-        features.targets.repeat(views),
-        soft.repeat(views, 1),
-        torch.arange(count).repeat(views),
-    )
-    return Table(*(column.to(device) for column in table)), _rows(judged.features, 0).to(device)
-
-
-def _rows(features: Features, view: int) -> Tensor:
-    rows = features.take(view, range(len(features.targets))).flatten(1).float()
-    if not rows.isfinite().all():
+    train, seen = table_of(parts, features, views), table_of(parts, judged.features).features
+    if not (train.features.isfinite().all() and seen.isfinite().all()):
         raise RunError("the features of the images are not finite; set train.precision=fp32")
-    return rows
+    return train, seen
 
 
 def out_of_fold(train: Table, judged: Tensor, fold: Tensor, scalings: Sequence[str]) -> tuple[Tensor, list[Choice]]:

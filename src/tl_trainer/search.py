@@ -112,7 +112,11 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
     elif not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
         obstacle = "its features take too much memory"
     else:
-        tables = table_of(setup, "train", train.features, views), table_of(setup, "val", val.features)
+        tables = table_of(parts, train.features, views), table_of(parts, val.features)
+        for name, table in zip(("train", "val"), tables, strict=True):
+            if not table.features.norm().isfinite():
+                what = f"the features of the {name} images are not finite or too large"
+                raise RunError(f"{what}; set train.precision=fp32")
         if views < len(train.features.keys):
             log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
         with threads_for(tables[0].features.numel() * len(parts.task.classes)):
@@ -172,20 +176,14 @@ def _work(parts: Parts) -> _Work:
     return _Work(linear.row, linear.kept + (len(mlp.DROPOUTS) + 4) * at_once * size)
 
 
-def table_of(setup: Setup, name: str, features: Features, views: int = 1) -> Table:
-    """The features of a split as the solver takes them; RunError for what is not finite."""
-    parts, count = setup.parts, len(features.targets)
+def table_of(parts: Parts, features: Features, views: int = 1) -> Table:
+    """The features as the solver takes them, where it solves."""
+    count = len(features.targets)
     rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
-    if not rows.norm().isfinite():
-        raise RunError(f"the features of the {name} images are not finite or too large; set train.precision=fp32")
-    soft = parts.task.soft_targets(parts.config.train.loss, setup.dataset.split(name).targets)
+    soft = parts.task.soft_targets(parts.config.train.loss, features.targets.tolist())
     table = Table(rows, features.targets.repeat(views), soft.repeat(views, 1), torch.arange(count).repeat(views))
-    return Table(*(column.to(_device(parts.network.device)) for column in table))
-
-
-def _device(device: torch.device) -> torch.device:
-    """Where to solve: an Apple GPU has neither eigenvectors nor float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+    device = parts.network.device  # but an Apple GPU has neither eigenvectors nor float64
+    return Table(*(column.to("cpu" if device.type == "mps" else device) for column in table))
 
 
 def find(
