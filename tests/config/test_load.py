@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from tl_trainer.config.load import (
     MAX_BYTES,
-    MAX_DEPTH,
-    MAX_PROBLEMS,
     bundled_folder,
     find,
     from_checkpoint,
     load,
     parse_override,
 )
+from tl_trainer.config.mistakes import MAX_PROBLEMS
 from tl_trainer.config.schema import Config
+from tl_trainer.config.text import MAX_DEPTH
 from tl_trainer.errors import ConfigError, InputError, SettingError, TrainerError
 
 TOP = "data, device, features, model, output, performance, seed, train, transforms"

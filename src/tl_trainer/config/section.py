@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+KeyPath = tuple[str | int, ...]  # of a key in the configuration; a number is a place in a list
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys and values of another type are refused, nothing is coerced."""
