@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # Small enough for the activations to stay in a processor's caches, large enough for a GPU to be busy.
 IMAGES_AT_ONCE = {"cpu": 16, "cuda": 128}
 # Rows that are read before they are computed, where the cores take turns: enough for all to end at about the same time.
-READ_AT_ONCE = 64
+READ_AT_ONCE = 256
 IMAGES_READ_AT_ONCE = 16  # however many views there are of each
 EVALUATED_AT_ONCE = 1024
 
