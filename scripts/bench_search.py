@@ -32,8 +32,9 @@ from torch.nn import functional
 import tl_trainer
 from bench_report import report
 from tl_trainer import mlp
-from tl_trainer.logistic import Axes, path
-from tl_trainer.search import STRENGTHS, Table, find
+from tl_trainer.logistic import STRENGTHS, Axes, path
+from tl_trainer.search import find
+from tl_trainer.tables import Table
 
 Head = Callable[[Tensor], Tensor]
 Split = tuple[Tensor, Tensor]

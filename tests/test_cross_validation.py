@@ -21,7 +21,7 @@ from tl_trainer.errors import ConfigError, DataError, InputError, RunError
 from tl_trainer.features import Features
 from tl_trainer.logistic import Axes, path
 from tl_trainer.metrics import wilson
-from tl_trainer.search import SCALINGS, Table
+from tl_trainer.tables import SCALINGS, Table
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_folds.py"
 FOLDS, CLASSES = 5, 3

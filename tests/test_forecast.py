@@ -20,7 +20,7 @@ from tl_trainer.config.schema import DataSection
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.forecast import Curve, Forecast, fitted, forecast_of, measured
-from tl_trainer.search import Table
+from tl_trainer.tables import Table
 
 WIDTH = 24
 

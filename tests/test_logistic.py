@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tl_trainer import logistic
-from tl_trainer.logistic import Axes, Solution, path
+from tl_trainer.logistic import Axes, Solution, path, promising
 
 STRENGTHS = [10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4]
 
@@ -88,3 +90,17 @@ def test_a_column_without_information_and_two_rows_are_no_problem() -> None:
     assert (logits(found[-1], features).argmax(dim=1) == torch.tensor([0, 1])).all()
     same = solutions(torch.ones(4, 3), torch.eye(2).repeat(2, 1))[-1]
     torch.testing.assert_close(logits(same, torch.ones(4, 3)).softmax(dim=1), torch.full((4, 2), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("losses", "count"),
+    [
+        ([[3.0], [1.0], [1.25], [1.26], [0.1]], 4),
+        ([[math.nan], [2.0], [math.nan], [2.6], [0.1]], 4),
+        ([[2.0, 1.0], [2.6, 0.9], [2.6, 1.2], [0.1, 0.1]], 3),
+        ([[2.0, 1.0], [2.6, 1.3], [0.1, 0.1]], 2),
+        ([[math.inf], [math.inf], [1.0]], 3),
+    ],
+)
+def test_a_path_ends_where_all_losses_are_hopeless(losses: list[list[float]], count: int) -> None:
+    assert len(list(promising(losses, torch.tensor))) == count

@@ -128,7 +128,7 @@ def same_ends(one: Path, other: Path) -> None:
 def test_phases_are_one_run_that_can_be_stopped_anywhere(
     colours: Path, which: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "SCALINGS", {search.UNIT: search.SCALINGS[search.UNIT]})  # fewer, and another head
+    monkeypatch.setattr(search, "scalings_for", lambda _: [search.UNIT])  # fewer, and another head
     caplog.set_level("INFO", logger="tl_trainer")
     whole = run.train(phased(colours, which), None, StopRequest())
     run_dir = Path(whole["run_dir"])

@@ -27,8 +27,9 @@ from tl_trainer.config.load import load
 from tl_trainer.errors import InputError, Interrupted, RunError
 from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
-from tl_trainer.logistic import Solution, path
-from tl_trainer.search import FOLDS, STRENGTHS, Table, find
+from tl_trainer.logistic import STRENGTHS, Solution, path
+from tl_trainer.search import find
+from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_in
 from tl_trainer.tasks import SingleLabel
 
 CLASSES = 3
@@ -50,7 +51,7 @@ def logits(found: Found, features: Tensor) -> Tensor:
     return (functional.normalize(features) if found.unit else features) @ weight.T + bias
 
 
-@pytest.mark.parametrize("scaling", list(search.SCALINGS))
+@pytest.mark.parametrize("scaling", list(SCALINGS))
 def test_with_enough_validation_images_these_decide(scaling: str) -> None:
     train, val = table(150, 1), table(300, 2)
     found = find(train, val, scalings=[scaling])
@@ -80,7 +81,7 @@ def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) 
     train, val = table(60, 1, noise=2, views=2), table(count, 2, noise=2)
     found = find(train, val, scalings=["raw"], drawn=drawn)
     assert found.judged == f"{count:,} validation images and 5-fold cross-validation over train"
-    fold = search._folds(train)
+    fold = folds_in(train)
     assert torch.equal(fold[:60], fold[60:])  # the views of an image are together
     for number in range(FOLDS):
         counts = torch.bincount(train.targets[fold == number])
@@ -311,7 +312,7 @@ def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
     train_, val = table(61, 1), table(30, 2)
     train_.targets[-1] = CLASSES
     alone = train_._replace(soft=functional.one_hot(train_.targets).float())
-    assert search._judged(alone, search._folds(alone)).tolist() == list(range(60))
+    assert search._judged(alone, folds_in(alone)).tolist() == list(range(60))
     found = find(alone, val, scalings=["raw"])
     assert found.best.loss is not None
     assert found.best.loss < 0.5
@@ -320,7 +321,7 @@ def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
 def test_folds_that_are_given_are_taken() -> None:
     train_, val = table(60, 1, noise=2, views=2), table(30, 2, noise=2)
     drawn = find(train_, val, scalings=["raw"])
-    given = find(train_, val, scalings=["raw"], folds=search._folds(train_)[:60])
+    given = find(train_, val, scalings=["raw"], folds=folds_in(train_)[:60])
     assert given.rows == drawn.rows
     thirds = find(train_, val, scalings=["raw"], folds=torch.arange(60) // CLASSES % 3)
     assert thirds.judged == "30 validation images and 3-fold cross-validation over train"
@@ -346,7 +347,7 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
 
 def test_a_class_that_is_copies_of_one_image_judges_no_head() -> None:
     train_ = table(60, 1)
-    fold = search._folds(train_)
+    fold = folds_in(train_)
     fold[train_.labels == 0] = 1
     assert search._judged(train_, fold).tolist() == (train_.labels != 0).nonzero()[:, 0].tolist()
 
@@ -391,7 +392,7 @@ def test_a_head_is_solved_again_on_train_and_val_and_judged_by_heads_that_did_no
     features = torch.cat([train_.features[:60], val.features, train_.features[60:]])
     targets = torch.cat([train_.targets[:60], val.targets, train_.targets[60:]])
     images = torch.cat([torch.arange(105), torch.arange(60)])
-    fold = search._folds(Table(features, targets, functional.one_hot(targets).float(), images))
+    fold = folds_in(Table(features, targets, functional.one_hot(targets).float(), images))
 
     def of_scikit_learn(rows: Tensor) -> Any:
         model = LogisticRegression(C=1 / (rows.sum().item() * found.best.strength), max_iter=5000, tol=1e-7)

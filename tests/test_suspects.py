@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer import suspects
-from tl_trainer.search import folds_of
 from tl_trainer.suspects import (
     FOLDS,
     NEIGHBOURS,
@@ -25,6 +24,7 @@ from tl_trainer.suspects import (
     outliers,
     wrong_labels,
 )
+from tl_trainer.tables import folds_of
 
 
 def noise(count: int, width: int, seed: int = 0) -> Tensor:

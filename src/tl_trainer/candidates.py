@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
 from tl_trainer.ground.files import csv_text
+
+Layers = list[tuple[Tensor, Tensor]]  # of each Linear the weight (out, in) and the bias (out,)
 
 LINEAR = "logistic regression"
 MEANS, NEIGHBOURS, RIDGE = "nearest class mean", "nearest neighbours", "ridge regression"
@@ -51,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Found:
-    """All candidates, the one that was taken, and weight (out, in) and bias (out,) of each of its layers.
+    """All candidates, the one that was taken, and its layers.
 
     judged: by which images, in words, and `images` how many. folds: how many of cross-validation judged too, or 0.
     held_out: where the head was solved again on train and val, the logits of the val images by heads that did not see
@@ -60,7 +62,7 @@ class Found:
 
     rows: list[Row]
     best: Row
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Layers
     judged: str
     images: int
     folds: int = 0

@@ -40,9 +40,9 @@ from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import check_finite
 from tl_trainer.models.backbones import resolve_weights
-from tl_trainer.search import FOLDS
 from tl_trainer.settings import located
 from tl_trainer.suspects import Confused
+from tl_trainer.tables import FOLDS
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Setup, set_up
-from tl_trainer.candidates import UNIT
 from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config, expand
 from tl_trainer.data.dataset import Dataset, Split
@@ -28,11 +27,12 @@ from tl_trainer.features import FeatureBatches, views_that_fit
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
-from tl_trainer.logistic import Axes, path
+from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
 from tl_trainer.metrics import Scores, wilson
 from tl_trainer.report import Predictions
-from tl_trainer.search import HOPELESS, SCALINGS, STRENGTHS, Table, table_of
+from tl_trainer.search import table_of
 from tl_trainer.settings import located
+from tl_trainer.tables import SCALINGS, Table, scalings_for
 from tl_trainer.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ def cross_validate(loaded: Loaded, folds: int) -> dict[str, Any]:
     if own:
         log.info("the %s images are a split of their own and take no part", " and the ".join(own))
     train, judged = _tables(setup, split, folds)
-    head = config.model.head.normalise
-    scalings = [name for name in SCALINGS if head in ("auto", "l2" if name == UNIT else "none")]
+    scalings = scalings_for(config.model.head.normalise)
     with threads_for(train.features.numel() * len(parts.task.classes)):
         logits, choices = out_of_fold(train, judged, fold.to(judged.device), scalings)
     scores = Scores(logits.cpu(), torch.tensor(split.targets))
@@ -214,9 +213,8 @@ def _strengths(train: Table, judged: Tensor, fold: Tensor, axes: Axes, scaling: 
     best = torch.full((folds,), math.inf, dtype=torch.float64)
     chosen = [0.0] * folds
     shares = torch.stack([~held_out[train.images] for held_out in inside]).to(train.soft)
-    for solution in bar(
-        path(axes, train.soft, shares, COARSE), f"heads on {scaling} features", len(COARSE), unit="head"
-    ):
+
+    def judge(solution: Solution) -> tuple[float, Tensor]:
         total, count = torch.zeros(folds, dtype=torch.float64), torch.zeros(folds, dtype=torch.float64)
         for problem, (pair, held_out) in enumerate(zip(pairs, inside, strict=True)):
             weight, bias = solution.head(problem)
@@ -228,11 +226,12 @@ def _strengths(train: Table, judged: Tensor, fold: Tensor, axes: Axes, scaling: 
                 )
                 total[of] += losses.item() if solution.converged[problem] else math.inf
                 count[of] += int(rows.sum())
-        loss = total / count
+        return solution.strength, total / count
+
+    heads = bar(path(axes, train.soft, shares, COARSE), f"heads on {scaling} features", len(COARSE), unit="head")
+    for strength, loss in promising(map(judge, heads), lambda judged: judged[1]):
         for number in (loss < best).nonzero()[:, 0].tolist():
-            best[number], chosen[number] = loss[number], solution.strength
-        if (loss > HOPELESS * best).all():
-            break
+            best[number], chosen[number] = loss[number], strength
     return list(zip(chosen, best.tolist(), strict=True))
 
 

@@ -19,7 +19,8 @@ from tl_trainer.features import FeatureBatches, Features
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.logistic import Axes, path
-from tl_trainer.search import FEWEST_VAL, SCALINGS, Table, table_of
+from tl_trainer.search import FEWEST_VAL, table_of
+from tl_trainer.tables import SCALINGS, Table
 
 PARTS = (0.1, 0.2, 0.4, 0.7, 1.0)  # of the training images
 DRAWS = 5

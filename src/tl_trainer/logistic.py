@@ -7,12 +7,15 @@ steps of L-BFGS (Nocedal & Wright, Numerical Optimization, chapter 7), begun whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+STRENGTHS = [10 ** (3 - step / 4) for step in range(37)]  # of L2, 1e3 to 1e-6, that are tried
+HOPELESS = 1.25  # times the lowest log loss so far: where a path of ever weaker strengths ends
 
 MEMORY = 8  # pairs of steps and gradients that L-BFGS remembers
 ITERATIONS = 100  # for one strength; a warm start needs some three
@@ -80,6 +83,23 @@ def path(axes: Axes, targets: Tensor, shares: Tensor, strengths: Sequence[float]
         yield Solution(strength, axes, reached.point, reached.logits.transpose(1, 2), converged)
         sound = reached.point.isfinite().all(dim=2).all(dim=1)
         before, here = here, reached.where(sound, here)
+
+
+Judged = TypeVar("Judged")
+
+
+def promising(judged: Iterable[Judged], loss_of: Callable[[Judged], Tensor]) -> Iterator[Judged]:
+    """What a path gives, each judged by its log loss, up to the first that is hopeless: weaker strengths are worse.
+
+    loss_of: its log loss; or several, () or (K,), which have to be hopeless all at once.
+    """
+    lowest: Tensor | None = None
+    for one in judged:
+        yield one
+        loss = loss_of(one)
+        lowest = loss if lowest is None else lowest.fmin(loss)
+        if (loss > HOPELESS * lowest).all():
+            return
 
 
 class _At(NamedTuple):

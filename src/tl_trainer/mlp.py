@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional
 
+from tl_trainer.candidates import Layers
 from tl_trainer.data.loaders import batch_order
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -24,7 +25,6 @@ ROUNDS = 30  # at most
 PATIENCE = 3  # rounds without a lower log loss on the validation images, after which a head is trained no further
 ROWS_AT_ONCE = 2048  # when heads are judged
 
-Layers = list[tuple[Tensor, Tensor]]  # of each Linear the weight (out, in) and the bias (out,)
 Dropped = Callable[[Tensor], Tensor]
 
 

@@ -20,77 +20,20 @@ from torch.nn import functional
 
 from tl_trainer import mlp, simpler
 from tl_trainer.assembly import Parts, Setup
-from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, Row
+from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, Layers, Row
 from tl_trainer.config.schema import HeadSection
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.features import FeatureBatches, Features, views_that_fit
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
-from tl_trainer.logistic import Axes, path
+from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
+from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_in, folds_of, scalings_for, shares_of
 
 log = logging.getLogger(__name__)
 
-STRENGTHS = [10 ** (3 - step / 4) for step in range(37)]  # of L2, 1e3 to 1e-6
-FOLDS = 5
 FEWEST_VAL, FEWEST_DRAWN = 200, 2_000  # validation images from which they decide: of the source's own split, of a drawn
-HOPELESS = 1.25  # of the best log loss so far: where a path of ever weaker strengths ends
 PAIRS = 10**9  # of images of train and val, up to which neighbours are looked for
-
-
-class Table(NamedTuple):
-    """Features (N, D) float32, targets (N,), their weights of the classes (N, C), and the image of each row (N,).
-
-    The first views of all images come first.
-    """
-
-    features: Tensor
-    targets: Tensor
-    soft: Tensor
-    images: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        """The target of each image."""
-        return self.targets[: int(self.images.max()) + 1]
-
-
-class Scaling(NamedTuple):
-    """(features - shift) * scale, of rows first brought to length 1 where `unit`."""
-
-    shift: Tensor
-    scale: Tensor
-    unit: bool = False
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, D)"""
-        return ((functional.normalize(features) if self.unit else features) - self.shift) * self.scale
-
-    def folded(self, layers: mlp.Layers) -> mlp.Layers:
-        """The layers of a head on scaled features -> on the features themselves, of length 1 where `unit`."""
-        (weight, bias), *others = layers
-        weight = weight * self.scale
-        return [(weight.contiguous(), bias - weight @ self.shift), *others]
-
-
-def _standardised(features: Tensor) -> Scaling:
-    deviation, mean = torch.std_mean(features, dim=0, correction=0)
-    return Scaling(mean, 1 / torch.where(deviation > 0, deviation, 1))
-
-
-def _raw(features: Tensor) -> Scaling:
-    return Scaling(torch.zeros_like(features[0]), torch.ones_like(features[0]))
-
-
-def _unit(features: Tensor) -> Scaling:
-    return _raw(features)._replace(unit=True)
-
-
-SCALINGS: dict[str, Callable[[Tensor], Scaling]] = {
-    "standardised": _standardised,
-    "raw": _raw,
-    UNIT: _unit,
-}
 
 
 def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | None:
@@ -153,7 +96,7 @@ def _found(tables: tuple[Table, Table], head: HeadSection, setup: Setup, pause: 
     if head.hidden:
         plan = mlp.Plan(head.hidden, head.dropout, config.train.batch_size, config.seed)
         return find_mlp(train, val, plan, unit=head.normalise == "l2", pause=pause)
-    scalings = [name for name in SCALINGS if head.normalise in ("auto", "l2" if name == UNIT else "none")]
+    scalings = scalings_for(head.normalise)
     found = find(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=_grouped(setup, "train"))
     return refitted(found, train, val, pause, _grouped(setup, "train", "val")) if config.train.refit else found
 
@@ -204,7 +147,7 @@ def find(
     few = few and (folds is None or bool((folds < FOLDS).any()))
     fold = torch.full_like(train.targets, FOLDS)
     if few:
-        fold = _folds(train) if folds is None else folds.to(fold.device)[train.images]
+        fold = folds_in(train) if folds is None else folds.to(fold.device)[train.images]
     judged = _judged(train, fold) if few else train.images[:0]
     standard, solved = None, []
     for name in scalings:
@@ -215,7 +158,7 @@ def find(
     parts = [(train, val)]
     if few:
         inside = torch.zeros_like(fold, dtype=torch.bool).index_fill_(0, judged, True)
-        parts += [(_part(train, fold != number), _part(train, inside & (fold == number))) for number in range(FOLDS)]
+        parts += [(train.part(fold != number), train.part(inside & (fold == number))) for number in range(FOLDS)]
     rows = [*(candidate.row for candidate in solved), *_simpler(parts, standard, pause)]
     words = f"{len(val.targets):,} validation images"
     divided = int(fold.max()) + 1 if few else 0
@@ -232,10 +175,9 @@ def _linear(
     fold: (N,) of each row, none below FOLDS where val alone judges. judged: the rows of train that judge too.
     """
     scaling, targets = SCALINGS[name](train.features), torch.cat([val.targets, train.targets[judged]])
-    axes, of_val, lowest = Axes.of(scaling(train.features)), scaling(val.features), float("inf")
-    solved: list[_Solved] = []
-    solutions = path(axes, train.soft, _shares(fold, train.soft), STRENGTHS)
-    for solution in bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head"):
+    axes, of_val = Axes.of(scaling(train.features)), scaling(val.features)
+
+    def solved(solution: Solution) -> _Solved:
         weight, bias = solution.head()
         logits = of_val @ weight.T + bias
         if len(judged):
@@ -244,12 +186,12 @@ def _linear(
         loss, note = losses.mean().item(), "" if solution.converged.all() else "did not converge"
         note = note if math.isfinite(loss) else "diverged"
         row = Row(LINEAR, name, solution.strength, loss, _top1(logits, targets), note)
-        solved.append(_Solved(row, losses, scaling.folded([(weight, bias)])))
         pause()
-        lowest = min(lowest, loss)
-        if loss > HOPELESS * lowest:
-            break
-    return axes, solved
+        return _Solved(row, losses, scaling.folded([(weight, bias)]))
+
+    solutions = path(axes, train.soft, shares_of(fold, train.soft), STRENGTHS)
+    heads = bar(solutions, f"heads on {name} features", len(STRENGTHS), unit="head")
+    return axes, list(promising(map(solved, heads), lambda candidate: candidate.losses.mean()))
 
 
 def find_mlp(
@@ -259,7 +201,8 @@ def find_mlp(
 
     A dropout of 0 in the plan is left to the search. Raises RunError where no candidate converges.
     """
-    scaling = _standardised(functional.normalize(train.features) if unit else train.features)._replace(unit=unit)
+    features = functional.normalize(train.features) if unit else train.features
+    scaling = SCALINGS["standardised"](features)._replace(unit=unit)
     samples = mlp.Samples(scaling(train.features), train.soft, len(train.labels))
     of_val, settings = (
         scaling(val.features),
@@ -294,9 +237,9 @@ def refitted(found: Found, train: Table, val: Table, pause: Callable[[], None], 
     val = val._replace(images=val.images + count)
     both = Table(*(torch.cat([of[:count], also, of[count:]]) for of, also in zip(train, val, strict=True)))
     scaling = SCALINGS[found.best.scaling](both.features)
-    fold = _folds(both) if folds is None else folds.to(both.images.device)[both.images]
+    fold = folds_in(both) if folds is None else folds.to(both.images.device)[both.images]
     strengths = STRENGTHS[: STRENGTHS.index(found.best.strength) + 1]
-    for solution in path(Axes.of(scaling(both.features)), both.soft, _shares(fold, both.soft), strengths):
+    for solution in path(Axes.of(scaling(both.features)), both.soft, shares_of(fold, both.soft), strengths):
         pause()
         last = solution
     if not last.converged.all():
@@ -305,21 +248,12 @@ def refitted(found: Found, train: Table, val: Table, pause: Callable[[], None], 
     return replace(found, layers=scaling.folded([last.head()]), held_out=last.logits[fold[rows], rows])
 
 
-def _shares(fold: Tensor, like: Tensor) -> Tensor:
-    """(B, N): how each row counts in the problem of each fold, which is solved without it, and in that of all rows.
-
-    fold: (N,) of each row; FOLDS for all where there are none.
-    """
-    folds = range(FOLDS) if (fold < FOLDS).any() else ()
-    return torch.stack([fold != number for number in (*folds, -1)]).to(like)
-
-
 class _Solved(NamedTuple):
     """A candidate: its row, the loss of each image it was judged by (N,), its layers on features as they are."""
 
     row: Row
     losses: Tensor
-    layers: mlp.Layers
+    layers: Layers
 
 
 def _best(solved: Sequence[_Solved]) -> _Solved:
@@ -347,22 +281,6 @@ def _judged(table: Table, fold: Tensor) -> Tensor:
     return (torch.bincount(labels)[labels] > torch.bincount(inside)[inside]).nonzero()[:, 0]
 
 
-def _folds(table: Table) -> Tensor:
-    """(N,) the fold of each row: every class spread evenly, all views of an image together, the same in every run."""
-    labels = table.labels.cpu()
-    return folds_of(labels, torch.arange(len(labels))).to(table.images.device)[table.images]
-
-
-def folds_of(targets: Tensor, groups: Tensor) -> Tensor:
-    """(N,): the fold of each image, drawn within each class; an image and its copies share one."""
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    order = order[targets[order].sort(stable=True).indices]
-    fold, every = torch.empty_like(targets), torch.arange(len(targets))
-    fold[order] = every % FOLDS
-    first = torch.full_like(every, len(every)).scatter_reduce(0, groups, every, "amin")  # of each group
-    return fold[first[groups]]
-
-
 def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Callable[[], None]) -> Iterator[Row]:
     """Nearest class mean, nearest neighbours, ridge regression: each fitted to one table and judged by another.
 
@@ -376,23 +294,14 @@ def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Cal
     def ridge(features: Tensor, labels: Tensor, others: Tensor) -> dict[float, Tensor]:
         return simpler.ridge(ready.pop() if ready else Axes.of(features), labels, others, STRENGTHS)
 
-    methods = [(MEANS, UNIT, _unit, simpler.class_means), (RIDGE, "standardised", _standardised, ridge)]
+    methods = [(MEANS, UNIT, simpler.class_means), (RIDGE, "standardised", ridge)]
     if sum(len(fitted.targets) * len(judged.targets) for fitted, judged in parts) <= PAIRS:
-        methods.insert(1, (NEIGHBOURS, UNIT, _unit, simpler.neighbours))
-    for method, name, scaled, scores_of in methods:
+        methods.insert(1, (NEIGHBOURS, UNIT, simpler.neighbours))
+    for method, name, scores_of in methods:
         found = []
         for fitted, judged in parts:
-            scaling = scaled(fitted.features)
-            found.append(scores_of(scaling(fitted.features), _labels(fitted), scaling(judged.features)))
+            scaling = SCALINGS[name](fitted.features)
+            found.append(scores_of(scaling(fitted.features), fitted.one_hot, scaling(judged.features)))
         for strength in found[0]:
             yield Row(method, name, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
         pause()
-
-
-def _part(table: Table, rows: Tensor) -> Table:
-    return Table(*(column[rows] for column in table))
-
-
-def _labels(table: Table) -> Tensor:
-    """(N, C) one-hot."""
-    return functional.one_hot(table.targets, table.soft.shape[1]).to(table.features)

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
-from tl_trainer.logistic import Axes, path
+from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
 from tl_trainer.metrics import Scores, confusion
-from tl_trainer.search import FOLDS, HOPELESS, SCALINGS, STRENGTHS, folds_of
+from tl_trainer.tables import FOLDS, SCALINGS, folds_of
 
 STRONG_TO_WEAK = STRENGTHS[::2]  # no candidate is chosen for a run here, so half as many do
 NEIGHBOURS = 5
@@ -49,15 +49,17 @@ def out_of_fold(features: Tensor, targets: Tensor, groups: Tensor, classes: int)
     scaled = SCALINGS["standardised"](features)(features)
     soft, every = functional.one_hot(targets, classes).to(features), torch.arange(len(targets))
     lowest, best = float("inf"), soft
+
+    def judge(solution: Solution) -> tuple[Tensor, Tensor]:
+        logits = solution.logits[fold, every]
+        return logits, functional.cross_entropy(logits, targets)
+
     with threads_for(features.numel() * classes):
         solutions = path(Axes.of(scaled), soft, (~held_out).to(features), STRONG_TO_WEAK)
-        for solution in bar(solutions, "heads that have not seen the image", len(STRONG_TO_WEAK), unit="head"):
-            logits = solution.logits[fold, every]
-            loss = functional.cross_entropy(logits, targets).item()
+        heads = bar(solutions, "heads that have not seen the image", len(STRONG_TO_WEAK), unit="head")
+        for logits, loss in promising(map(judge, heads), lambda judged: judged[1]):
             if loss < lowest:
-                lowest, best = loss, logits
-            elif loss > HOPELESS * lowest:
-                break
+                lowest, best = loss.item(), logits
     return best.softmax(dim=1)
 
 
