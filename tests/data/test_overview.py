@@ -1,16 +1,21 @@
-"""What is said of a dataset before it is learned: its classes, their images, the majority baseline."""
+"""What is said of a dataset before it is learned: its classes, their images, the sizes, the majority baseline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tl_trainer.data.dataset import Dataset, Files, Split
 from tl_trainer.data.overview import Overview
 
 
-def split(*counts: int) -> Split:
+def split(*counts: int, sizes: Sequence[tuple[int, int]] = ()) -> Split:
     targets = [label for label, count in enumerate(counts) for _ in range(count)]
-    return Split(Files([], []), targets, range(len(targets)))
+    return Split(Files([], []), targets, range(len(targets)), sizes=sizes)
 
 
 def test_each_class_is_counted_in_each_split() -> None:
@@ -45,3 +50,21 @@ def test_a_name_neither_breaks_the_columns_nor_moves_the_cursor() -> None:
     lines = Overview(["y" * 100, "a\x1b"], {"train": [2, 1], "val": [1, 1]}).lines()
     assert lines[1].count("y") == 23
     assert "\x1b" not in "".join(lines)
+
+
+def test_the_sizes_of_all_splits_are_told_by_their_pixels() -> None:
+    train, val = [(640, 480), (10, 900), (640, 480)], [(1000, 1000), (70, 70)]
+    dataset = Dataset(["ants"], {"train": split(3, sizes=train), "val": split(2, sizes=val)}, "photos")
+    assert Overview.of(dataset).lines()[2] == (
+        "image sizes in pixels: 70 x 70 (smallest), 640 x 480 (median), 1000 x 1000 (largest)"
+    )
+    alike = Dataset(["ants"], {"train": split(2, sizes=[(32, 32)] * 2), "val": split(1, sizes=[(32, 32)])}, "photos")
+    assert Overview.of(alike).lines()[2] == "every image has 32 x 32 pixels"
+
+
+@given(st.lists(st.integers(1, 9), min_size=1))
+def test_the_median_is_that_of_numpy(widths: list[int]) -> None:
+    sizes = [(width, 1) for width in widths]
+    found = Overview.of(Dataset(["ants"], {"train": split(len(sizes), sizes=sizes)}, "photos"))
+    expected = np.percentile(widths, [0, 50, 100], method="lower")
+    assert [width for width, _ in found.sizes] == expected.tolist()

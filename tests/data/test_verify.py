@@ -118,6 +118,18 @@ def test_unchanged_files_are_not_read_again(split: Split, reads: Reads) -> None:
     assert reads.taken() == split.names
 
 
+def test_sizes_are_those_of_the_files_and_are_remembered(split: Split, reads: Reads) -> None:
+    write(paths_of(split)[2], 2, size=5)
+    expected = [(8, 8), (8, 8), (5, 5), (8, 8), (8, 8), (8, 8)]
+    memory = Memory(Path("memory.sqlite"))
+    assert verified(split, "train", DataSection(), memory).sizes == expected
+    assert len(reads) == COUNT
+    known = verified(split, "train", DataSection(), memory)
+    assert known.sizes == expected
+    assert len(reads) == COUNT
+    assert known.subset([2, 0]).joined(known.subset([1])).sizes == [(8, 8), (8, 8), (5, 5)]
+
+
 def test_a_file_is_decoded_once_and_not_again_while_it_is_remembered(
     split: Split, reads: Reads, decodes: Reads
 ) -> None:

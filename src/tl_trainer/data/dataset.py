@@ -150,6 +150,7 @@ class Split:
     """Images and their labels; `rows` says which of `images` each one is.
 
     `hashes` are the SHA-256 of their contents, once `data.verify` has read them: from then on only these are opened.
+    `sizes` are then their widths and heights in pixels, as stored in the files.
     `groups`: which images belong together, such as those of a patient; empty where each is its own.
     """
 
@@ -158,6 +159,7 @@ class Split:
     rows: Sequence[int]
     hashes: Sequence[bytes] = ()
     groups: Sequence[str] = ()
+    sizes: Sequence[tuple[int, int]] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -182,7 +184,8 @@ class Split:
         """The images at `indices`, in that order."""
         targets, rows = [self.targets[i] for i in indices], [self.rows[i] for i in indices]
         hashes = [self.hashes[i] for i in indices] if self.hashes else ()
-        return Split(self.images, targets, rows, hashes, [self.groups[i] for i in indices] if self.groups else ())
+        groups = [self.groups[i] for i in indices] if self.groups else ()
+        return Split(self.images, targets, rows, hashes, groups, [self.sizes[i] for i in indices] if self.sizes else ())
 
     def joined(self, other: Split) -> Split:
         """These images and those of another split of the same source, in the order in which that has them."""
@@ -192,6 +195,7 @@ class Split:
             [*self.rows, *other.rows],
             [*self.hashes, *other.hashes],
             [*self.groups, *other.groups],
+            [*self.sizes, *other.sizes],
         )
         return both.subset(sorted(range(len(both)), key=both.rows.__getitem__))
 

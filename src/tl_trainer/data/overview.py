@@ -1,8 +1,11 @@
-"""What a run learns from, in a few lines: the classes with their images, and what guessing would give."""
+"""What a run learns from, in a few lines: the images of each class, their sizes, and what guessing would give."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.ground.wording import printable
@@ -14,19 +17,26 @@ LONGEST_NAME = 24
 
 @dataclass(frozen=True)
 class Overview:
-    """The class names, and of each split the number of images of each class."""
+    """The class names, of each split the number of images of each class, and the sizes of all images.
+
+    sizes: width and height of the smallest, the median and the largest by their pixels; empty before they are read.
+    """
 
     classes: list[str]
     counts: dict[str, list[int]]
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, dataset: Dataset) -> Overview:
-        """Count the images of a dataset."""
+        """Count the images of a dataset, and what is known of their sizes."""
         counts = {name: [0] * len(dataset.classes) for name in dataset.splits}
         for name, split in dataset.splits.items():
             for target in split.targets:
                 counts[name][target] += 1
-        return cls(dataset.classes, counts)
+        sizes: Counter[tuple[int, int]] = Counter()
+        for split in dataset.splits.values():
+            sizes.update(split.sizes)
+        return cls(dataset.classes, counts, _extremes(sizes) if sizes else ())
 
     @property
     def by_size(self) -> list[int]:
@@ -42,6 +52,13 @@ class Overview:
         most = printable(self.classes[self.by_size[0]])
         return f"always saying {most} would be right for {self.baseline(split):.1%} of the {split} images"
 
+    def sizes_in_words(self) -> str:
+        """The sizes as a sentence."""
+        smallest, median, largest = (f"{width} x {height}" for width, height in self.sizes)
+        if smallest == largest:
+            return f"every image has {median} pixels"
+        return f"image sizes in pixels: {smallest} (smallest), {median} (median), {largest} (largest)"
+
     def shown(self) -> dict[int, str]:
         """The classes to show, each with a remark: all of them, or of more than WHOLE three."""
         if len(self.classes) <= WHOLE:
@@ -50,7 +67,7 @@ class Overview:
         return {order[0]: "largest", order[len(order) // 2]: "median", order[-1]: "smallest"}
 
     def lines(self) -> list[str]:
-        """The classes in columns of WIDTH characters, and the baseline."""
+        """The classes in columns of WIDTH characters, the sizes, and the baseline."""
         cells = []
         for index, remark in self.shown().items():
             name = printable(self.classes[index])
@@ -61,4 +78,12 @@ class Overview:
         columns = max(1, (WIDTH - 2) // (left + right + 3))
         texts = [f"{name:{left}} {numbers:>{right}}" for name, numbers in cells]
         rows = ["  " + "  ".join(texts[first : first + columns]) for first in range(0, len(texts), columns)]
-        return [f"images of each class ({'/'.join(self.counts)}):", *rows, self.baseline_in_words("val")]
+        sizes = [self.sizes_in_words()] if self.sizes else []
+        return [f"images of each class ({'/'.join(self.counts)}):", *rows, *sizes, self.baseline_in_words("val")]
+
+
+def _extremes(sizes: Counter[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The smallest, the median and the largest by their pixels; the median is one that an image has."""
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    up_to = [*accumulate(sizes[size] for size in ordered)]
+    return ordered[0], ordered[bisect_right(up_to, (up_to[-1] - 1) // 2)], ordered[-1]

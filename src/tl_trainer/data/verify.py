@@ -43,7 +43,7 @@ def verified(
     dark: DarkImages | None = None,
     skipped: dict[str, str] | None = None,
 ) -> Split:
-    """The split with the content hash of each image, and without those that cannot be read.
+    """The split with the content hash and the size of each image, and without those that cannot be read.
 
     what: what messages call the split. data: says what to do with bad images. memory: of what was read before, if any.
     dark: where dark images are counted, to be named with those of other splits; None: they are named here. skipped:
@@ -51,23 +51,23 @@ def verified(
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
-    hashes = memory.recalled(stamps, split.images.decoding) if memory else {}
-    sizes: dict[int, tuple[int, int]] = {}
+    known = memory.recalled(stamps, split.images.decoding) if memory else {}
     bad: dict[int, ImageError] = {}
     counted = dark or DarkImages()
-    unread = [index for index in range(len(split)) if index not in hashes]
+    unread = [index for index in range(len(split)) if index not in known]
     for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
         try:
-            hashes[index], sizes[index], largest = reading.result()
+            digest, size, largest = reading.result()
         except ImageError as error:
             bad[index] = error
         else:
+            known[index] = digest, size
             counted.add(split.name(index), largest)
             if largest:  # is not remembered, so that it is named in every run
                 stamps[index] = None
     settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     if memory:
-        found = ((stamps[index], hashes[index], size) for index, size in sizes.items())
+        found = ((stamps[index], *known[index]) for index in unread if index in known)
         kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.modified < settled]
         memory.remember(kept)
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
@@ -80,14 +80,18 @@ def verified(
         skipped.update((split.name(index), str(bad[index])) for index in sorted(bad))
     if not good:
         raise DataError(f"none of the {len(split)} {what} images can be used")
-    return replace(split.subset(good), hashes=[hashes[index] for index in good])
+    return _with_contents(split, good, known)
 
 
 def remembered(split: Split, memory: Memory) -> Split:
     """Those of its images that were read before and are unchanged, with their hashes; none is read."""
-    hashes = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
-    indices = sorted(hashes)
-    return replace(split.subset(indices), hashes=[hashes[index] for index in indices])
+    known = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
+    return _with_contents(split, sorted(known), known)
+
+
+def _with_contents(split: Split, indices: list[int], known: dict[int, tuple[bytes, tuple[int, int]]]) -> Split:
+    hashes, sizes = [known[index][0] for index in indices], [known[index][1] for index in indices]
+    return replace(split.subset(indices), hashes=hashes, sizes=sizes)
 
 
 def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
@@ -124,11 +128,11 @@ class Memory:
     _readable: bool = field(default=True, init=False)
     _writable: bool = field(default=True, init=False)
 
-    def recalled(self, stamps: Sequence[Stamp | None], decoding: Decoding) -> dict[int, bytes]:
-        """The hashes of the images whose stamp is remembered and whose size `decoding` accepts, by their index."""
+    def recalled(self, stamps: Sequence[Stamp | None], decoding: Decoding) -> dict[int, tuple[bytes, tuple[int, int]]]:
+        """Hash and size of the images whose stamp is remembered and whose size `decoding` accepts, by their index."""
         if not self._readable or not os.path.exists(self.path):  # noqa: PTH110 (Path's raises in a closed folder)
             return {}
-        known: dict[tuple[Any, ...], tuple[bytes, Size]] = {}
+        known: dict[tuple[Any, ...], tuple[bytes, tuple[int, int]]] = {}
         wanted = {stamp for stamp in stamps if stamp}
         ends = [end(stamp.path for stamp in wanted) for end in (min, max)] if wanted else [b"", b""]
 
@@ -143,9 +147,10 @@ class Memory:
             known.update((row[:4], (row[4], row[5:])) for row in rows if row[:4] in wanted)
 
         self._use(read)
-        accepted = {size for size in {size for _, size in known.values()} if _accepts(decoding, size)}
+        accepted = {size: size for size in {size for _, size in known.values()} if _accepts(decoding, size)}
         found = ((index, known[stamp]) for index, stamp in enumerate(stamps) if stamp in known)
-        return {index: digest for index, (digest, size) in found if size in accepted}
+        # One object for all images of a size, which are often most of them.
+        return {index: (digest, accepted[size]) for index, (digest, size) in found if size in accepted}
 
     def remember(self, rows: list[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
         """Keep a row of each image: its stamp, hash, width and height."""
