@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, DataSection, HeadSection
+from tl_trainer.config.schema import Config, DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
@@ -38,9 +38,16 @@ from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
-from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, library_versions, resolve_weights
+from tl_trainer.models.backbones import (
+    build_backbone,
+    check_tensors,
+    empty_backbone,
+    feature_size,
+    library_versions,
+    resolve_weights,
+)
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.models.heads import build_head
+from tl_trainer.models.heads import new_head, take_head
 from tl_trainer.models.prefix import pays_to_compile
 from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
@@ -180,6 +187,7 @@ def set_up(
         device = resolve_device(config.device)
         weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
         weights = weights.without_download(config.model.backbone) if dry else weights
+        check_tensors(config.model.backbone, weights, config.model.tap)
         train_pipeline, pipeline = _pipelines(config, weights)
         check_views(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
@@ -203,7 +211,7 @@ def set_up(
         splits, duplicates = unrepeated(splits, config.data)
         _name_single(dataset.classes, splits["train"], drawn=drawn)
         image = pipeline.image(splits["train"].open(0))
-        classifier, size = _new_classifier(config, weights, len(dataset.classes), image)
+        classifier, size = _new_classifier(config, weights, dataset.classes, image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:
             raise SettingError("model.trainable", f"there is one training image: {TWO_IMAGES}, or add images")
         identity = BackboneIdentity(
@@ -212,6 +220,7 @@ def set_up(
             tap=config.model.tap,
             sha256=state_hash(classifier.frozen_state()),
             size=weights.preset.crop,
+            pretrained=weights.pretrained,
         )
         images = _images_to_compute(config, splits, train_pipeline)
         compiled = config.performance.compile == "auto" and pays_to_compile(device, images)
@@ -299,19 +308,19 @@ def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:
     return train, evaluation
 
 
-def _new_classifier(config: Config, weights: Weights, classes: int, image: Tensor) -> tuple[Classifier, int]:
+def _new_classifier(config: Config, weights: Weights, classes: list[str], image: Tensor) -> tuple[Classifier, int]:
     """With the configured weights and a new head, and how many features that takes from such an image (3, H, W)."""
     model = config.model
     backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
     size = feature_size(backbone, model.backbone, weights, model.tap, image)
     torch.manual_seed(config.seed)
-    head = new_head(size, classes, model.head)
+    head = new_head(size, len(classes), model.head)
+    if weights.saved is not None:
+        said = ", and not its head: train.search finds a new one; to go on with its own, set train.search: off"
+        if config.phases[0].search != "auto":
+            said = take_head(head, classes, weights.saved)
+        log.info("%s: its backbone is taken%s", weights.name, said)
     return Classifier(backbone, head, model.trainable, freeze_batchnorm=config.train.freeze_batchnorm), size
-
-
-def new_head(features: int, classes: int, section: HeadSection) -> nn.Sequential:
-    """The head that the section describes."""
-    return build_head(features, section.hidden, classes, section.dropout, unit=section.normalise == "l2")
 
 
 def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
@@ -320,7 +329,7 @@ def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
     with torch.device("meta"):
         head = new_head(saved.features, len(saved.classes), model.head)
     if saved.frozen is not None:
-        backbone = empty_backbone(model.backbone, weights != "none", model.tap, saved.backbone.get("size"))
+        backbone = empty_backbone(model.backbone, saved.backbone_pretrained, model.tap, saved.backbone.get("size"))
     else:
         backbone = build_backbone(
             model.backbone, resolve_weights(model.backbone, weights, config.transforms.size), model.tap, config.seed

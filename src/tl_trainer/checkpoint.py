@@ -36,13 +36,17 @@ NameHashes = Annotated[Tensor, AfterValidator(_is_name_hashes)]
 
 
 class BackboneIdentity(TypedDict):
-    """Name, weights and tap as configured, the SHA-256 of the frozen state, and the images' side it was built for."""
+    """Name, weights and tap as configured, the SHA-256 of the frozen state, and the images' side it was built for.
+
+    pretrained: whether it was built for pretrained weights, where `weights` is a run's checkpoint and does not tell.
+    """
 
     name: str
     weights: str
     tap: str
     sha256: str
     size: NotRequired[int]
+    pretrained: NotRequired[bool]
 
 
 @dataclass(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
@@ -70,6 +74,11 @@ class Checkpoint:
     val_images: list[str]
     temperature: float | None = None
     resume: dict[str, Any] | None = None
+
+    @property
+    def backbone_pretrained(self) -> bool:
+        """Whether the backbone was built for pretrained weights: two of torchvision's then transform their input."""
+        return self.backbone.get("pretrained", self.backbone["weights"] != "none")
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -148,8 +148,8 @@ class ModelSection(Section):
     )
     weights: str = Field(
         "DEFAULT",
-        description="DEFAULT (the best), none (random), a torchvision weights name, a tag of timm's, or a file "
-        "(.pth, .safetensors).",
+        description="DEFAULT (the best), none (random), a torchvision weights name, a tag of timm's, a file (.pth, "
+        ".safetensors), or the checkpoint or directory of a run, whose preprocessing and head are taken too.",
     )
     tap: str = Field(
         "penultimate",

@@ -58,6 +58,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    steps: PlainSteps | None = None  # of evaluation, where they are others than the default with these values
 
 
 class Pipeline:
@@ -148,6 +149,25 @@ def spell_out(items: str | Sequence[Any], preprocessing: Preprocessing, *, train
     return [{name: arguments} for name, arguments in steps]
 
 
+def preprocessing_of(steps: PlainSteps, crop: int) -> Preprocessing:
+    """The reverse of `spell_out`: the preprocessing whose default for evaluation has these steps.
+
+    crop: the side that the network was built for.
+    """
+    named = dict(map(_named, steps))
+    resize, centre, normalise = (named.get(name) for name in ("Resize", "CenterCrop", "Normalize"))
+    if all(isinstance(arguments, dict) for arguments in (resize, centre, normalise)):
+        assert resize is not None and centre is not None and normalise is not None
+        found = Preprocessing(
+            resize.get("size"), centre.get("size"), tuple(normalise["mean"]), tuple(normalise["std"]),
+            resize.get("interpolation", "bilinear"),
+        )  # fmt: skip
+        if spell_out("default", found, train=False) == steps:
+            return found
+    mean, std = _normalisation([*map(_named, steps)])
+    return Preprocessing(crop, crop, tuple(mean), tuple(std), "bilinear", steps)
+
+
 def tta_pipelines(steps: PlainSteps, tta: str | None) -> list[Pipeline]:
     """The pipelines over whose probabilities test-time augmentation takes the mean, each of them deterministic.
 
@@ -226,10 +246,19 @@ def _flat(items: Sequence[Any]) -> list[Step]:
 def _default(preprocessing: Preprocessing, train: bool) -> list[Step]:
     interpolation = preprocessing.interpolation
     if train:
-        crop = {"size": preprocessing.crop, "interpolation": interpolation}
+        crop = {"size": _side(preprocessing), "interpolation": interpolation}
         return [("RandomResizedCrop", crop), ("RandomHorizontalFlip", None)]
+    if preprocessing.steps is not None:
+        return _flat(preprocessing.steps)
     resize = {"size": preprocessing.resize, "interpolation": interpolation}
     return [("Resize", resize), ("CenterCrop", {"size": preprocessing.crop})]
+
+
+def _side(preprocessing: Preprocessing) -> int | list[int]:
+    """The side of the network's input, or its height and width where the steps of evaluation give another one."""
+    if preprocessing.steps is None:
+        return preprocessing.crop
+    return [*Pipeline(preprocessing.steps, "transforms.eval").image(Image.new("RGB", (640, 480))).shape[-2:]]
 
 
 def _insert_if_missing(steps: list[Step], step: Step, present: set[str], before: set[str]) -> None:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tl_trainer.errors import SettingError
+from tl_trainer import checkpoint
+from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.data.transforms import Pipeline, preprocessing_of
+from tl_trainer.errors import CheckpointError, SettingError
+from tl_trainer.ground.sealed import check_seal
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models import embedded, timm_models, torchvision_models
 from tl_trainer.models.chain import Backbone
-from tl_trainer.models.weights import Weights
+from tl_trainer.models.weights import Weights, with_versions
+from tl_trainer.runs import BEST
 
 BACKBONES = torchvision_models.NAMES | {embedded.NAME}  # and every `timm/<name>`
 
 LISTED = "tl-train --list backbones"
 
+State = dict[str, Tensor]
+
 
 def resolve_weights(backbone: str, weights: str, size: int | None = None) -> Weights:
     """The weights called so of the backbone called so, for images of `size` px (None: of what they were trained with).
 
-    Raises SettingError for names that there are not.
+    Raises SettingError for names that there are not, CheckpointError for a damaged checkpoint.
     """
+    if path := _run_checkpoint(weights):
+        return _of_run(path, backbone).at(size)
     if backbone == embedded.NAME:
         return embedded.resolve(weights).at(size)
     if backbone.startswith(timm_models.PREFIX):
@@ -42,11 +52,26 @@ def build_backbone(name: str, weights: Weights, tap: str, seed: int) -> Backbone
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if weights.saved is not None:
+            backbone = empty_backbone(name, weights.pretrained, tap, weights.preset.crop)
+            # Copies, since the file may be replaced while they are used.
+            state = {
+                key: tensor.clone(memory_format=torch.contiguous_format)
+                for key, tensor in _tensors_for(backbone, weights, weights.saved).items()
+            }
+            backbone.load_state_dict(with_versions(state, backbone), assign=True)
+            return backbone
         if name == embedded.NAME:
             return embedded.build(weights, tap)
         if name.startswith(timm_models.PREFIX):
             return timm_models.build(name, weights, tap)
         return torchvision_models.build(name, weights, tap)
+
+
+def check_tensors(name: str, weights: Weights, tap: str) -> None:
+    """Raise SettingError where the weights in a run's checkpoint lack a tensor or have one of another shape."""
+    if weights.saved is not None:
+        _tensors_for(empty_backbone(name, weights.pretrained, tap, weights.preset.crop), weights, weights.saved)
 
 
 def empty_backbone(name: str, pretrained: bool, tap: str, size: int | None = None) -> Backbone:
@@ -63,7 +88,7 @@ def feature_size(backbone: Backbone, name: str, weights: Weights, tap: str, imag
     """The number of features at the tap for images such as this one (3, H, W), found without computing any."""
     if backbone.features is not None:
         return backbone.features
-    empty, (height, width) = empty_backbone(name, weights.fetch is not None, tap, weights.preset.crop), image.shape[-2:]
+    empty, (height, width) = empty_backbone(name, weights.pretrained, tap, weights.preset.crop), image.shape[-2:]
     place = next(empty.parameters()).device
     with torch.no_grad():
         return int(empty(torch.empty(1, 3, height, width, device=place)).shape[1])
@@ -72,3 +97,48 @@ def feature_size(backbone: Backbone, name: str, weights: Weights, tap: str, imag
 def library_versions(name: str) -> list[str]:
     """The versions, besides torchvision's, that the backbone's features depend on."""
     return [metadata.version("timm")] if name == embedded.NAME or name.startswith(timm_models.PREFIX) else []
+
+
+def _run_checkpoint(weights: str) -> Path | None:
+    """The checkpoint of a run that `model.weights` names by itself or by its directory."""
+    path = Path(weights).expanduser()
+    path = path / BEST if path.is_dir() else path
+    return path if path.is_file() and check_seal(path) else None
+
+
+def _of_run(path: Path, backbone: str) -> Weights:
+    """The weights in a checkpoint, with its preprocessing."""
+    saved = checkpoint.load(path)
+    name = saved.backbone["name"]
+    if name != backbone:
+        raise SettingError("model.weights", f"{path} is of {name}, not of {backbone}; set model.backbone: {name}")
+    if saved.frozen is None:
+        raise SettingError(
+            "model.weights", f"the run of {path} has not ended, so its backbone is not in it; end it with --resume"
+        )
+    side = saved.backbone.get("size")
+    if side is None:  # a checkpoint of version 2
+        side = resolve_weights(backbone, "none").preset.crop
+    try:
+        Pipeline(saved.preprocessing, "preprocessing")
+        preset = preprocessing_of(saved.preprocessing, side)
+    except (SettingError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its preprocessing does not fit this version of torchvision") from error
+    return Weights(str(path), preset, lambda: path, saved=saved)
+
+
+def _tensors_for(backbone: Backbone, weights: Weights, saved: Checkpoint) -> State:
+    """What the checkpoint has of the backbone's state dict, which must be all of it."""
+    tensors, state = {**(saved.frozen or {}), **saved.trained}, State()
+    for key, wanted in backbone.state_dict().items():
+        tensor = tensors.get(f"backbone.{key}")
+        if tensor is None:
+            tap = saved.backbone["tap"]
+            raise SettingError("model.tap", f"{weights.name} has no {key}: its tap is {tap}; set model.tap: {tap}")
+        if tensor.shape != wanted.shape:
+            raise SettingError(
+                "model.weights", f"{key} of {weights.name} is {tuple(tensor.shape)}, and {tuple(wanted.shape)} is "
+                "needed; leave transforms.size out"
+            )  # fmt: skip
+        state[key] = tensor
+    return state

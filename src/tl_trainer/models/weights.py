@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.wording import unknown
@@ -32,7 +33,7 @@ class Weights:
     """Resolved weights: what the checkpoint calls them, the preprocessing they want, and how to get their file.
 
     fetch: gives the file, downloaded if need be; None for random weights. classifier: whether they have a usable one.
-    here: whether nothing has to be downloaded.
+    here: whether nothing has to be downloaded. saved: the checkpoint of a run whose weights they are.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Weights:
     fetch: Callable[[], Path] | None = None
     classifier: bool = True
     here: Callable[[], bool] = lambda: True
+    saved: Checkpoint | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the model is built for pretrained weights."""
+        return self.fetch is not None and (self.saved is None or self.saved.backbone_pretrained)
 
     def without_download(self, backbone: str) -> Weights:
         """The same weights where they are here, else random ones in their shape, which is said."""
@@ -52,6 +59,11 @@ class Weights:
         """The same weights for images of that side, the resize in proportion; None leaves both as they are."""
         if size is None:
             return self
+        if self.preset.steps is not None:
+            raise SettingError(
+                "transforms.size", f"{self.name} has a preprocessing of its own, without a size that can be changed; "
+                "leave size out, or set transforms.eval and transforms.train"
+            )  # fmt: skip
         preset, factor = self.preset, size / self.preset.crop
         scaled = (
             [round(side * factor) for side in preset.resize]
@@ -66,6 +78,8 @@ def given_file(weights: str) -> Path | None:
     path = Path(weights).expanduser()
     if path.is_file():
         return path
+    if path.is_dir() and "/" in weights:
+        raise SettingError("model.weights", f"no best.pth in {weights}; give the directory of a run, or a file")
     if "/" in weights or path.suffix:
         raise SettingError("model.weights", f"no such file: {weights}")
     return None
