@@ -21,6 +21,7 @@ from conftest import Run, draw_split
 from tiny import tiny_classifier
 from tl_trainer import export as module_under_test
 from tl_trainer.cli.export import FORMATS
+from tl_trainer.deployed import Pixels
 from tl_trainer.network import Network
 
 NAMES = ["blue", "green", "red"]
@@ -111,6 +112,16 @@ def test_pt2_takes_what_the_network_takes_with_from_tensor(model: tl_trainer.Mod
     view = pipeline.batch(pipeline.image(Image.open(picture))[None])
     assert program(view)[0].tolist() == pytest.approx(expected(model, picture), abs=1e-5)
     assert json.loads(extra["tl-trainer.json"])["input"] == "float32 (N, 3, H, W), preprocessed"
+
+
+def test_the_order_of_the_two_resizes_is_decided_in_the_graph(best: Path) -> None:
+    pipeline = tl_trainer.load(best)._parts.pipeline
+    noise = torch.randint(0, 256, (1, 90, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes = {1: torch.export.Dim("H"), 2: torch.export.Dim("W")}
+    program = torch.export.export(Pixels(pipeline), (noise,), dynamic_shapes={"images": sizes}).module()
+    for pixels in (noise, noise.transpose(1, 2)):  # Pillow 13 takes the height of the first and the width of the second
+        view = pipeline.batch(pipeline.image(Image.fromarray(pixels[0].numpy()))[None])
+        torch.testing.assert_close(program(pixels), view, atol=1e-6, rtol=0)
 
 
 def test_safetensors_hold_the_weights_and_what_belongs_to_them(trained: tl_trainer.Model) -> None:
