@@ -35,6 +35,7 @@ def example() -> Checkpoint:
         val_split=torch.tensor(name_hashes(NAMES)),
         val_images=["cd" * 8],
         temperature=1.25,
+        conformal=torch.tensor([0.0, 0.25], dtype=torch.float64),
         resume={"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "random": {"cpu": torch.get_rng_state()}},
     )
 
@@ -59,8 +60,10 @@ def content_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
 
 
 def older(content: dict[str, Any], version: int) -> dict[str, Any]:
-    """The content of a file of version 2 or 3."""
-    missing = {"val_split", *(["features"] if version == 2 else [])}
+    """The content of a file of version 2, 3 or 4."""
+    if version == 4:
+        return {key: value for key, value in content.items() if key != "conformal"} | {"version": 4}
+    missing = {"val_split", "conformal", *(["features"] if version == 2 else [])}
     kept = {key: value for key, value in content.items() if key not in missing}
     return {**kept, "version": version, "val_names": NAMES}
 
@@ -75,7 +78,7 @@ def test_what_is_saved_comes_back(path: Path) -> None:
     assert_equal(asdict(load(path)), asdict(example_))
 
 
-@pytest.mark.parametrize("name", ["frozen", "metrics", "val_split", "temperature", "resume"])
+@pytest.mark.parametrize("name", ["frozen", "metrics", "val_split", "temperature", "conformal", "resume"])
 def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
     save(replace(example(), **{name: None}), path)
     assert getattr(load(path), name) is None
@@ -84,7 +87,7 @@ def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
 def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
     assert content["format"] == "tl-trainer checkpoint"
-    assert content["version"] == 4
+    assert content["version"] == 5
     assert content["libraries"] == library_versions()
     assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
     assert content["libraries"]["torch"] == torch.__version__
@@ -101,15 +104,15 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("version", [1, 5])
+@pytest.mark.parametrize("version", [1, 6])
 def test_another_version_says_what_wrote_it(path: Path, version: int) -> None:
     content = content_of(example(), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "9.8.7"}})
-    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 to 4; .*9\.8\.7"):
+    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 to 5; .*9\.8\.7"):
         load(path)
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_a_backbone_that_was_removed_says_what_wrote_the_file(path: Path, version: int) -> None:
     content = content_of(replace(example(), backbone={**example().backbone, "name": "tiny_resnet"}), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "0.1.2"}})
@@ -136,11 +139,17 @@ def test_the_width_in_a_file_of_version_2_is_that_of_the_heads_first_matrix(path
     assert [value.shape[-1] for value in trained.values() if value.dim() == 2] == [4, 8]
 
 
+def test_a_file_of_version_4_has_no_conformal_scores(path: Path) -> None:
+    save_sealed(path, older(content_of(example(), path), 4))
+    assert load(path).conformal is None
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_file_of_an_older_version_has_the_names_of_the_validation_split(path: Path, version: int) -> None:
     content = content_of(example(), path)
     save_sealed(path, older(content, version))
-    assert_equal(asdict(load(path)), asdict(example()) | {"trained": content["trained"], "resume": content["resume"]})
+    read = {"trained": content["trained"], "resume": content["resume"], "conformal": None}
+    assert_equal(asdict(load(path)), asdict(example()) | read)
     save_sealed(path, {**older(content, version), "val_names": None})
     assert load(path).val_split is None
     for names in ("ant", [1], {}):
@@ -224,7 +233,7 @@ def test_torch_itself_reads_a_checkpoint(path: Path) -> None:
 def test_a_newer_version_may_say_anything_about_what_wrote_it(path: Path, libraries: Any) -> None:
     save_sealed(path, {**content_of(example(), path), "version": "4" * 9999, "libraries": libraries})
     with pytest.raises(
-        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 to 4"
+        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 to 5"
     ) as caught:
         load(path)
     assert len(str(caught.value)) < 500 + len(str(path))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,4 +147,32 @@ def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:
     assert (second["neighbour_1"], second["accepted"]) == ("", "")
     text = tl(*words).stdout.splitlines()
     assert text[1] == f"  {row['neighbours'][0]['similarity']:.3f}  {row['neighbours'][0]['path']}"
-    assert tl(*words, "--tta", "fivecrop").stderr.endswith("compare whole images; leave --tta fivecrop out\n")
+    assert tl(*words, "--tta", "fivecrop").stderr.endswith("take whole images; leave --tta fivecrop out\n")
+
+
+def test_sets_and_features_of_the_command(folder: Path, best: Path, tl: Run) -> None:
+    paths = sorted((folder / "photos" / "val").rglob("*.jpg"))
+    words = ["predict", *paths[:3], "gone.jpg", "--checkpoint", best, "--coverage", 0.9, "--topk", 1]
+    rows = [json.loads(line) for line in tl(*words, "--format", "jsonl", "--embed", "a.npz").stdout.splitlines()]
+    first = rows[0]["set"]
+    assert first[0] == rows[0]["predictions"][0]["label"]
+    assert (len({*first}), {*first} - {"blue", "green", "red"}) == (len(first), set())
+    assert "set" not in rows[3]
+    table = list(csv.DictReader(tl(*words, "--format", "csv").stdout.splitlines()))
+    assert [json.loads(row["set"] or "null") for row in table] == [*(row["set"] for row in rows[:3]), None]
+    assert tl(*words).stdout.splitlines()[0].endswith("  {" + ", ".join(first) + "}")
+    assert tl(*words, "--tta", "flip").stderr.endswith(
+        "--coverage is kept for images as they are; leave --tta flip out\n"
+    )
+    found = np.load("a.npz")
+    assert found["path"].tolist() == [*map(str, paths[:3])]
+    np.testing.assert_allclose(found["features"], tl_trainer.load(best).embed(paths[:3]), rtol=1e-4)
+    assert tl(*words, "--embed", "a.npz").stderr.endswith("replace it with --force\n")
+    measured = tl("eval", best, "--coverage", 0.9, "--split", "val")
+    assert "warning: the sets were calibrated on 21 of these images" in measured.stderr
+    hold = re.search(
+        r"^sets for 0\.9: (\S+)% hold the label, (\S+) classes in the mean$", measured.stdout, re.MULTILINE
+    )
+    assert hold is not None
+    assert float(hold[1]) >= 100 * 20 / 21 - 0.05
+    assert tl("eval", best, "--coverage", 0.99).stderr.startswith("tl-eval: --coverage 0.99 needs 99 validation images")

@@ -28,7 +28,7 @@ from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta
 from tl_trainer.errors import InputError
 from tl_trainer.feeds import Feeds
 from tl_trainer.network import Network
-from tl_trainer.predict import Predictor, Row, expand_inputs, line_waiting
+from tl_trainer.predict import Asked, Predictor, Row, expand_inputs, line_waiting
 from tl_trainer.tasks import SingleLabel
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -70,7 +70,7 @@ def restored(temperature: float | None = None) -> Parts:
 def predictor(
     temperature: float | None = None, *, topk: int = 5, steps: PlainSteps = CROPPED, tta: str | None = None
 ) -> Predictor:
-    return Predictor(restored(temperature), topk, tta_pipelines(steps, tta), None)
+    return Predictor(restored(temperature), topk, tta_pipelines(steps, tta))
 
 
 def one_by_one(path: str, temperature: float, steps: PlainSteps, tta: str | None) -> list[float]:
@@ -263,7 +263,9 @@ def test_nothing_is_opened_a_second_time_for_its_evidence(
 
     monkeypatch.setattr(images, "load", once)
     (tmp_path / "evidence").mkdir()
-    rows = list(Predictor(restored(), 1, tta_pipelines(CROPPED, "flip"), tmp_path / "evidence").rows(paths[1:3], 4))
+    rows = list(
+        Predictor(restored(), 1, tta_pipelines(CROPPED, "flip"), Asked(tmp_path / "evidence")).rows(paths[1:3], 4)
+    )
     assert [row.error for row in rows] == [None, None]
     assert sorted(opened) == paths[1:3]
     assert len(list((tmp_path / "evidence").iterdir())) == 2

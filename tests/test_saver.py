@@ -223,7 +223,8 @@ def test_both_files_carry_what_the_run_has_in_common(tmp_path: Path) -> None:
     saver.finish()
     for name in ("best.pth", "last.pth"):
         found = replace(
-            load(tmp_path / name), trained={}, frozen=None, epoch=0, metrics=None, temperature=None, resume=None
+            load(tmp_path / name),
+            **{"trained": {}, "frozen": None, "epoch": 0, "metrics": None, "conformal": None, "resume": None},
         )
         assert found == tiny_template()
 
@@ -282,10 +283,8 @@ def test_the_temperature_is_fitted_once_at_the_end(tmp_path: Path) -> None:
     assert asked == [SCORES]
 
 
-@pytest.mark.parametrize(("temperature", "written"), [(1.5, True), (None, False)])
-def test_a_temperature_that_a_killed_run_lacks_is_made_up(
-    tmp_path: Path, temperature: float | None, written: bool
-) -> None:
+@pytest.mark.parametrize("temperature", [1.5, None])
+def test_the_calibration_that_a_killed_run_lacks_is_made_up(tmp_path: Path, temperature: float | None) -> None:
     state = make_state()
     killed = make_saver(tmp_path, state)
     state.progress.epoch_ended(FIGURES, BETTER)
@@ -294,12 +293,15 @@ def test_a_temperature_that_a_killed_run_lacks_is_made_up(
     resumed = Saver(tmp_path, tiny_template(), state, calibrate=lambda _: temperature)
     resumed.adopt(load(tmp_path / "best.pth"))
     resumed.finish()
-    assert load(tmp_path / "best.pth").temperature is None  # no scores: an earlier session had them
+    assert load(tmp_path / "best.pth").conformal is None  # no scores: an earlier session had them
+    resumed.calibrate_best(SCORES)
+    best = load(tmp_path / "best.pth")
+    assert best.temperature == temperature
+    assert best.conformal is not None
+    assert len(best.conformal) == len(SCORES.targets)
     (tmp_path / "best.pth").unlink()
     resumed.calibrate_best(SCORES)
-    assert (tmp_path / "best.pth").exists() == written
-    assert resumed.best is not None
-    assert resumed.best.temperature == temperature
+    assert not (tmp_path / "best.pth").exists()
 
 
 def test_a_best_pth_that_did_not_change_is_not_written_again(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from tl_trainer import conformal, embeddings, run
 from tl_trainer import resume as resuming
-from tl_trainer import run
 from tl_trainer.assembly import Parts, restore
 from tl_trainer.config.load import Loaded, Override, data_at, to_yaml
 from tl_trainer.config.load import load as load_config
@@ -33,7 +33,7 @@ from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
 from tl_trainer.known import FEWEST, Known, known
-from tl_trainer.predict import Extras, Near, Predictor, Row, Source, embed, explain
+from tl_trainer.predict import Asked, Extras, Near, Predictor, Row, Source, embed, explain
 from tl_trainer.report import write_report
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import best_of
@@ -165,23 +165,35 @@ class Model:
         extras: what else rows say. ready: whether the next image is there already, so that it can be decoded while a
         batch is computed; None: always in a list, else never, so that no row waits for an image to come.
         """
-        asked = extras or Extras()
-        compared = bool(asked.neighbours or asked.reject)
+        extras = extras or Extras()
+        table = None if extras.embed is None else Path(extras.embed)
         with in_sentences():
-            folder = None if asked.evidence is None else Path(asked.evidence)
-            if folder is not None:
-                make_folder(folder, "--explain")
-            if compared and tta in ("fivecrop", "tencrop"):
-                raise InputError(f"--neighbours and --reject compare whole images; leave --tta {tta} out")
-            views = tta_pipelines(self._parts.pipeline.steps, tta)
-            near = Near(self._known(asked.reject), asked.neighbours, asked.reject) if compared else None
-            predictor = Predictor(self._parts, topk, views, folder, near)
+            asked = self._asked(extras, tta)
+            if table is not None:
+                embeddings.check(table, force=extras.force)
+            predictor = Predictor(self._parts, topk, tta_pipelines(self._parts.pipeline.steps, tta), asked)
 
         def stream() -> Iterator[Row]:
             with in_sentences():
-                yield from predictor.rows(images, batch_size, ready)
+                rows = predictor.rows(images, batch_size, ready)
+                yield from rows if table is None else embeddings.written(rows, table, self._parts.features)
 
         return stream()
+
+    def _asked(self, extras: Extras, tta: str | None) -> Asked:
+        folder = None if extras.evidence is None else Path(extras.evidence)
+        if folder is not None:
+            make_folder(folder, "--explain")
+        compared = bool(extras.neighbours or extras.reject)
+        if (compared or extras.embed is not None) and tta in ("fivecrop", "tencrop"):
+            raise InputError(f"--neighbours, --reject and --embed take whole images; leave --tta {tta} out")
+        saved, most = self._parts.saved, None
+        if extras.coverage is not None:
+            if tta is not None:
+                raise InputError(f"--coverage is kept for images as they are; leave --tta {tta} out")
+            most = conformal.threshold(saved.conformal if saved else None, extras.coverage)
+        near = Near(self._known(extras.reject), extras.neighbours, extras.reject) if compared else None
+        return Asked(folder, near, most, extras.embed is not None)
 
     def _known(self, reject: bool) -> Known:
         with bars(self._progress):
@@ -200,17 +212,19 @@ class Model:
         tta: str | None = None,
         report: Location | None = None,
         ignore_extra: bool = False,
+        coverage: float | None = None,
     ) -> dict[str, Any]:
         """The figures on a split of the configured dataset, as `tl-eval --json` prints them.
 
         split: None takes test where there is one, else val, else all. report: a folder to write the report into.
-        ignore_extra: leave images of classes out that the checkpoint does not have, instead of refusing them.
+        ignore_extra: leave images of classes out that the checkpoint does not have, instead of refusing them. coverage:
+        how often sets of classes are to hold the right one; `sets` says how often they do.
         """
         with _called(self._progress):
             folder = None if report is None else Path(report)
             if folder is not None:
                 make_folder(folder, "--report")
-            evaluation = evaluate_checkpoint(self._parts, split, tta, ignore_extra=ignore_extra)
+            evaluation = evaluate_checkpoint(self._parts, split, tta, ignore_extra=ignore_extra, coverage=coverage)
             if folder is None:
                 return evaluation.headline
             loaded = self._parts.loaded

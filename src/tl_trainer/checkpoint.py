@@ -21,8 +21,8 @@ from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed
 from tl_trainer.ground.wording import shown
 
 FORMAT = "tl-trainer checkpoint"
-VERSION = 4
-OLDER = (2, 3)  # which are read too
+VERSION = 5
+OLDER = (2, 3, 4)  # which are read too
 REMOVED = "tiny_resnet"  # the backbone that came along while the format was version 2
 
 
@@ -32,7 +32,14 @@ def _is_name_hashes(value: Tensor) -> Tensor:
     return value
 
 
+def _is_row_of_scores(value: Tensor) -> Tensor:
+    if value.dtype != torch.float64 or value.dim() != 1:
+        raise ValueError("no scores")
+    return value
+
+
 NameHashes = Annotated[Tensor, AfterValidator(_is_name_hashes)]
+LabelScores = Annotated[Tensor, AfterValidator(_is_row_of_scores)]
 
 
 class BackboneIdentity(TypedDict):
@@ -58,7 +65,8 @@ class Checkpoint:
     training changed. frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation
     figures of these weights. val_split: the `name_hashes` of the validation split, where the run drew it. val_images:
     the contents of its images. temperature: fitted on these when the run ends, None before, where they are too few, and
-    in last.pth. resume: the optimizer and so on, only in last.pth.
+    in last.pth. conformal: at the same time, `conformal.label_scores` of these images. resume: the optimizer and so on,
+    only in last.pth.
     """
 
     config: dict[str, Any]
@@ -73,6 +81,7 @@ class Checkpoint:
     val_split: NameHashes | None
     val_images: list[str]
     temperature: float | None = None
+    conformal: LabelScores | None = None
     resume: dict[str, Any] | None = None
 
     @property
@@ -119,10 +128,14 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
 
 
 def _renewed(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of version 2 or 3, with the names of the validation split.
+    """A checkpoint of an older version with what that did not have.
 
-    Version 2 did not say how wide the head's input is: its first matrix has that width.
+    Version 4 kept no conformal scores, version 3 the names of the validation split instead of their hashes. Version 2
+    did not say how wide the head's input is: its first matrix has that width.
     """
+    content = {**content, "conformal": None}
+    if content["version"] == 4:
+        return content
     names = content.get("val_names", ())
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         names = torch.tensor(name_hashes(names), dtype=torch.int64)

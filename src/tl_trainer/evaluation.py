@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_trainer import conformal
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import DataSection, expand
@@ -34,7 +35,7 @@ class Evaluation:
     """The scores of a checkpoint on a split.
 
     what: the split's name. data: where its images are. tta: the test-time augmentation, if any.
-    duplicates: what is said of exact copies.
+    duplicates: what is said of exact copies. coverage: that of the sets that are measured, if any.
     """
 
     what: str
@@ -45,12 +46,20 @@ class Evaluation:
     task: Task
     tta: str | None = None
     duplicates: Sequence[str] = ()
+    coverage: float | None = None
 
     @cached_property
     def measured(self) -> dict[str, Any]:
         """All figures as plain data."""
         origin = {"split": self.what, "data": self.data, "tta": self.tta}
-        return {**origin, **self.task.measure(self.scores, self.checkpoint.temperature, self.withheld)}
+        measured = {**origin, **self.task.measure(self.scores, self.checkpoint.temperature, self.withheld)}
+        return measured if self.coverage is None else {**measured, "sets": self._sets(self.coverage)}
+
+    def _sets(self, coverage: float) -> dict[str, float]:
+        """How often sets of classes hold the label, and how large they are."""
+        saved = self.checkpoint
+        found = conformal.measure(self.scores, saved.temperature, conformal.threshold(saved.conformal, coverage))
+        return {"asked": coverage, **found}
 
     @cached_property
     def withheld(self) -> str | None:
@@ -78,16 +87,26 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    parts: Parts, what: str | None = None, tta: str | None = None, *, ignore_extra: bool = False
+    parts: Parts,
+    what: str | None = None,
+    tta: str | None = None,
+    *,
+    ignore_extra: bool = False,
+    coverage: float | None = None,
 ) -> Evaluation:
     """The evaluation of a restored classifier on a split of the configured dataset.
 
     what: the split; None takes test where there is one, else val, and all of a folder without splits, unless the run
     drew its val split from it. tta: as `data.transforms.tta_pipelines`. ignore_extra: whether images of other classes
-    than the checkpoint's are left out, instead of being an error. Classes that the split lacks are named.
+    than the checkpoint's are left out, instead of being an error. Classes that the split lacks are named. coverage: how
+    often sets of classes are to hold the label.
     """
     saved, config = parts.saved, parts.config
     assert saved is not None
+    if coverage is not None:
+        conformal.threshold(saved.conformal, coverage)  # which may refuse, before any image is read
+        if tta is not None:
+            raise InputError(f"--coverage is kept for images as they are; leave --tta {tta} out")
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
     _say_what_was_left_out(config.data, saved)
@@ -118,8 +137,14 @@ def evaluate_checkpoint(
             "what it gives on images it has not seen is in the run's result.json, or evaluate it on a test split",
             seen,
         )
+    if coverage is not None and (seen := len(set(split.contents) & set(saved.val_images))):
+        log.warning(
+            "the sets were calibrated on %d of these images, so they keep the promise there; measure coverage on a "
+            "test split or with --data-dir",
+            seen,
+        )
     scores = Scores(averaged([view.logits for view in views]), views[0].targets)
-    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates)
+    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates, coverage)
 
 
 def _say_what_was_left_out(data: DataSection, saved: Checkpoint) -> None:

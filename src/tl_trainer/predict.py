@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tl_trainer import conformal
 from tl_trainer.assembly import Parts
 from tl_trainer.data import images
 from tl_trainer.data.folders import walk
@@ -47,18 +48,22 @@ Decoded = tuple[Views, float]  # and what `images.dark` says of it
 class Row:
     """What is known about one input: its best classes, or why there are none.
 
-    accepted: whether it is like the training images. neighbours: the nearest of them. None where not asked for.
+    set: the classes that hold the right one as often as was asked for. accepted: whether it is like the training
+    images. neighbours: the nearest of them. features: what the head sees, (features,) float32. None where not asked
+    for.
     """
 
     path: str
     predictions: list[Prediction] = field(default_factory=list)
     error: str | None = None
+    set: list[str] | None = None
     accepted: bool | None = None
     neighbours: list[Neighbour] | None = None
+    features: Tensor | None = field(default=None, repr=False, compare=False)
 
     def plain(self) -> dict[str, Any]:
-        """The row as plain data, without what was not asked for."""
-        row = asdict(self)
+        """The row as plain data, without what was not asked for and without the features."""
+        row = asdict(replace(self, features=None))
         return {key: value for key, value in row.items() if value is not None or key == "error"}
 
 
@@ -67,12 +72,17 @@ class Extras:
     """What is to be said of an image beside its classes.
 
     evidence: a folder for a picture per image of what speaks for its first class (Grad-CAM). neighbours: how many of
-    the nearest training images its row names. reject: whether `accepted` says if it is like these.
+    the nearest training images its row names. reject: whether `accepted` says if it is like these. coverage: how often
+    its `set` of classes is to hold the right one, such as 0.9. embed: a .parquet or .npz file for path and features of
+    each image; force: replace it where it exists.
     """
 
     evidence: str | os.PathLike[str] | None = None
     neighbours: int = 0
     reject: bool = False
+    coverage: float | None = None
+    embed: str | os.PathLike[str] | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,21 @@ class Near:
     known: Known
     count: int
     reject: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`Extras` with what they need.
+
+    explanations: the folder for a picture per image. near: what rows say of the training images, whose features are
+    compared with those of the first view. most: the conformal score up to which a class is in the set. features:
+    whether rows have those of the first view.
+    """
+
+    explanations: Path | None = None
+    near: Near | None = None
+    most: float | None = None
+    features: bool = False
 
 
 def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
@@ -120,21 +145,12 @@ def line_waiting(stdin: IO[str]) -> bool:
 
 
 class Predictor:
-    """Rows from images. `pipelines` are the views whose probabilities are averaged, as `tta_pipelines` gives them.
-
-    explanations: the folder for a picture per image of where the evidence for its first class is; None for none. near:
-    what rows say of the training images, whose features are compared with those of the first view.
-    """
+    """Rows from images. `pipelines` are the views whose probabilities are averaged, as `tta_pipelines` gives them."""
 
     def __init__(
-        self,
-        parts: Parts,
-        topk: int = 5,
-        pipelines: Sequence[Pipeline] = (),
-        explanations: Path | None = None,
-        near: Near | None = None,
+        self, parts: Parts, topk: int = 5, pipelines: Sequence[Pipeline] = (), asked: Asked | None = None
     ) -> None:
-        self.parts, self.topk, self.explanations, self.near = parts, topk, explanations, near
+        self.parts, self.topk, self.asked = parts, topk, asked or Asked()
         self.pipelines = [*pipelines] or [parts.pipeline]
         if parts.network.classifier.frozen:
             parts.network.prefix()  # torch.fx makes it, and while it traces no other thread may call a module
@@ -168,7 +184,7 @@ class Predictor:
     def _decode(self, source: Source) -> Decoded:
         """The image's views, and last, where it is to be explained, all of it as in evaluation."""
         picture = _opened(source, self.parts.decoding)
-        explained = [self.parts.pipeline] if self.explanations is not None else []
+        explained = [self.parts.pipeline] if self.asked.explanations is not None else []
         return [pipeline.image(picture) for pipeline in (*self.pipelines, *explained)], images.dark(picture)
 
     def _rows(self, decoded: list[tuple[Source, Future[Decoded]]]) -> Iterator[Row]:
@@ -184,8 +200,8 @@ class Predictor:
                 continue
             self.dark.add(path, largest)
             row = replace(next(found), path=path)
-            if self.explanations is not None:
-                self._explain(self.explanations, row, views[-1])
+            if self.asked.explanations is not None:
+                self._explain(self.asked.explanations, row, views[-1])
             yield row
 
     def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
@@ -201,14 +217,19 @@ class Predictor:
             return [self._ranked([views])[0] for views in pictures]
         if not pictures:
             return []
-        (logits, embedded), saved, near = self._logits(pictures), self.parts.saved, self.near
-        predictions = self.parts.task.predictions(logits, saved.temperature if saved else None, self.topk)
-        rows = [Row("", classes) for classes in predictions]
+        (logits, embedded), saved, near = self._logits(pictures), self.parts.saved, self.asked.near
+        temperature, names = saved.temperature if saved else None, self.parts.task.classes
+        rows = [Row("", classes) for classes in self.parts.task.predictions(logits, temperature, self.topk)]
+        if self.asked.most is not None:
+            sets = conformal.sets(logits, temperature, self.asked.most)
+            rows = [replace(row, set=[names[index] for index in one]) for row, one in zip(rows, sets, strict=True)]
+        if self.asked.features:
+            rows = [replace(row, features=one) for row, one in zip(rows, embedded.cpu(), strict=True)]
         if near is None:
             return rows
         similarities = near.known.similarities(embedded, max(near.count, NEAREST))
         if near.count:
-            nearest = near.known.nearest(similarities, near.count, self.parts.task.classes)
+            nearest = near.known.nearest(similarities, near.count, names)
             rows = [replace(row, neighbours=found) for row, found in zip(rows, nearest, strict=True)]
         if near.reject:
             accepted = near.known.accepted(similarities)
@@ -222,7 +243,7 @@ class Predictor:
         views: list[Tensor] = []
         for pipeline, *tensors in zip(self.pipelines, *pictures, strict=False):
             features = network.features(pipeline.batch(torch.stack(tensors).to(network.device)))
-            if self.near is not None and not views:
+            if (self.asked.near is not None or self.asked.features) and not views:
                 embedded = network.embed(features)
             views.append(network.logits(features))
         logits = averaged(views).cpu()
@@ -272,14 +293,15 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
 
 
 def write_rows(
-    rows: Iterable[Row], form: str, file: IO[str], classes: int, neighbours: int = 0, *, reject: bool = False
+    rows: Iterable[Row], form: str, file: IO[str], classes: int, extras: Extras = Extras()
 ) -> Counter[str | None]:
     """Write the rows as they come, in one of FORMATS; how many images each class has, None being those with an error.
 
-    classes, neighbours: the most that a row has. reject: whether rows say `accepted`.
+    classes: the most that a row has. extras: what else it says.
     """
-    columns = [*prediction_columns(classes), *(["accepted"] if reject else [])]
-    columns += [f"{name}_{rank}" for rank in range(1, neighbours + 1) for name in ("neighbour", "similarity")]
+    columns = [*prediction_columns(classes), *(["set"] if extras.coverage is not None else [])]
+    columns += ["accepted"] if extras.reject else []
+    columns += [f"{name}_{rank}" for rank in range(1, extras.neighbours + 1) for name in ("neighbour", "similarity")]
     tally: Counter[str | None] = Counter()
 
     def counted() -> Iterator[Row]:
@@ -296,6 +318,8 @@ def _write_text(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
         guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
         if row.accepted is False:
             guesses = f"none of these  ({guesses})"
+        if row.set is not None:
+            guesses += f"  {{{', '.join(map(printable, row.set))}}}"
         guesses += "".join(f"\n  {one.similarity:.3f}  {printable(one.path)}" for one in row.neighbours or ())
         # An image's error names its path already.
         file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
@@ -323,6 +347,7 @@ def _write_csv(rows: Iterable[Row], file: IO[str], columns: Sequence[str]) -> No
     writer.writerow(columns)
     for row in rows:
         cells: dict[str, object] = {"path": row.path, "error": row.error, "accepted": row.accepted}
+        cells["set"] = None if row.set is None else json.dumps(row.set, ensure_ascii=False)  # a name may have commas
         for rank, guess in enumerate(row.predictions, start=1):
             name = "predicted" if rank == 1 else f"class_{rank}"
             cells |= {name: guess.label, "probability" if rank == 1 else f"probability_{rank}": guess.probability}

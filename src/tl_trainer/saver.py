@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 from torch import Tensor, optim
 
+from tl_trainer import conformal
 from tl_trainer.checkpoint import Checkpoint, save
 from tl_trainer.errors import RunError
 from tl_trainer.ground.files import keep_previous
@@ -244,16 +245,21 @@ class Saver:
             progress.best_epoch, progress.best = best.epoch, best.metrics
 
     def finish(self) -> None:
-        """Save, with the temperature in best.pth, and with the backbone, so that the one file is enough."""
+        """Save, with what calibrates best.pth in it, and with the backbone, so that the one file is enough."""
         if self.best is not None and self.best.frozen is None:
-            temperature = self.calibrate(self.best_scores) if self.best_scores is not None else None
-            self.best = replace(self.best, frozen=self.state.classifier.frozen_state(), temperature=temperature)
+            best = replace(self.best, frozen=self.state.classifier.frozen_state())
+            self.best = best if self.best_scores is None else self._calibrated(best, self.best_scores)
             self._best_on_disk = False
         self.save()
 
     def calibrate_best(self, scores: Scores) -> None:
-        """Write the temperature into a best.pth that lacks it, as one does that an earlier, killed session wrote."""
+        """Write what calibrates it into a best.pth that lacks it, as one does that an earlier, killed session wrote."""
         assert self.best is not None
-        if self.best.temperature is None and (temperature := self.calibrate(scores)) is not None:
-            self.best = replace(self.best, temperature=temperature)
+        if self.best.conformal is None and self.best_scores is None:
+            self.best = self._calibrated(self.best, scores)
             save(self.best, self.run_dir / "best.pth")
+
+    def _calibrated(self, best: Checkpoint, scores: Scores) -> Checkpoint:
+        """With the temperature for these validation scores, and what prediction sets go by."""
+        temperature = self.calibrate(scores)
+        return replace(best, temperature=temperature, conformal=conformal.label_scores(scores, temperature))

@@ -48,13 +48,13 @@ FLAGS = {
     ],
     "check": ["--config", "--data-dir", "--device", "--json", "--output", "--workers", "-j", "words"],
     "eval": [
-        "--batch-size", "--checkpoint", "--data-dir", "--device", "--ignore-extra", "--json", "--on-bad-image",
-        "--report", "--split", "--tta", "--workers", "-b", "-j", "overrides",
+        "--batch-size", "--checkpoint", "--coverage", "--data-dir", "--device", "--ignore-extra", "--json",
+        "--on-bad-image", "--report", "--split", "--tta", "--workers", "-b", "-j", "overrides",
     ],
     "export": ["--checkpoint", "--force", "--from", "--json", "--to", "out", "overrides"],
     "predict": [
-        "--batch-size", "--checkpoint", "--device", "--explain", "--format", "--neighbours", "--output", "--reject",
-        "--topk", "--tta", "-b",
+        "--batch-size", "--checkpoint", "--coverage", "--device", "--embed", "--explain", "--force", "--format",
+        "--neighbours", "--output", "--reject", "--topk", "--tta", "-b",
         "paths",
     ],
 }  # fmt: skip

@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "trained)")  # fmt: skip
     add("--ignore-extra", action="store_true", help="leave images of classes out that the checkpoint does not have")
     add("--tta", choices=TTA, help=TTA_HELP)
+    add("--coverage", type=float, metavar="SHARE", help="measure sets of classes that are to hold the right one so "
+        "often, such as 0.9")  # fmt: skip
     add("--report", type=given, metavar="DIR", help="write a page with pictures (report.html) and all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -79,7 +81,9 @@ def _eval(args: argparse.Namespace) -> int:
         from tl_trainer import api
 
     model = api.load(path, progress=not args.quiet, **overrides)
-    result = model.evaluate(args.split, tta=args.tta, report=args.report, ignore_extra=args.ignore_extra)
+    result = model.evaluate(
+        args.split, tta=args.tta, report=args.report, ignore_extra=args.ignore_extra, coverage=args.coverage
+    )
     sys.stdout.write((json.dumps(result) if args.json else _summary(result)) + "\n")
     return 0
 
@@ -95,5 +99,10 @@ def _summary(result: dict[str, Any]) -> str:
         f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}  "
         f"calibration error {calibration['ece']:.1%} ({how})",
     ]
+    if sets := result.get("sets"):
+        lines.append(
+            f"sets for {sets['asked']:g}: {sets['coverage']:.1%} hold the label, {sets['mean_set_size']:.2f} "
+            "classes in the mean"
+        )
     lines += [f"report: {result['report']}"] if "report" in result else []
     return "\n".join(lines)

@@ -53,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--explain", type=given, metavar="DIR", help="write a picture per image to DIR: Grad-CAM for its class")
     add("--neighbours", type=positive, default=0, metavar="K", help="name the K nearest training images in each row")
     add("--reject", action="store_true", help="say of each image whether it is like the training images at all")
+    add("--coverage", type=float, metavar="SHARE", help="name the set of classes that holds the right one so often, "
+        "such as 0.9")  # fmt: skip
+    add("--embed", type=given, metavar="FILE", help="write path and features of each image to a .parquet or .npz file")
+    add("--force", action="store_true", help="replace the file of --embed where it exists")
     add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, default=16, metavar="N", help="images at a time (default 16)")
@@ -76,6 +80,7 @@ def _predict(args: argparse.Namespace) -> int:
     from tl_trainer.predict import Extras, expand_inputs, line_waiting, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
+    extras = Extras(args.explain, args.neighbours, args.reject, args.coverage, args.embed, args.force)
     if model.temperature is None:
         log.info(
             "the probabilities are not calibrated and often too high: the run has not ended, or had fewer than 30 "
@@ -86,14 +91,14 @@ def _predict(args: argparse.Namespace) -> int:
         topk=args.topk,
         tta=args.tta,
         batch_size=args.batch_size,
-        extras=Extras(args.explain, args.neighbours, args.reject),
+        extras=extras,
         ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
     classes = min(args.topk, len(model.classes))
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
-    written = partial(write_rows, classes=classes, neighbours=args.neighbours, reject=args.reject)
+    written = partial(write_rows, classes=classes, extras=extras)
     if args.output is None:
         tally = written(rows, args.format, sys.stdout)
     else:
@@ -104,6 +109,8 @@ def _predict(args: argparse.Namespace) -> int:
             raise RunError(f"--output {args.output}: {error.strerror}") from error
     if args.explain:
         log.info("pictures of the evidence: %s", args.explain)
+    if args.embed:
+        log.info("paths and features: %s", args.embed)
     if failed := tally.pop(None, 0):
         log.warning("%d image(s) could not be used", failed)
     if tally.total() > 1:
