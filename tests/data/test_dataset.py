@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -272,6 +274,22 @@ def test_a_picture_in_memory_is_decoded_as_a_file_is() -> None:
     assert ranged.load(0)[1] != pictures.load(0)[1]
     with pytest.raises(ImageError, match=r"^picture 0: 6 x 4 pixels are too many"):
         pictures.decoded(Decoding(max_megapixels=2e-5)).load(0)
+
+
+def test_the_content_is_the_file_or_a_png_without_loss(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"as it is")
+    assert Files([path], ["a"]).content(0) == b"as it is"
+    grey = Image.frombytes("I;16", (2, 1), bytes([1, 2, 3, 4]))
+    with Image.open(io.BytesIO(Pictures([(grey, 0)]).content(0))) as written:
+        assert (written.mode, written.tobytes()) == ("I;16", grey.tobytes())
+
+
+def test_numbers_in_an_array_stay_in_one() -> None:
+    split = replace(_files(list("abc"), [0]), targets=array("q", [5, 6, 7]), rows=array("q", [2, 1, 0]))
+    part = split.subset([2, 0])
+    assert (part.targets, part.rows) == (array("q", [7, 5]), array("q", [0, 2]))
+    assert part.joined(part).rows == [0, 0, 2, 2]
 
 
 def test_a_path_that_no_system_has_is_said_by_what_reads_it() -> None:

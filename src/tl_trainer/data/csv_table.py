@@ -7,15 +7,13 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tl_trainer.config.schema import CsvSection
-from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split
+from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit, Listing
 from tl_trainer.data.images import ENDINGS
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, unknown
@@ -31,68 +29,37 @@ SAMPLE = 20  # rows whose images are looked for before any is read
 
 
 class Columns(NamedTuple):
-    """The file's columns, an entry per image: its line, its name, its label, its split, its group (or no entry)."""
+    """The file's columns, an entry per image: its line, its name, its label, its group (or no entry).
+
+    A label is the number of its `names`; `splits` has the entries of each split.
+    """
 
     lines: array[int]
     images: list[str]
-    labels: list[str]
-    splits: list[str]
+    names: list[str]
+    labels: array[int]
+    splits: dict[str, array[int]]
     groups: list[str]
-
-
-@dataclass(frozen=True)
-class Below(Sequence[Path]):
-    """The paths of names below a folder, made when they are asked for: a million of them take long, and much memory."""
-
-    folder: Path
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Path]: ...
-    def __getitem__(self, index: int | slice) -> Path | list[Path]:
-        if isinstance(index, slice):
-            return [self.folder / name for name in self.names[index]]
-        return self.folder / self.names[index]
 
 
 def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fit = "exact") -> Dataset:
     """The dataset of a CSV file; without a split column it has one split, `all`. Raises DataError with file:line.
 
-    The classes are the sorted labels of the train rows. Another split may lack some of them, since labels are names
-    here and no index can shift, but may not have others.
+    The classes are the sorted labels of the train rows.
     """
     table = root / section.labels
-    lines, images, labels, by_image, groups = _columns(table, section)
-    there, fixed_by = set(by_image), "the checkpoint"
-    if classes is None:
-        fixed_by = "the train rows"
-        if not there & {"train", "all"}:
-            raise DataError(f"{table}: no row is in the train split")
-        pairs = zip(labels, by_image, strict=True)
-        classes = sorted({label for label, split in pairs if split in ("train", "all")})
-        _check_labels(classes, len(labels), table, section.label_column)
-    index = {label: position for position, label in enumerate(classes)}
-    splits = {}
-    for name in (split for split in (*SPLIT_NAMES, "all") if split in there):
-        rows = array("q", (row for row, split in enumerate(by_image) if split == name))
-        extra = [row for row in rows if labels[row] not in index]
-        if extra and fit != "any":
-            more = "; --ignore-extra leaves such rows out" if fit == "fewer" else ""
-            wrong = unknown("label", labels[extra[0]], classes)
-            raise DataError(f"{table}:{lines[extra[0]]}: {wrong}, fixed by {fixed_by}{more}")
-        if extra:
-            log.warning("%s: %d rows left out, since their labels are no classes of %s", table, len(extra), fixed_by)
-            rows = array("q", (row for row in rows if labels[row] in index))
-        names = [images[row] for row in rows]
-        files = Files(Below(root / section.images, names), names)
-        together = [groups[row] for row in rows] if groups else ()
-        splits[name] = Split(files, [index[labels[row]] for row in rows], range(len(names)), groups=together)
-    return Dataset(classes, splits, str(table))
+    columns = _columns(table, section)
+    lines, images, names, labels, splits, groups = columns
+    rows = {split: np.array(rows) for split, rows in splits.items()}
+    files = Files(Below(root / section.images, images), images)
+    listing = Listing(
+        files, names, np.array(labels), rows, str(table), lambda row: f"{table}:{lines[row]}", groups=groups
+    )
+    if classes is not None:
+        return listing.dataset(classes, "the checkpoint", fit)
+    classes = listing.train_labels()
+    _check_labels(classes, len(images), table, section.label_column)
+    return listing.dataset(classes, "the train rows", fit)
 
 
 def _check_labels(classes: list[str], rows: int, table: Path, column: str) -> None:
@@ -121,7 +88,7 @@ def _check_labels(classes: list[str], rows: int, table: Path, column: str) -> No
 def check_found(dataset: Dataset, section: CsvSection) -> None:
     """Raise DataError where none of some images is there, with the key that would find them."""
     paths = [str(split.images.paths[row]) for split in dataset.splits.values() if isinstance(split.images, Files)
-             for row in range(0, len(split), -(-len(split) // SAMPLE))]  # fmt: skip
+             for row in split.rows[:: -(-len(split) // SAMPLE)]]  # fmt: skip
     if any(map(os.path.exists, paths)):
         return
     tried, key = paths[0], "data.csv.images to the folder of the images"
@@ -169,8 +136,9 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
                 f"{table}:1: {complaint}; set data.csv.image_column, label_column, split_column or group_column"
             )
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
-    lines, images, labels, splits, groups = columns = Columns(array("q"), [], [], [], [])
-    one: dict[str, str] = {}  # object for each label
+    lines, images, names, labels, splits, groups = columns = Columns(array("q"), [], [], array("q"), {}, [])
+    number: dict[str, int] = {}  # of each label
+    one: dict[str, str] = {}  # object for each group
     for row in filter(None, reader):
         if len(row) > width:
             raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a separator")
@@ -182,10 +150,11 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
         split = SPLIT_OF.get(rest[0].lower()) if section.split_column else "all"
         if split is None:
             raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], SPLIT_OF)}")
+        splits.setdefault(split, array("q")).append(len(lines))
         lines.append(reader.line_num)
         images.append(image + suffix)
-        labels.append(one.setdefault(label, label))
-        splits.append(split)
+        labels.append(number.setdefault(label, len(number)))
         if section.group_column:
             groups.append(one.setdefault(rest[-1], rest[-1]))
+    names.extend(number)
     return columns

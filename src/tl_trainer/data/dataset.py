@@ -8,18 +8,27 @@ without some classes of its checkpoint.
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
+import numpy as np
 from PIL import Image
 
 from tl_trainer.data import images
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
-from tl_trainer.ground.wording import listed, printable
+from tl_trainer.ground.wording import listed, printable, unknown
+
+log = logging.getLogger(__name__)
+
+# A file that was written this recently may be written again within the resolution of its time stamp.
+SETTLED_SECONDS = 2.0
 
 # Each split and the names that its folder or its value in a CSV column may have, in any case.
 SPLIT_NAMES = {
@@ -46,8 +55,18 @@ class Stamp(NamedTuple):
     changed: int
 
 
+def stamp_of(path: str | Path, *within: bytes) -> Stamp | None:
+    """The stamp of a file, or of what is `within` it; None where it is not there. A name may be no text: bytes."""
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):  # gone, or a NUL in the path: `load` says so
+        return None
+    absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
+    return Stamp(b"\0".join([absolute, *filter(None, within)]), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 class Images(Protocol):
-    """Where images are. No other room asks which kind it has: another one, such as shards, is these methods."""
+    """Where images are. No other room asks which kind it has: another one is these methods."""
 
     @property
     def decoding(self) -> Decoding:
@@ -66,6 +85,9 @@ class Images(Protocol):
         sides of at least so many pixels; 1 is enough to find a damaged file. Raises ImageError, naming the image,
         where it cannot be read or is another.
         """
+
+    def content(self, index: int) -> bytes:
+        """The bytes of its file, as they are; of a picture that has none a PNG file's. ImageError as in `load`."""
 
     def stamp(self, index: int) -> Stamp | None:
         """What tells without reading the image that it is still the same; None where nothing does."""
@@ -91,27 +113,39 @@ class Files:
 
     def load(self, index: int, expected: bytes = b"", *, draft: int = 0) -> tuple[Image.Image, bytes]:
         """Read the file once, hash its bytes, decode them."""
-        path = Path(self.paths[index])
-        data = images.read(path)
-        digest = hashlib.sha256(data).digest()
-        _require(expected in (b"", digest), str(path))
-        return images.decode(data, path, self.decoding, draft=draft), digest
+        return from_content(self.content(index), Path(self.paths[index]), self.decoding, expected, draft)
+
+    def content(self, index: int) -> bytes:
+        """The file's bytes."""
+        return images.read(Path(self.paths[index]))
 
     def stamp(self, index: int) -> Stamp | None:
-        """None for a file that is not there. A name may be no text, so the path is bytes."""
-        path = self.paths[index]
-        try:
-            found = os.stat(path)  # noqa: PTH116
-        except (OSError, ValueError):  # gone, or a NUL in the path: `load` says so
-            return None
-        settings = self.decoding.settings
-        absolute = os.fsencode(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
-        absolute += settings and b"\0" + settings
-        return Stamp(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        """None for a file that is not there."""
+        return stamp_of(self.paths[index], self.decoding.settings)
 
     def decoded(self, decoding: Decoding) -> Files:
         """The same files."""
         return replace(self, decoding=decoding)
+
+
+@dataclass(frozen=True)
+class Below(Sequence[Path]):
+    """The paths of names below a folder, made when they are asked for: a million of them take long, and much memory."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self.folder / name for name in self.names[index]]
+        return self.folder / self.names[index]
 
 
 @dataclass(frozen=True)
@@ -135,6 +169,12 @@ class Pictures:
         digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
         _require(expected in (b"", digest), f"picture {index}")
         return picture, digest
+
+    def content(self, index: int) -> bytes:
+        """The picture as a PNG file, which loses nothing."""
+        file = io.BytesIO()
+        self.dataset[index][0].save(file, "PNG")
+        return file.getvalue()
 
     def stamp(self, index: int) -> Stamp | None:
         """None: it is in memory, and hashing it is cheap."""
@@ -182,10 +222,10 @@ class Split:
 
     def subset(self, indices: Sequence[int]) -> Split:
         """The images at `indices`, in that order."""
-        targets, rows = [self.targets[i] for i in indices], [self.rows[i] for i in indices]
         hashes = [self.hashes[i] for i in indices] if self.hashes else ()
         groups = [self.groups[i] for i in indices] if self.groups else ()
-        return Split(self.images, targets, rows, hashes, groups, [self.sizes[i] for i in indices] if self.sizes else ())
+        sizes = [self.sizes[i] for i in indices] if self.sizes else ()
+        return Split(self.images, _taken(self.targets, indices), _taken(self.rows, indices), hashes, groups, sizes)
 
     def joined(self, other: Split) -> Split:
         """These images and those of another split of the same source, in the order in which that has them."""
@@ -225,6 +265,65 @@ class Dataset:
         return self.splits[name]
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The rows of a source whose labels are texts.
+
+    names: the different labels. labels: (N,) which of them each row has. splits: the rows of each split, or of `all`.
+    where: what messages call the source. place: what they call a row. groups: as in Split, of each row.
+    """
+
+    images: Images
+    names: Sequence[str]
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+    where: str
+    place: Callable[[int], str]
+    groups: Sequence[str] = ()
+
+    def train_labels(self) -> list[str]:
+        """The labels of the training rows, sorted. Raises DataError where there is no such row."""
+        rows = [self.splits[name] for name in ("train", "all") if name in self.splits]
+        if not rows:
+            raise DataError(f"{self.where}: no row is in the train split")
+        return sorted(self.names[label] for label in np.unique(self.labels[np.concatenate(rows)]))
+
+    def dataset(self, classes: list[str], fixed_by: str, fit: Fit = "exact") -> Dataset:
+        """The dataset with these classes, in this order.
+
+        A split may lack some of them, since labels are names here and no index can shift, but may not have others,
+        unless `fit` allows it: DataError names the first row that has.
+        """
+        index = {label: position for position, label in enumerate(classes)}
+        target = np.array([index.get(name, -1) for name in self.names])
+        splits = {}
+        for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
+            rows = self.splits[name]
+            targets = target[self.labels[rows]]
+            if (extra := rows[targets < 0]).size:
+                if fit != "any":
+                    more = "; --ignore-extra leaves such rows out" if fit == "fewer" else ""
+                    wrong = unknown("label", self.names[self.labels[extra[0]]], classes)
+                    raise DataError(f"{self.place(int(extra[0]))}: {wrong}, fixed by {fixed_by}{more}")
+                what = "%s: %d rows left out, since their labels are no classes of %s"
+                log.warning(what, self.where, len(extra), fixed_by)
+                rows, targets = rows[targets >= 0], targets[targets >= 0]
+            groups = [self.groups[row] for row in rows] if self.groups else ()
+            splits[name] = Split(self.images, _integers(targets), _integers(rows), groups=groups)
+        return Dataset(classes, splits, self.where)
+
+
+def _integers(values: np.ndarray) -> array[int]:
+    """As a sequence of Python's numbers, 8 bytes each."""
+    return array("q", values.astype(np.int64).tobytes())
+
+
+def _taken(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    """The values at `indices`; an array stays one, and no number in it takes more than 8 bytes."""
+    taken = (values[index] for index in indices)
+    return array(values.typecode, taken) if isinstance(values, array) else list(taken)
+
+
 def with_validation(
     dataset: Dataset, draw: Callable[[Split], set[int]], drawn: Collection[int] | None = None
 ) -> Dataset:
@@ -256,6 +355,15 @@ def name_hashes(names: Iterable[str]) -> list[int]:
     """What tells names from others in a checkpoint: 64 bits of each one's SHA-256, as a signed number."""
     digests = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
     return [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
+
+
+def from_content(
+    data: bytes, place: object, decoding: Decoding, expected: bytes, draft: int
+) -> tuple[Image.Image, bytes]:
+    """What `Images.load` gives of an image in the bytes of a file; errors call it `place`."""
+    digest = hashlib.sha256(data).digest()
+    _require(expected in (b"", digest), str(place))
+    return images.decode(data, place, decoding, draft=draft), digest
 
 
 def _require(same: bool, place: str) -> None:

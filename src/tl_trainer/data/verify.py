@@ -20,7 +20,7 @@ from typing import Any
 
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images
-from tl_trainer.data.dataset import Split, Stamp
+from tl_trainer.data.dataset import SETTLED_SECONDS, Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
@@ -28,8 +28,6 @@ from tl_trainer.ground.progress import bar
 
 log = logging.getLogger(__name__)
 
-# A file that was written this recently may be written again within the resolution of its time stamp.
-SETTLED_SECONDS = 2.0
 _CHUNK = 500
 _Reading = tuple[bytes, tuple[int, int], float]  # an image's hash and size, and what `images.dark` says of it
 _COLUMNS = [*Stamp._fields, "hash", "width", "height"]
