@@ -25,8 +25,9 @@ FIXED = (
     "fixed by the checkpoint; the keys that can be set: device, data.source, data.root, data.download, "
     "data.val_fraction, data.on_bad_image, data.on_duplicates, data.skip, data.max_megapixels, data.workers, "
     "data.csv.labels, data.csv.images, data.csv.image_column, data.csv.label_column, data.csv.split_column, "
-    "data.csv.suffix, features.cache, features.views, features.dir, features.limit_gb, train.batch_size, "
-    "train.precision, output.neighbours_mb"
+    "data.csv.suffix, data.webdataset.train, data.webdataset.val, data.webdataset.test, data.webdataset.image, "
+    "data.webdataset.label, data.webdataset.classes, features.cache, features.views, features.dir, features.limit_gb, "
+    "train.batch_size, train.precision, output.neighbours_mb"
 )
 
 

@@ -34,6 +34,8 @@ KEYS = """
     data.skip data.max_megapixels data.value_range data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
     data.csv.group_column data.csv.suffix
+    data.webdataset.train data.webdataset.val data.webdataset.test data.webdataset.image data.webdataset.label
+    data.webdataset.classes
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.tap model.trainable model.head.hidden model.head.dropout
     model.head.normalise

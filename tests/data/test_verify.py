@@ -26,11 +26,11 @@ from conftest import draw_split
 from tiny import files_of, paths_of
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images, verify
-from tl_trainer.data.dataset import Pictures, Split, Stamp
+from tl_trainer.data.dataset import SETTLED_SECONDS, Pictures, Split, Stamp
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.data.verify import SETTLED_SECONDS, Memory, verified
+from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import DataError, ImageError
 
 COUNT = 6

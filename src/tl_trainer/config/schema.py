@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from tl_trainer.config.section import Section
 from tl_trainer.config.training import PhaseSection, TrainSection
 
-Source = Literal["imagefolder", "csv", "cifar10", "cifar100", "flowers102", "demo"]
+Source = Literal["imagefolder", "csv", "webdataset", "cifar10", "cifar100", "flowers102", "demo"]
 TransformItem = str | dict[str, Any]
 Transforms = Literal["default", "eval"] | list[TransformItem]
 
@@ -41,14 +41,65 @@ class CsvSection(Section):
         return "" if suffix is None else suffix
 
 
+class WebDatasetSection(Section):
+    train: str | list[str] = Field(
+        "train-*.tar",
+        description="The shards of the train split, relative to data.root: a path with braces, such as "
+        "train-{000000..000036}.tar, or with *, an http(s) address with braces, or a list of these.",
+    )
+    val: str | list[str] | None = Field(None, description="Those of the val split; null draws it from train.")
+    test: str | list[str] | None = Field(None, description="Those of the test split; null is none.")
+    image: str = Field(
+        "jpg;jpeg;png;webp", description="The endings of the member of a sample that is its image; the first counts."
+    )
+    label: str = Field(
+        "cls", description="The ending of the member that holds the label, or json:<field> for a field of a .json."
+    )
+    classes: str | None = Field(
+        None,
+        description="A file with a class name on each line, relative to data.root; labels that are numbers count its "
+        "lines from 0. null: the labels of train are the names.",
+    )
+
+    @field_validator("train", "val", "test")
+    @classmethod
+    def _check_patterns(cls, patterns: str | list[str] | None) -> str | list[str] | None:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+            if pattern.startswith("pipe:"):
+                raise ValueError(
+                    "pipe: would run a command of the configuration, and images are read by seeking; download the "
+                    "shards, and give their paths"
+                )
+            scheme = re.match(r"([a-z0-9]+)://", pattern)
+            if scheme and scheme[1] not in ("http", "https"):
+                raise ValueError(
+                    f"{scheme[0]} cannot be read; download the shards, and give paths or http(s) addresses"
+                )
+            if scheme and "*" in pattern:
+                raise ValueError("a server lists no files; write braces instead of *, such as {000000..000036}")
+        if patterns is not None and not patterns:
+            raise ValueError("names no shard; give a path with braces or *")
+        return patterns
+
+    @field_validator("label")
+    @classmethod
+    def _check_label(cls, label: str) -> str:
+        ending, colon, field = label.partition(":")
+        if not ending or (colon and (ending != "json" or not field)):
+            raise ValueError("is no ending such as cls, and no json:<field>")
+        return label
+
+
 class DataSection(Section):
     source: Source | Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$")] = Field(
         "imagefolder",
-        description="imagefolder, csv, cifar10, cifar100, flowers102, demo, or torchvision:<Class> for another of its "
-        "classification datasets.",
+        description="imagefolder, csv, webdataset, cifar10, cifar100, flowers102, demo, or torchvision:<Class> for "
+        "another of its classification datasets.",
     )
     root: str = Field("data", description="The folder of the dataset; ~ is your home folder.")
-    download: bool = Field(True, description="Whether torchvision may download its datasets into data.root.")
+    download: bool = Field(
+        True, description="Whether torchvision may download its datasets into data.root, and shards into the cache."
+    )
     val_fraction: float = Field(
         0.2,
         gt=0,
@@ -89,6 +140,9 @@ class DataSection(Section):
         "auto", description="Processes that load images; 0 loads in the main process."
     )
     csv: CsvSection = Field(default_factory=CsvSection, description="Where source: csv finds its columns.")
+    webdataset: WebDatasetSection = Field(
+        default_factory=WebDatasetSection, description="Where source: webdataset finds its shards."
+    )
 
     @field_validator("group_pattern")
     @classmethod

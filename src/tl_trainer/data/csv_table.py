@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tl_trainer.config.schema import CsvSection
-from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit, Listing
+from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit
 from tl_trainer.data.images import ENDINGS
+from tl_trainer.data.listing import Listing
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, unknown
 

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
+import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
-import numpy as np
 from PIL import Image
 
 from tl_trainer.data import images
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
-from tl_trainer.ground.wording import listed, printable, unknown
-
-log = logging.getLogger(__name__)
+from tl_trainer.ground.wording import listed, printable
 
 # A file that was written this recently may be written again within the resolution of its time stamp.
 SETTLED_SECONDS = 2.0
@@ -53,6 +50,11 @@ class Stamp(NamedTuple):
     size: int
     modified: int
     changed: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether the file was last written so long ago that another change would show in the times."""
+        return self.modified < time.time_ns() - int(SETTLED_SECONDS * 1e9)
 
 
 def stamp_of(path: str | Path, *within: bytes) -> Stamp | None:
@@ -263,59 +265,6 @@ class Dataset:
         if name not in self.splits:
             raise DataError(f"{self.where} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The rows of a source whose labels are texts.
-
-    names: the different labels. labels: (N,) which of them each row has. splits: the rows of each split, or of `all`.
-    where: what messages call the source. place: what they call a row. groups: as in Split, of each row.
-    """
-
-    images: Images
-    names: Sequence[str]
-    labels: np.ndarray
-    splits: dict[str, np.ndarray]
-    where: str
-    place: Callable[[int], str]
-    groups: Sequence[str] = ()
-
-    def train_labels(self) -> list[str]:
-        """The labels of the training rows, sorted. Raises DataError where there is no such row."""
-        rows = [self.splits[name] for name in ("train", "all") if name in self.splits]
-        if not rows:
-            raise DataError(f"{self.where}: no row is in the train split")
-        return sorted(self.names[label] for label in np.unique(self.labels[np.concatenate(rows)]))
-
-    def dataset(self, classes: list[str], fixed_by: str, fit: Fit = "exact") -> Dataset:
-        """The dataset with these classes, in this order.
-
-        A split may lack some of them, since labels are names here and no index can shift, but may not have others,
-        unless `fit` allows it: DataError names the first row that has.
-        """
-        index = {label: position for position, label in enumerate(classes)}
-        target = np.array([index.get(name, -1) for name in self.names])
-        splits = {}
-        for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
-            rows = self.splits[name]
-            targets = target[self.labels[rows]]
-            if (extra := rows[targets < 0]).size:
-                if fit != "any":
-                    more = "; --ignore-extra leaves such rows out" if fit == "fewer" else ""
-                    wrong = unknown("label", self.names[self.labels[extra[0]]], classes)
-                    raise DataError(f"{self.place(int(extra[0]))}: {wrong}, fixed by {fixed_by}{more}")
-                what = "%s: %d rows left out, since their labels are no classes of %s"
-                log.warning(what, self.where, len(extra), fixed_by)
-                rows, targets = rows[targets >= 0], targets[targets >= 0]
-            groups = [self.groups[row] for row in rows] if self.groups else ()
-            splits[name] = Split(self.images, _integers(targets), _integers(rows), groups=groups)
-        return Dataset(classes, splits, self.where)
-
-
-def _integers(values: np.ndarray) -> array[int]:
-    """As a sequence of Python's numbers, 8 bytes each."""
-    return array("q", values.astype(np.int64).tobytes())
 
 
 def _taken(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

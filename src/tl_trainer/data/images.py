@@ -91,18 +91,22 @@ def load(path: Path, decoding: Decoding = STANDARD) -> Image.Image:
     return decode(read(path), path, decoding)
 
 
-def read(path: Path) -> bytes:
-    """The bytes of an image file. Raises ImageError where there are none, or where reading could wait for ever."""
+def read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """The bytes of an image file, or of the part of a file that is one, fewer where it is shorter than that.
+
+    Raises ImageError for a file that is empty, or where reading could wait for ever.
+    """
     try:
         with open(path, "rb", opener=_open_ordinary) as file:
-            data = file.read()
+            file.seek(offset)
+            data = file.read(size)
     except OSError as error:
         if is_out_of_memory(error):
             raise
         raise ImageError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
         raise ImageError(f"{printable(str(path))}: cannot be read: {error}") from error
-    if not data:
+    if not data and size < 0:
         raise ImageError(f"{printable(str(path))}: empty file (0 bytes); replace or remove it")
     return data
 

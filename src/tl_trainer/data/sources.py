@@ -15,6 +15,7 @@ from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.skip import without
 from tl_trainer.data.torchvision_sources import open_torchvision
+from tl_trainer.data.webdataset import open_webdataset
 from tl_trainer.errors import SettingError
 from tl_trainer.ground.wording import listed, printable
 
@@ -49,6 +50,8 @@ def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
         dataset = open_csv(root, data.csv, classes, fit)
         check_found(dataset, data.csv)
         return dataset
+    if data.source == "webdataset":
+        return open_webdataset(data, classes, fit)
     return open_torchvision(data.source, root, data.download, classes)
 
 

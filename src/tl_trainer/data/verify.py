@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import sqlite3
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import images
-from tl_trainer.data.dataset import SETTLED_SECONDS, Split, Stamp
+from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground.machine import cores
@@ -63,10 +62,9 @@ def verified(
             counted.add(split.name(index), largest)
             if largest:  # is not remembered, so that it is named in every run
                 stamps[index] = None
-    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     if memory:
         found = ((stamps[index], *known[index]) for index in unread if index in known)
-        kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.modified < settled]
+        kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.settled]
         memory.remember(kept)
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
     if dark is None:

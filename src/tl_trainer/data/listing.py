@@ -1,0 +1,114 @@
+"""Rows with labels that are texts -> classes and splits, whatever table or archive lists them; all of it as columns."""
+
+from __future__ import annotations
+
+import logging
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Images, Split
+from tl_trainer.errors import DataError
+from tl_trainer.ground.wording import listed, printable, unknown
+
+log = logging.getLogger(__name__)
+
+
+_NUMBER = re.compile(r"0|[1-9]\d*")
+
+
+class ClassNames(NamedTuple):
+    """The class list that comes with a source, and where it is."""
+
+    names: list[str]
+    where: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The rows of a source whose labels are texts.
+
+    names: the different labels. labels: (N,) which of them each row has. splits: the rows of each split, or of `all`.
+    where: what messages call the source. place: what they call a row. groups: as in Split, of each row.
+    """
+
+    images: Images
+    names: Sequence[str]
+    labels: np.ndarray
+    splits: dict[str, np.ndarray]
+    where: str
+    place: Callable[[int], str]
+    groups: Sequence[str] = ()
+
+    def train_labels(self) -> list[str]:
+        """The labels of the training rows, sorted. Raises DataError where there is no such row."""
+        rows = [self.splits[name] for name in ("train", "all") if name in self.splits]
+        if not rows:
+            raise DataError(f"{self.where}: no row is in the train split")
+        return sorted(self.names[label] for label in np.unique(self.labels[np.concatenate(rows)]))
+
+    def dataset(self, classes: list[str], fixed_by: str, fit: Fit = "exact") -> Dataset:
+        """The dataset with these classes, in this order.
+
+        A split may lack some of them, since labels are names here and no index can shift, but may not have others,
+        unless `fit` allows it: DataError names the first row that has.
+        """
+        index = {label: position for position, label in enumerate(classes)}
+        target = np.array([index.get(name, -1) for name in self.names])
+        splits = {}
+        for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
+            rows = self.splits[name]
+            targets = target[self.labels[rows]]
+            if (extra := rows[targets < 0]).size:
+                if fit != "any":
+                    more = "; --ignore-extra leaves such rows out" if fit == "fewer" else ""
+                    wrong = unknown("label", self.names[self.labels[extra[0]]], classes)
+                    raise DataError(f"{printable(self.place(int(extra[0])))}: {wrong}, fixed by {fixed_by}{more}")
+                what = "%s: %d rows left out, since their labels are no classes of %s"
+                log.warning(what, self.where, len(extra), fixed_by)
+                rows, targets = rows[targets >= 0], targets[targets >= 0]
+            groups = [self.groups[row] for row in rows] if self.groups else ()
+            splits[name] = Split(self.images, _integers(targets), _integers(rows), groups=groups)
+        return Dataset(classes, splits, self.where)
+
+    def named(self, known: ClassNames | None, remedy: str, classes: list[str] | None, fit: Fit) -> Dataset:
+        """The dataset of labels that are names, or numbers of the names in `known`, counted from 0; which is said.
+
+        Without `known` numbers are names themselves, in their order; the remedy says what would name them. classes: a
+        checkpoint's, which count before both. Raises DataError for a number that no name has.
+        """
+        numbers = all(map(_NUMBER.fullmatch, self.names))
+        listing = self._numbered(known) if known and numbers else self
+        if classes is not None:
+            return listing.dataset(classes, "the checkpoint", fit)
+        trained = listing.train_labels()
+        if known is None:
+            trained = sorted(trained, key=int) if numbers else trained
+            said = f"numbers, and the classes are called so; {remedy}" if numbers else "names"
+            log.info("%s: %d classes; labels are %s", self.where, len(trained), said)
+            return listing.dataset(trained, "the train rows", fit)
+        said = "numbers of names" if numbers else "names"
+        log.info("%s: %d classes; labels are %s in %s", self.where, len(known.names), said, known.where)
+        if absent := [name for name in known.names if name not in {*trained}]:
+            log.warning("%s: train has no row of %d classes: %s", self.where, len(absent), listed(absent))
+        return listing.dataset(known.names, known.where, fit)
+
+    def _numbered(self, known: ClassNames) -> Listing:
+        most = len(known.names)
+        for label, number in enumerate(self.names):
+            if int(number) >= most:
+                row = int(np.flatnonzero(self.labels == label)[0])
+                raise DataError(
+                    f"{printable(self.place(row))}: label {number} is not one of 0 to {most - 1}, the {most} names in "
+                    f"{known.where}; correct the label, or the names"
+                )
+        return replace(self, names=[known.names[int(number)] for number in self.names])
+
+
+def _integers(values: np.ndarray) -> array[int]:
+    """As a sequence of Python's numbers, 8 bytes each."""
+    return array("q", values.astype(np.int64).tobytes())

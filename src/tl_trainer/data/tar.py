@@ -1,0 +1,84 @@
+"""Tar archives: where their files are, by the headers, which the standard library's tarfile reads."""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from tl_trainer.data import images
+from tl_trainer.errors import DataError, ImageError
+from tl_trainer.ground.wording import printable
+
+log = logging.getLogger(__name__)
+
+REST = "(the rest)"
+
+
+class Member(NamedTuple):
+    """A file in a tar archive, and where its bytes are."""
+
+    archive: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+    def content(self) -> bytes:
+        """Its bytes. Raises ImageError where they are not all there."""
+        if not self.size:
+            raise ImageError(f"{printable(str(self))}: empty file (0 bytes); replace or remove it")
+        data = images.read(self.archive, self.offset, self.size) if self.size > 0 else b""
+        if self.size < 0 or len(data) < self.size:
+            byte = self.offset + len(data)
+            raise ImageError(
+                f"{printable(str(self))}: {self.archive} cannot be read from byte {byte:,} on; fetch or write it again"
+            )
+        return data
+
+
+def members(file: IO[bytes], archive: Path) -> Iterator[Member]:
+    """The files in an open tar archive, in order, by their headers; who takes them may move `file`.
+
+    Of an archive that is cut or damaged the last one has a size of -1, and its offset is the byte from which on nothing
+    can be read. Raises DataError for what is no tar archive.
+    """
+    length = file.seek(0, 2)
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            try:
+                while (entry := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep each
+                    if entry.size < 0:  # of a forged header; tarfile would go back, without an end
+                        break
+                    if entry.offset_data + entry.size > length:
+                        yield Member(archive, entry.name, length, -1)
+                        return
+                    if entry.isreg() and not entry.issparse():
+                        yield Member(archive, entry.name, entry.offset_data, entry.size)
+            except (tarfile.TarError, ValueError, OverflowError):  # a header that makes no sense
+                log.debug("%s: damaged at byte %d", archive, tar.offset)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what an archive ends with
+                yield Member(archive, REST, min(tar.offset, length), -1)
+    except tarfile.ReadError as error:  # of the first header
+        reason = "compressed; unpack it, since images are read by seeking" if _is_compressed(file) else str(error)
+        raise DataError(f"{archive}: not a tar archive, or one cut at byte {length:,}: {reason}") from None
+
+
+def _is_compressed(file: IO[bytes]) -> bool:
+    file.seek(0)
+    return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
+
+
+def images_in(archive: Path) -> Iterator[Member]:
+    """The images in a tar archive, by their endings; of one that is cut, the last one cannot be read."""
+    with archive.open("rb") as file:
+        for member in members(file, archive):
+            if member.size < 0 or Path(member.name).suffix.lower() in images.ENDINGS:
+                yield member
