@@ -83,6 +83,8 @@ def test_each_layer_has_its_rate_and_only_weights_decay(caplog: pytest.LogCaptur
     ]  # fmt: skip
     optimizer = build_optimizer(groups, section)
     assert [group["lr"] for group in optimizer.param_groups] == [rate for _, rate, _ in table]
+    apart = parameter_groups(layers, section.model_copy(update={"head_lr": 1.0}))
+    assert [group["lr"] for group in apart] == [1.0, 1.0, LR / 2, LR / 4, LR / 4]
     decaying = parameter_groups(layers, OptimizerSection(name="adamw", lr=LR, weight_decay=0.3, layer_decay=0.5))
     assert [group["weight_decay"] for group in decaying] == [0.3] * 3
 

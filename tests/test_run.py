@@ -72,6 +72,7 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     options = {
         "optimizer": {
             "name": "adamw", "betas": [0.5, 0.9], "weight_decay": 0.1, "decay": "weights", "layer_decay": 0.5,
+            "head_lr": 0.01,
         },
         "clip_norm": 0.25, "accumulate": 2, "batch_size": 8, "freeze_batchnorm": True,
     }  # fmt: skip
@@ -80,7 +81,7 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     state = setup.new_state(3)
     groups = state.optimizer.param_groups
     assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
-        (1e-3, 0.1, 1), (1e-3, 0.0, 1), (5e-4, 0.1, 1),  # head, its bias, the convolution; its BatchNorm is frozen
+        (0.01, 0.1, 1), (0.01, 0.0, 1), (5e-4, 0.1, 1),  # head, its bias, the convolution; its BatchNorm is frozen
     ]  # fmt: skip
     assert groups[0]["betas"] == (0.5, 0.9)
     training = run.new_training(setup, {"train": setup.feeds()["train"]}, state, lambda: None)

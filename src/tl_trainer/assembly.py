@@ -155,10 +155,11 @@ class Setup:
         """
         config, network = self.parts.config, self.parts.network
         phase, begun = config.phases[number], sum(phase.epochs for phase in config.phases[:number])
-        classifier, alike = network.classifier, phase.optimizer.layer_decay == 1 and phase.optimizer.decay == "all"
+        classifier, section = network.classifier, phase.optimizer
+        alike = (section.layer_decay, section.decay, section.head_lr) == (1, "all", None)
         trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-        groups = trainable if alike else parameter_groups(classifier.layers(), phase.optimizer)
-        optimizer = build_optimizer(groups, phase.optimizer)
+        groups = trainable if alike else parameter_groups(classifier.layers(), section)
+        optimizer = build_optimizer(groups, section)
         schedule = Schedule(optimizer, phase.schedule, phase.epochs, batches, config.train.accumulate)
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
         if begun:

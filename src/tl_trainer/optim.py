@@ -48,7 +48,8 @@ def parameter_groups(
     """Parameter groups, each with its rate and weight decay, and with -v a table of them.
 
     layers: the parameters by layer and name, the head's first; the rate of layer i is lr * layer_decay**i (Clark et
-    al., ELECTRA, 2020). With `decay: weights`, vectors and SPARED have no weight decay.
+    al., ELECTRA, 2020), the head's `head_lr` where that is set. With `decay: weights`, vectors and SPARED have no
+    weight decay.
     """
     groups = []
     for depth, (layer, parameters) in enumerate(layers):
@@ -56,7 +57,7 @@ def parameter_groups(
         for name, parameter in parameters.items():
             spared = parameter.ndim < 2 or any(word in name for word in SPARED)
             kinds[section.decay == "all" or not spared].append(parameter)
-        rate = section.lr * section.layer_decay**depth
+        rate = section.lr * section.layer_decay**depth if depth or section.head_lr is None else section.head_lr
         for decays, members in kinds.items():
             if members:
                 decay = section.weight_decay if decays else 0.0

@@ -86,6 +86,17 @@ def test_cifar100_is_the_published_recipe() -> None:
     assert (config.train.optimizer.name, config.train.optimizer.lr) == ("adam", 1e-3)
 
 
+def test_finetune_is_the_measured_recipe() -> None:
+    config = load("finetune.yaml").config
+    assert [(phase.trainable, phase.search, phase.epochs) for phase in config.phases] == [
+        ("head", "auto", 1),
+        ("all", "off", 8),
+    ]
+    optimizer = config.phases[1].optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.head_lr, optimizer.layer_decay) == ("adamw", 2e-4, 1e-3, 1.0)
+    assert (config.train.loss.label_smoothing, config.train.freeze_batchnorm) == (0.1, True)
+
+
 def test_csv_reads_the_dog_breed_layout() -> None:
     data = load("csv.yaml").config.data
     assert (data.source, data.csv.labels, data.csv.suffix) == ("csv", "labels.csv", ".jpg")

@@ -259,7 +259,7 @@ def test_any_bytes_are_a_configuration_or_a_trainer_error(content: bytes) -> Non
         (
             "train:\n  # the comment counts as a line\n  optimizer: {name: sgd, momntum: 0.9}",
             "c.yaml:3: train.optimizer.momntum: unknown key 'momntum'; did you mean 'momentum'? "
-            "(valid: betas, decay, layer_decay, lr, momentum, name, nesterov, weight_decay)",
+            "(valid: betas, decay, head_lr, layer_decay, lr, momentum, name, nesterov, weight_decay)",
         ),
         ("seed: '0'", "c.yaml:1: seed: should be a whole number, not '0'"),
         ("train:\n  epochs: 1e1", "c.yaml:2: train.epochs: should be a whole number, not 10.0"),

@@ -43,6 +43,7 @@ KEYS = """
     train.search train.phases train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
+    train.optimizer.head_lr
     train.refit train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
@@ -92,6 +93,7 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.epochs", [1], [0, True, "5", 1.0, None]),
         ("train.batch_size", [1], [0]),
         ("train.optimizer.lr", [1e-9, 1, 10.0], [0.0, -1e-3, float("inf"), float("nan"), "1e-3"]),
+        ("train.optimizer.head_lr", [None, 0.1], [0.0, -1.0, "lr"]),
         ("train.optimizer.weight_decay", [0.0, 0.1], [-0.1, float("inf")]),
         ("train.optimizer.betas", [[0.0, 0.99]], [[0.9], [0.9, 1.0], [0.9, 0.9, 0.9], 0.9]),
         ("train.optimizer.layer_decay", [0.1, 1.0], [0.0, 1.01]),

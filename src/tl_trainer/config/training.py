@@ -21,6 +21,7 @@ class OptimizerSection(NamedSection):
     }
     name: OptimizerName = Field("adam", description="sgd, adam or adamw.")
     lr: float = Field(1e-3, gt=0, description="The learning rate per step, before the schedule.")
+    head_lr: float | None = Field(None, gt=0, description="The learning rate of the head; null is lr.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (sgd, adam) or decoupled weight decay (adamw).")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     nesterov: bool = Field(False, description="Nesterov momentum for sgd.")
