@@ -37,7 +37,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "tl-train --config c 'model={backbone: convnext_tiny}'", {"val": val(0.6)},
     ),
     "memorised": (
-        {"train": 0.996, "val": val(0.862)}, "train top-1 is 99.6%, val top-1 86.2%",
+        {"train": 0.996, "val": val(0.862), "losses": (0.5, 0.6), "best_epoch": 1},
+        "train top-1 is 99.6%, val top-1 86.2%: the head has memorised the training images",
         "tl-train --config c transforms.train=default", {"train": 0.95, "val": val(0.84)},
     ),
     "imbalanced": (
@@ -77,10 +78,22 @@ def test_a_rule_speaks_where_it_holds_and_is_silent_where_it_does_not(name: str)
 def test_what_was_done_already_is_not_advised_again() -> None:
     imbalance = {"counts": [12, 340], "recalls": [0.25, 0.95]}
     assert advise(replace(FINE, **imbalance, balanced=True)) == []
-    [advice] = advise(replace(FINE, train=1.0, val=val(0.8), augmented=True))
+    [advice] = advise(replace(FINE, train=1.0, val=val(0.8), augmented=True, losses=(0.5, 0.6)))
     assert "transforms" not in advice.remedy
     [advice] = advise(replace(FINE, val=val(0.9, 30), val_fraction=None))
     assert advice.remedy == "add images to val, or move some of train there"
+
+
+def test_a_head_that_was_found_gets_another_backbone_and_folds() -> None:
+    """On 600 photographs of clothing, ten random views took 20 times as long and were right 3 points less often."""
+    [advice] = advise(replace(FINE, train=1.0, val=val(0.8)))
+    assert advice.remedy == "tl-train --config c 'model={backbone: convnext_tiny}'"
+    few = replace(FINE, val=val(0.9, 30), val_fraction=0.2, foldable=True, counts=[20, 6], support=[5, 2])
+    [advice] = advise(few)
+    assert advice.remedy == "tl-train --config c --folds 8"
+    assert advise(replace(few, counts=[90, 90], support=[20, 20]))[0].remedy == "tl-train --config c --folds 10"
+    for other in ({"counts": [20, 0]}, {"foldable": False}):
+        assert advise(replace(few, **other))[0].remedy == "tl-train --config c data.val_fraction=0.4"
 
 
 def test_phases_say_themselves_how_long_they_train() -> None:

@@ -15,6 +15,7 @@ IMBALANCE, BEHIND = 4, 0.2  # times as many images; recall below top-1
 FEWEST_RECALLED = 3  # val images of a class whose recall says something
 FALLING = 0.01  # of the validation loss, in the last epoch
 WIDEST = 0.15  # of the 95% interval
+FEWEST_FOLDS, MOST_FOLDS = 3, 10
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Facts:
 
     again, resume: the commands that repeat the run and go on with it. counts: the training images of each class.
     support, recalls: the val images of each class, and how many of these are right, a share. train: top-1 on the
-    training images, None where it is not known. losses: of val, by epoch; empty for a head that was found.
+    training images, None where it is not known. losses: of val, by epoch; empty for a head that was found. foldable:
+    whether that is a linear head, which --folds can judge.
     """
 
     again: str
@@ -40,6 +42,7 @@ class Facts:
     losses: tuple[float, ...] = ()
     phased: bool = False  # the run has phases, which say how long each trains
     searchable: bool = False  # the head was trained, and could be found
+    foldable: bool = False
     balanced: bool = False  # classes have weights
     augmented: bool = False  # the train transform is random
     val_fraction: float | None = None  # None where val is the source's own
@@ -72,12 +75,15 @@ def near_baseline(facts: Facts) -> Advice | None:
 
 
 def memorised(facts: Facts) -> Advice | None:
-    """The training images are known by heart, the validation images are not."""
+    """The training images are memorised, the validation images are not.
+
+    Random views are advised only for a head that was trained: a search chooses a strength of L2 that does as much.
+    """
     top1 = facts.val["top1"]
     if facts.train is None or facts.train < LEARNED or facts.train - top1 < GAP:
         return None
-    evidence = f"train top-1 is {facts.train:.1%}, val top-1 {top1:.1%}: the head knows its training images by heart"
-    if facts.augmented:
+    evidence = f"train top-1 is {facts.train:.1%}, val top-1 {top1:.1%}: the head has memorised the training images"
+    if facts.augmented or not facts.losses:
         return Advice(f"{evidence}; more photographs help, or another backbone", facts.another)
     return Advice(evidence, f"{facts.again} transforms.train=default")
 
@@ -132,9 +138,16 @@ def few_validation_images(facts: Facts) -> Advice | None:
     if high - low <= WIDEST:
         return None
     evidence = f"{images:,} val images: the 95% interval of top-1 is {low:.1%} to {high:.1%}"
+    if facts.val_fraction is not None and facts.foldable and (folds := _folds(facts)) >= FEWEST_FOLDS:
+        return Advice(f"{evidence}; cross-validation judges all images", f"{facts.again} --folds {folds}")
     if facts.val_fraction is not None and facts.val_fraction < 0.4:
         return Advice(evidence, f"{facts.again} data.val_fraction=0.4")
     return Advice(evidence, "add images to val, or move some of train there")
+
+
+def _folds(facts: Facts) -> int:
+    """As many as the smallest class has images, at most MOST_FOLDS."""
+    return min(MOST_FOLDS, *map(sum, zip(facts.counts, facts.support, strict=True)))
 
 
 RULES: tuple[Callable[[Facts], Advice | None], ...] = (

@@ -83,7 +83,9 @@ def conclude(
         }
         overview = Overview.of(setup.dataset)
         facts = _facts(setup, evaluations["val"], overview, run_dir)
-        if not found:
+        if found:
+            facts = replace(facts, foldable=found.best.method == LINEAR and not parts.config.train.phases)
+        else:
             facts = replace(facts, **_of_epochs(setup, feeds, tracker))
         if _head_alone(setup, feeds):
             result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
