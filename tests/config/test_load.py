@@ -493,3 +493,13 @@ def test_an_empty_suffix_is_none(word: str) -> None:
 def test_a_key_without_a_value_says_what_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"model\.backbone: has no value and should be text$"):
         load(None, [parse_override("model.backbone=")])
+
+
+def test_the_configuration_of_a_run_has_the_name_of_the_run(tmp_path: Path) -> None:
+    """So that `tl-train --config runs/photos-2/config.yaml` becomes photos-3."""
+    folder = tmp_path / "photos-2"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 1\n")
+    assert load(str(folder / "config.yaml")).name == "config"
+    (folder / "classes.txt").write_text("ants\nbees\n")
+    assert load(str(folder / "config.yaml")).name == "photos"

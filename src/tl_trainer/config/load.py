@@ -45,7 +45,8 @@ class Loaded:
 def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loaded:
     """The configuration called `name` (a path, else a bundled one; None: the defaults) with dotted-key overrides.
 
-    A mapping is taken as it is; a folder of photographs or a CSV file means default.yaml on these.
+    A mapping is taken as it is; a folder of photographs or a CSV file means default.yaml on these. The config.yaml of a
+    run has the name of the run, without its number.
 
     Raises ConfigError with one line per mistake: file:line, dotted path, what was given and what is allowed.
     """
@@ -58,7 +59,9 @@ def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loa
         return _validated(copy.deepcopy(dict(name)), UNNAMED, {(): "the configuration"}, overrides)
     path = find(name)
     data, lines = _read(path)
-    return _validated(data, path.stem, {key: f"{path}:{line}" for key, line in lines.items()}, overrides)
+    of_run = path.name == "config.yaml" and (path.parent / "classes.txt").exists()
+    name = re.sub(r"-\d+$", "", path.parent.resolve().name) if of_run else path.stem
+    return _validated(data, name, {key: f"{path}:{line}" for key, line in lines.items()}, overrides)
 
 
 def from_checkpoint(data: dict[str, Any], path: Path, overrides: Overrides = ()) -> Loaded:
