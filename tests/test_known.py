@@ -146,7 +146,8 @@ def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:
     assert float(first["similarity_2"]) == row["neighbours"][1]["similarity"]
     assert (second["neighbour_1"], second["accepted"]) == ("", "")
     text = tl(*words).stdout.splitlines()
-    assert text[1] == f"  {row['neighbours'][0]['similarity']:.3f}  {row['neighbours'][0]['path']}"
+    nearest = row["neighbours"][0]
+    assert text[1] == f"  similarity {nearest['similarity']:.3f}  {nearest['path']} ({nearest['label']})"
     assert tl(*words, "--tta", "fivecrop").stderr.endswith("take whole images; leave --tta fivecrop out\n")
 
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 FEWEST_FOLDS = 3  # of two, choosing within one's training images would need folds of its own
 COARSE = STRENGTHS[::4]  # among which each fold chooses: half a decade beside the best costs next to nothing
+JUDGED = "images to judge"  # what messages call them, as the network sees them without a random transform
 JUDGES = 500  # images that judge the choice of each fold, where the other folds have as many
 # Of the interval, than that of as many independent images, which holds the truth in 91% of the 200 sets of
 # scripts/bench_folds.py, and this one, chosen on the same, in 94.5%
@@ -150,13 +151,13 @@ def _tables(setup: Setup, split: Split, folds: int) -> tuple[Table, Tensor]:
     """What heads are solved on, as for a search, and the features by which each image is judged (images, D)."""
     parts, config = setup.parts, setup.parts.config
     feeds = parts.feeds.of_run(
-        {"train": split, "judged": split},
+        {"train": split, JUDGED: split},
         setup.train_pipeline,
         parts.pipeline,
         config.features.views,
         config.train.epochs,
     )
-    kept, judged = feeds["train"].batches, feeds["judged"].batches
+    kept, judged = feeds["train"].batches, feeds[JUDGED].batches
     if not isinstance(kept, FeatureBatches) or not isinstance(judged, FeatureBatches):
         raise RunError(
             "--folds needs features that are kept, and no random view is; set transforms.train=eval, or features.views "

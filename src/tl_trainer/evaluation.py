@@ -127,7 +127,7 @@ def evaluate_checkpoint(
         duplicates = [*duplicates, *learned]
         for sentence in learned:
             log.warning("%s; the figures are better than on images that it has not seen", sentence)
-    _name_absent(saved.classes, split, what)
+    _name_absent(saved.classes, split, dataset.where if what == "all" else f"the {what} split of {dataset.where}")
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
@@ -164,12 +164,16 @@ def _default_split(dataset: Dataset, drawn: Tensor | None) -> str:
     return "val" if drawn is not None and {*drawn.tolist()} <= {*name_hashes(dataset.splits["all"].names)} else "all"
 
 
-def _name_absent(classes: Sequence[str], split: Split, what: str) -> None:
-    """Say which classes have no image in the split: the figures are over the others."""
+def _name_absent(classes: Sequence[str], split: Split, place: str) -> None:
+    """Say which classes have no image in the split, and what the figures make of them."""
     present = set(split.targets)
     if absent := [name for label, name in enumerate(classes) if label not in present]:
         names = listed([*map(repr, absent)])
-        log.warning("%s has no image of %s; the figures are over the classes that it has", what, names)
+        log.warning(
+            "%s has no image of %s; recalls and balanced accuracy are over the other classes, and in macro F1 such a "
+            "class counts as 0 where it was predicted",
+            *(place, names),
+        )
 
 
 def _leave_out_unwritable_cache(parts: Parts) -> None:

@@ -320,10 +320,14 @@ def _write_text(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
             guesses = f"none of these  ({guesses})"
         if row.set is not None:
             guesses += f"  {{{', '.join(map(printable, row.set))}}}"
-        guesses += "".join(f"\n  {one.similarity:.3f}  {printable(one.path)}" for one in row.neighbours or ())
+        guesses += "".join(f"\n  {_nearest(one)}" for one in row.neighbours or ())
         # An image's error names its path already.
         file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
         file.flush()
+
+
+def _nearest(one: Neighbour) -> str:
+    return f"similarity {one.similarity:.3f}  {printable(one.path)} ({printable(one.label)})"
 
 
 def _write_jsonl(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:

@@ -144,7 +144,12 @@ def test_labels_in_any_script_and_with_commas(tmp_path: Path) -> None:
     ("text", "columns", "complaint"),
     [
         ("id,lable\n1,dog\n", {}, "1: unknown column 'label'; did you mean 'lable'? (valid: id, lable)"),
-        ("id,label\n1,dog\n", {"image_column": "file"}, "1: unknown column 'file' (valid: id, label)"),
+        ("id,label\n1,dog\n", {"image_column": "file"}, "1: unknown column 'file'"),
+        (
+            "file,species\n1,dog\n",
+            {},
+            "1: unknown column 'id' (valid: file, species); set data.csv.image_column and data.csv.label_column to",
+        ),
         (ROWS, {"split_column": "Split"}, "1: unknown column 'Split'"),
         ("", {}, " empty file; its first line must name the columns"),
         ("id,label\n1,dog\n2,\n", {}, "3: no label in this row"),
@@ -175,9 +180,7 @@ def test_an_unknown_label_says_who_fixed_the_classes(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_names_the_remedy(tmp_path: Path) -> None:
-    assert _complaint(tmp_path, "image,label\n1,dog\n").endswith(
-        "set data.csv.image_column, label_column, split_column or group_column"
-    )
+    assert _complaint(tmp_path, "image,label\n1,dog\n").endswith("set data.csv.image_column to the right one")
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "."], ids=["missing", "a folder"])

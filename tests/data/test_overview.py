@@ -46,6 +46,12 @@ def test_of_more_classes_the_largest_the_median_and_the_smallest_are_shown() -> 
     assert found.lines()[1] == "  largest: sort 19 90/2  median: sort 10  11/2  smallest: sort 0  1/2"
 
 
+def test_many_classes_with_the_same_number_of_images_are_one_line() -> None:
+    found = Overview([f"sort {index}" for index in range(21)], {"train": [1000] * 21, "val": [2] * 21})
+    assert found.lines()[0] == "images of each class (train/val): 1,000/2"
+    assert len(found.lines()) == 2
+
+
 def test_a_name_neither_breaks_the_columns_nor_moves_the_cursor() -> None:
     lines = Overview(["y" * 100, "a\x1b"], {"train": [2, 1], "val": [1, 1]}).lines()
     assert lines[1].count("y") == 23

@@ -131,7 +131,7 @@ def test_a_run_leaves_them_out_and_so_does_its_evaluation(tl: Run, tmp_path: Pat
     skip = table("path,split\nred/00.jpg,train\nblue/01.jpg,val\n")
     ran = tl("train", "photos", "--apply", skip, "--epochs", 1, "--json", *SMALL)
     result: dict[str, Any] = last_json(ran)
-    assert "skip.csv: 2 of 12 all images are left out" in ran.stderr
+    assert "skip.csv: 2 of 12 images are left out" in ran.stderr
     rows = (Path(result["run_dir"]) / "split.csv").read_text(encoding="utf-8")
     assert rows.count("\n") == 11
     assert "red/00.jpg" not in rows and "blue/01.jpg" not in rows

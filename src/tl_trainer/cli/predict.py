@@ -112,7 +112,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.embed:
         log.info("paths and features: %s", args.embed)
     if failed := tally.pop(None, 0):
-        log.warning("%d image(s) could not be used", failed)
+        log.warning("%d of %d images could not be used", failed, failed + tally.total())
     if tally.total() > 1:
         log.info("%d images: %s", tally.total(), listed([f"{label} {n}" for label, n in tally.most_common()], 10))
     return 1 if failed else 0

@@ -124,18 +124,17 @@ def _columns(table: Path, section: CsvSection) -> Columns:
 
 
 def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
-    optional = [section.split_column, section.group_column]
-    wanted = [section.image_column, section.label_column, *filter(None, optional)]
+    keys = ("image_column", "label_column", "split_column", "group_column")
+    asked = {f"data.csv.{key}": column for key in keys if (column := getattr(section, key))}
+    wanted = [*asked.values()]
     header = next(filter(None, reader), None)  # blank lines are no rows
     if header is None:
         raise DataError(f"{table}: empty file; its first line must name the columns")
     place = {name: index for index, name in enumerate(header)}
-    for column in wanted:
-        if column not in place:
-            complaint = unknown("column", column, header)
-            raise DataError(
-                f"{table}:1: {complaint}; set data.csv.image_column, label_column, split_column or group_column"
-            )
+    if missing := [key for key, column in asked.items() if column not in place]:
+        raise DataError(
+            f"{table}:1: {unknown('column', asked[missing[0]], header)}; set {' and '.join(missing)} to the right one"
+        )
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
     lines, images, names, labels, splits, groups = columns = Columns(array("q"), [], [], array("q"), {}, [])
     number: dict[str, int] = {}  # of each label

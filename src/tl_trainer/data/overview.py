@@ -68,6 +68,11 @@ class Overview:
 
     def lines(self) -> list[str]:
         """The classes in columns of WIDTH characters, the sizes, and the baseline."""
+        title = f"images of each class ({'/'.join(self.counts)})"
+        sizes = [self.sizes_in_words()] if self.sizes else []
+        if all(len({*counts}) == 1 for counts in self.counts.values()) and len(self.classes) > WHOLE:
+            alike = "/".join(f"{counts[0]:,}" for counts in self.counts.values())
+            return [f"{title}: {alike}", *sizes, self.baseline_in_words("val")]
         cells = []
         for index, remark in self.shown().items():
             name = printable(self.classes[index])
@@ -78,8 +83,7 @@ class Overview:
         columns = max(1, (WIDTH - 2) // (left + right + 3))
         texts = [f"{name:{left}} {numbers:>{right}}" for name, numbers in cells]
         rows = ["  " + "  ".join(texts[first : first + columns]) for first in range(0, len(texts), columns)]
-        sizes = [self.sizes_in_words()] if self.sizes else []
-        return [f"images of each class ({'/'.join(self.counts)}):", *rows, *sizes, self.baseline_in_words("val")]
+        return [f"{title}:", *rows, *sizes, self.baseline_in_words("val")]
 
 
 def _extremes(sizes: Counter[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -32,7 +32,7 @@ def without(dataset: Dataset, table: Path) -> Dataset:
         splits[name] = split if kept is None or len(kept) == len(split) else split.subset(kept)
         if splits[name] is not split:
             missing.difference_update(wanted & {*split.names})
-            told.append(f"{len(split) - len(splits[name])} of {len(split)} {name}")
+            told.append(f"{len(split) - len(splits[name])} of {len(split)}" + f" {name}" * (name != "all"))
             _require_images(dataset, name, splits[name], table)
     if told:
         log.info("%s: %s images are left out", table, ", ".join(told))
