@@ -161,9 +161,9 @@ MISTAKES: list[tuple[dict[str, bytes | str], dict[str, Any], str]] = [
     ),
     ({"1.png": b"x", "1.txt": "a"}, {}, "the sample 1 has png, txt, and none is its label"),
     (
-        {"a/1.tif": b"x", "a/1.cls": "a"},
+        {"a/1.jp2": b"x", "a/1.cls": "a"},
         {},
-        "the sample a/1 has tif, cls, and none is its image; set data.webdataset.image",
+        "the sample a/1 has jp2, cls, and none is its image; set data.webdataset.image",
     ),
     ({"1.png": b"x", "1.cls": "a", "2.cls": "b"}, {}, "the sample 2 has cls, and none is its image"),
     ({"1.png": b"x", "1.cls": "\n"}, {}, "train-0.tar/1.cls: '' is no label; it must be a name or a whole number, on"),

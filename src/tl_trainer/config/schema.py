@@ -50,7 +50,8 @@ class WebDatasetSection(Section):
     val: str | list[str] | None = Field(None, description="Those of the val split; null draws it from train.")
     test: str | list[str] | None = Field(None, description="Those of the test split; null is none.")
     image: str = Field(
-        "jpg;jpeg;png;webp", description="The endings of the member of a sample that is its image; the first counts."
+        "jpg;jpeg;png;webp;bmp;gif;tif;tiff;ppm;pgm",
+        description="The endings of the member of a sample that is its image; the first counts.",
     )
     label: str = Field(
         "cls", description="The ending of the member that holds the label, or json:<field> for a field of a .json."
