@@ -8,7 +8,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from shards import write_tar
 from tiny import CLASSES, tiny_classifier, tiny_template
 from tl_trainer import predict as module_under_test
 from tl_trainer.assembly import Parts
@@ -28,7 +29,7 @@ from tl_trainer.data.transforms import PlainSteps, Preprocessing, spell_out, tta
 from tl_trainer.errors import InputError
 from tl_trainer.feeds import Feeds
 from tl_trainer.network import Network
-from tl_trainer.predict import Asked, Predictor, Row, expand_inputs, line_waiting
+from tl_trainer.predict import FORMATS, Asked, Predictor, Row, expand_inputs, line_waiting, write_rows
 from tl_trainer.tasks import SingleLabel
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -177,6 +178,34 @@ def test_a_name_that_is_too_long_is_an_error_row(paths: list[str]) -> None:
     assert good.error is None
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_images_of_an_archive_have_the_rows_of_their_files(paths: list[str], tmp_path: Path, form: str) -> None:
+    names = {f"x/{Path(path).name}": Path(path) for path in paths if Path(path).is_file()}
+    write_tar(tmp_path / "a.tar", {**{name: path.read_bytes() for name, path in names.items()}, "x/1.cls": "1"})
+
+    def written(inputs: Iterable[str]) -> str:
+        text = io.StringIO()
+        write_rows(predictor().rows(expand_inputs(inputs, io.StringIO(f"{tmp_path}/a.tar\n")), 4), form, text, 2)
+        return text.getvalue()
+
+    rows = written([f"{tmp_path}/a.tar"])
+    plain = written([str(path) for path in names.values()])
+    for name, path in names.items():
+        plain = plain.replace(str(path), f"{tmp_path}/a.tar/{name}")
+    assert rows == plain
+    assert rows == written(["-"]) == written([f"{tmp_path}/*.tar"])
+
+
+def test_an_archive_that_is_cut_ends_with_an_error_row(paths: list[str], tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1.png": Path(paths[1]).read_bytes(), "2.cls": "x" * 600, "2.png": b"x"})
+    for length, name in ((path.stat().st_size // 10240 * 10240 - 7000, "2.cls"), (0, "(the rest)")):
+        path.write_bytes(path.read_bytes()[:length])
+        *good, last = predictor().rows(expand_inputs([str(path)], io.StringIO()), 4)
+        assert all(row.error is None for row in good)
+        assert last.error is not None
+        assert (last.path, last.error.partition(" cannot")[0]) == (f"{path}/{name}", f"{path}/{name}: {path}")
+
+
 def test_of_what_is_no_file_of_the_system_nothing_is_known() -> None:
     assert not line_waiting(io.StringIO("a.jpg\n"))
 
@@ -227,10 +256,12 @@ def test_a_temperature_changes_the_probabilities_and_not_the_order(paths: list[s
         ("-", "-: no paths on stdin"),
         ("empty", "empty: no images in this folder"),
         ("*.jpg", r"\*.jpg: nothing matches"),
+        ("a.tar", "a.tar: no images in this archive"),
     ],
 )
 def test_what_names_no_image_is_refused(argument: str, message: str) -> None:
     Path("empty").mkdir()
+    write_tar(Path("a.tar"), {"1.cls": "1"})
     with pytest.raises(InputError, match=message):
         list(expand_inputs([argument], io.StringIO("\n")))
 

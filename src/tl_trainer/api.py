@@ -302,4 +302,4 @@ def _dotted(overrides: Mapping[str, Any]) -> list[Override]:
 
 
 def _many(images: Source | Iterable[Source]) -> Iterable[Source]:
-    return [images] if isinstance(images, (str, Path, Image.Image)) else images
+    return [images] if isinstance(images, Source) else images

@@ -28,6 +28,7 @@ from tl_trainer.data import images
 from tl_trainer.data.folders import walk
 from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import chunked, stacked
+from tl_trainer.data.tar import Member, images_in
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.evaluate import averaged
@@ -39,7 +40,7 @@ from tl_trainer.known import NEAREST, Known, Neighbour
 from tl_trainer.metrics import check_finite
 from tl_trainer.tasks import Prediction, prediction_columns
 
-Source = str | Path | Image.Image
+Source = str | Path | Member | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
 Decoded = tuple[Views, float]  # and what `images.dark` says of it
 
@@ -109,11 +110,11 @@ class Asked:
     features: bool = False
 
 
-def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
-    """Files as they are, the images below folders, what globs match, and for `-` the paths on stdin.
+def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str | Member]:
+    """Files as they are, the images below folders and in tar archives, what globs match, for `-` the paths on stdin.
 
-    Raises InputError for a folder without images and a glob that matches nothing. A file that does not exist is passed
-    on: it becomes an error row.
+    Raises InputError for a folder or an archive without images and a glob that matches nothing. A file that does not
+    exist is passed on: it becomes an error row.
     """
     for argument in arguments:
         if argument == "-":
@@ -121,12 +122,19 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
             first = next(listed, None)
             if first is None:
                 raise InputError("-: no paths on stdin; write one on each line")
-            yield from itertools.chain([first], listed)
+            for path in itertools.chain([first], listed):
+                yield from images_in(Path(path)) if _is_archive(path) else [path]
         elif os.path.isdir(argument):  # noqa: PTH112  (Path's own raises for a name that is too long)
             found = [str(file) for file in walk(Path(argument)) if file.suffix.lower() in images.ENDINGS]
             if not found:
                 raise InputError(f"{argument}: no images in this folder (endings: {' '.join(images.ENDINGS)})")
             yield from found
+        elif _is_archive(argument):
+            member = None
+            for member in images_in(Path(argument)):
+                yield member
+            if member is None:
+                raise InputError(f"{argument}: no images in this archive (endings: {' '.join(images.ENDINGS)})")
         elif glob.has_magic(argument) and not os.path.exists(argument):  # noqa: PTH110
             matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
             if not matches:
@@ -134,6 +142,10 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str]:
             yield from expand_inputs(matches, stdin)
         else:
             yield argument
+
+
+def _is_archive(path: str) -> bool:
+    return path.lower().endswith(".tar") and os.path.isfile(path)  # noqa: PTH113
 
 
 def line_waiting(stdin: IO[str]) -> bool:
@@ -289,6 +301,8 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
     if isinstance(source, Image.Image):
         decoding.check(source.size, "the picture")
         return images.upright_rgb(source, decoding.value_range)
+    if isinstance(source, Member):
+        return images.decode(source.content(), source, decoding)
     return images.load(Path(source), decoding)
 
 

@@ -110,7 +110,10 @@ def test_words_and_flags_are_keys_and_a_flag_wins(
 
 def test_a_key_alone_names_no_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert tl_predict.main(["features.cache=off", "--checkpoint", "best.pth"]) == 2
-    assert capsys.readouterr().err == "tl-predict: no images: give files, folders, globs, or - for paths on stdin\n"
+    assert (
+        capsys.readouterr().err
+        == "tl-predict: no images: give files, folders, tar archives, globs, or - for paths on stdin\n"
+    )
 
 
 @pytest.mark.parametrize("word", ["stray", "stray.yaml"])

@@ -35,6 +35,7 @@ EPILOG = """\
 examples:
   tl-predict photo.jpg
   tl-predict photo.jpg --explain evidence
+  tl-predict test-000000.tar --format csv --output rows.csv
   tl-predict holiday/ 'more/*.png' --checkpoint runs/flowers102-1/best.pth --topk 3
   find . -name '*.jpg' | tl-predict - --format jsonl --output labels.jsonl
 """
@@ -44,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-predict."""
     parser = new_parser("tl-predict", "Classify images.", EPILOG)
     add = parser.add_argument
-    add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, globs, or - for paths on stdin; "
-        "key=value sets " + OVERRIDES_HELP)  # fmt: skip
+    add("paths", type=given, nargs="+", metavar="PATH", help="image files, folders, tar archives, globs, or - for "
+        "paths on stdin; key=value sets " + OVERRIDES_HELP)  # fmt: skip
     add("--checkpoint", type=given, metavar="FILE", help=CHECKPOINT_HELP)
     add("--topk", type=positive, default=5, metavar="K", help="classes per image (default 5)")
     add("--format", choices=("text", "json", "jsonl", "csv"), default="text", help="default text")
@@ -73,7 +74,7 @@ def _predict(args: argparse.Namespace) -> int:
     args.overrides = [word for word in args.paths if _is_override(word)]
     paths = [word for word in args.paths if word not in args.overrides]
     if not paths:
-        raise InputError("no images: give files, folders, globs, or - for paths on stdin")
+        raise InputError("no images: give files, folders, tar archives, globs, or - for paths on stdin")
     overrides = overrides_of(args, {"device": "device"}, ON_A_CHECKPOINT)
     with without_collection():
         from tl_trainer import api

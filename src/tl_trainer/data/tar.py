@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from tl_trainer.data import images
 from tl_trainer.errors import DataError, ImageError
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 REST = "(the rest)"
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True)
+class Member:
     """A file in a tar archive, and where its bytes are."""
 
     archive: Path
@@ -77,8 +79,11 @@ def _is_compressed(file: IO[bytes]) -> bool:
 
 
 def images_in(archive: Path) -> Iterator[Member]:
-    """The images in a tar archive, by their endings; of one that is cut, the last one cannot be read."""
+    """The images in a tar archive, by their endings; of one that is cut or none at all, the last one is unreadable."""
     with archive.open("rb") as file:
-        for member in members(file, archive):
-            if member.size < 0 or Path(member.name).suffix.lower() in images.ENDINGS:
-                yield member
+        try:
+            for member in members(file, archive):
+                if member.size < 0 or Path(member.name).suffix.lower() in images.ENDINGS:
+                    yield member
+        except DataError:  # to be said where it is read
+            yield Member(archive, REST, 0, -1)
