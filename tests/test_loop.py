@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from tiny import IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny
 from tl_trainer import optim
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
-from tl_trainer.config.training import OptimizerSection
+from tl_trainer.config.training import Figure, OptimizerSection, StopSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import Interrupted, RunError
@@ -71,6 +71,7 @@ class Run:
     criterion: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     task: SingleLabel = field(default_factory=lambda: SingleLabel(["a", "b", "c"]))
     clock: Clock = field(default_factory=Clock)
+    stop: StopSection = field(default_factory=StopSection)
     events: int = 0
 
     def train(self) -> State:
@@ -112,7 +113,9 @@ class Run:
         step = replace(step, average=state.average)
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
-        fit(Training(self.task, state, feed, step, validate, pause, device, self.epochs, self.epochs), tracker, saver)
+        until = self.epochs - state.progress.skipped
+        training = Training(self.task, state, feed, step, validate, pause, device, until, self.epochs, self.stop)
+        fit(training, tracker, saver)
         return state
 
 
@@ -252,10 +255,37 @@ def test_the_task_says_which_epoch_is_the_best_and_what_is_logged(
 
 
 def test_plateau_cuts_the_rate_after_an_epoch_that_was_worse(tmp_path: Path) -> None:
-    Run(tmp_path / "run", "sgd-plateau").train()
+    Run(tmp_path / "run", "sgd-plateau", task=SingleLabel(["a", "b", "c"], best="loss")).train()
     first, second, third = rows(tmp_path / "run")
     assert float(second["val_loss"]) > float(first["val_loss"])
     assert [row["lr"] for row in (first, second, third)] == ["0.8", "0.8", "0.4"]
+
+
+@pytest.mark.parametrize("metric", get_args(Figure))
+def test_a_phase_ends_early_where_a_figure_stands_still(
+    tmp_path: Path, metric: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the epoch that the figures of the whole run say; and with more epochs it goes on."""
+    task, least = SingleLabel(["a", "b", "c"], stop=metric), 0.02
+    Run(tmp_path / "whole", epochs=30, task=task).train()
+    sign = -1 if metric == "loss" else 1
+    values = [sign * float(row[f"val_{metric}"]) for row in rows(tmp_path / "whole")]
+    best = last = 0
+    for epoch, value in enumerate(values):
+        best = epoch if value > values[best] + least else best
+        if epoch - best == 2:
+            last = epoch + 1
+            break
+    assert 2 < last < 30
+    stop, folder = StopSection(metric=metric, patience=2, min_delta=least), tmp_path / "run"
+    caplog.set_level("INFO", logger="tl_trainer")
+    with pytest.raises(Interrupted):
+        Run(folder, epochs=30, task=task, stop=stop, at={last * (STEPS + 1) - 2: terminate}).train()
+    progress = Run(folder, epochs=30, task=task, stop=stop).train().progress
+    assert (progress.epoch, progress.passed) == (last, 30)
+    assert rows(folder) == rows(tmp_path / "whole")[:last]
+    assert f"stopped after epoch {last}: {metric} was no better for 2 epochs (train.stop)" in caplog.messages
+    assert Run(folder, epochs=30, task=task, stop=stop).train().progress == progress
 
 
 @pytest.mark.parametrize("event", range(1, EVENTS + 1))

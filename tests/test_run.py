@@ -161,6 +161,25 @@ def test_phases_are_one_run_that_can_be_stopped_anywhere(
         same_ends(Path(folder, "run-1"), run_dir)
 
 
+def test_a_phase_that_ends_early_hands_over_to_the_next(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loss falls by 10: each phase ends after its second epoch."""
+    phases = [{"trainable": "head", "augment": False, "epochs": 5}, {"trainable": "conv5", "epochs": 4}]
+    stop = {"metric": "loss", "patience": 1, "min_delta": 10.0}
+    train = {"epochs": 9, "phases": phases, "stop": stop, "best": "loss"}
+    monkeypatch.setitem(PHASES, "early", train)
+    whole = run.train(phased(colours, "early"), None, StopRequest())
+    assert whole["epochs"] == 4
+    rows = [line.split(",") for line in Path(whole["run_dir"], "metrics.csv").read_text().splitlines()]
+    losses = [float(row[rows[0].index("val_loss")]) for row in rows[1:]]
+    assert whole["best_epoch"] == 1 + losses.index(min(losses))
+    with pytest.raises(Interrupted):
+        run.train(phased(colours, "early", "stopped"), None, StopsAfter(16))  # in the fourth epoch
+    with resume("stopped/run-1", None, []) as (loaded, resumption):
+        assert resumption.progress.epoch == 3
+        run.train(loaded, resumption, StopRequest())
+    same_ends(Path("stopped/run-1"), Path(whole["run_dir"]))
+
+
 class StopsAfter(StopRequest):
     """Asks for the end of the run when it was looked at so many times."""
 

@@ -39,7 +39,7 @@ from tl_trainer.models.heads import build_head
 from tl_trainer.models.weights import state_hash
 from tl_trainer.optim import Average, Schedule
 from tl_trainer.run import _pause
-from tl_trainer.saver import EpochDone, Progress, Saver, State
+from tl_trainer.saver import EpochDone, Progress, Saver, State, Wait
 from tl_trainer.tasks import SingleLabel
 
 ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
@@ -111,7 +111,7 @@ def test_an_epoch_that_ended_leaves_nothing_of_its_batches() -> None:
     before = {"epoch": 3, "best_epoch": 1, "best": {**FIGURES, "top1": 0.5}}
     progress = Progress(**before, batch=4, loss=2.5, images=11, seconds=1.5)
     assert progress.epoch_ended(FIGURES, BETTER) == EpochDone(4, 2.5 / 11, 1.5, 11, True)
-    assert progress == Progress(epoch=4, best_epoch=4, best=FIGURES)
+    assert progress == Progress(epoch=4, best_epoch=4, best=FIGURES, of_best=Wait(best=FIGURES))
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,14 @@ def test_the_mean_loss_of_an_epoch_is_over_images() -> None:
 @pytest.mark.parametrize("optimizer", [ADAM, SGD])
 def test_a_resume_restores_everything_bit_for_bit(tmp_path: Path, optimizer: dict[str, Any]) -> None:
     before = make_state(0, optimizer)
-    for loss in (0.5, 0.6, 0.4):
-        before.schedule.epoch_ended(loss)
+    for waited in (0, 1, 0):
+        before.schedule.epoch_ended(waited)
     before.progress.epoch_ended(FIGURES, BETTER)
+    before.progress.of_stop.epoch_ended(FIGURES, BETTER)
     steps(before, 3)
     before.progress.loss, before.progress.seconds = 0.1 + 0.2, math.pi
     make_saver(tmp_path, before).save()
-    plateau, optimizer_state = dict(before.schedule.plateau), copy.deepcopy(before.optimizer.state_dict())
+    optimizer_state = copy.deepcopy(before.optimizer.state_dict())
     draws = torch.rand(5)
 
     after = make_state(1, optimizer)
@@ -169,8 +170,7 @@ def test_a_resume_restores_everything_bit_for_bit(tmp_path: Path, optimizer: dic
     assert torch.equal(torch.rand(5), draws)
     assert same(after.classifier.state_dict(), before.classifier.state_dict())
     assert after.progress == before.progress
-    assert after.schedule.plateau == plateau
-    assert plateau == {"best": 0.4, "bad_epochs": 0, "factor": 0.1}
+    assert after.schedule.plateau == before.schedule.plateau == 0.1
     found = after.optimizer.state_dict()
     assert found["param_groups"] == optimizer_state["param_groups"]
     assert found["state"].keys() == optimizer_state["state"].keys() != set()

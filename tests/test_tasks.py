@@ -10,23 +10,30 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    top_k_accuracy_score,
+)
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.nn import functional
 
 from tl_trainer import metrics, tasks
-from tl_trainer.config.training import LossSection
+from tl_trainer.config.training import Figure, LossSection
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.metrics import FEWEST, Figures, Scores
 from tl_trainer.plots import confusion_figure, png, reliability_figure
-from tl_trainer.tasks import Prediction, SingleLabel
+from tl_trainer.tasks import HIGHER, Prediction, SingleLabel
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
 TASK = SingleLabel(CLASSES)
@@ -117,6 +124,40 @@ def test_the_figures_are_scikit_learns(classes: int) -> None:
     assert found["top5"] == top5
     assert 0 < found["top1"] < 1
     assert set(SingleLabel.columns) < found.keys()
+
+
+def test_the_averages_of_classes_are_scikit_learns_and_only_there_when_asked_for() -> None:
+    scores = noise(40, 6)
+    predicted = scores.logits.argmax(dim=1)
+    task = SingleLabel([*"abcdef"], "macro_f1", "balanced_accuracy")
+    found = task.figures(scores)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(scores.targets, predicted), abs=1e-6)
+    assert found["macro_f1"] == pytest.approx(f1_score(scores.targets, predicted, average="macro"), abs=1e-6)
+    assert task.columns == ("loss", "top1", "top5", "macro_f1", "balanced_accuracy")
+    assert f"macro F1 {found['macro_f1']:5.1%}" in task.in_words(found)
+    assert SingleLabel([*"abcdef"], "loss", "top1").figures(scores).keys() == {"loss", "top1", "top5", "n"}
+    task.check(found)
+    for wrong in (None, 1.5, "0.5"):
+        with pytest.raises(ValueError, match="validation error"):
+            task.check({**found, "macro_f1": wrong})
+
+
+def test_better_is_by_the_figure_that_is_named() -> None:
+    task, lower = SingleLabel([*"abc"], "loss"), {**FIGURES, "loss": FIGURES["loss"] - 0.1, "top1": 0.1}
+    assert task.better(lower, FIGURES)
+    assert not task.better(FIGURES, lower)
+    assert task.better(FIGURES, lower, by="top1")
+    assert not TASK.better(lower, FIGURES)
+    assert task.better(lower, FIGURES, least=0.05)
+    assert not task.better(lower, FIGURES, least=0.11)
+    assert not task.better({**FIGURES, "loss": math.nan}, FIGURES)
+    tied = {**FIGURES, "loss": FIGURES["loss"] - 0.1}
+    assert TASK.better(tied, FIGURES)
+    assert not TASK.better(tied, FIGURES, least=0.01)
+
+
+def test_the_figures_of_the_schema_have_a_direction() -> None:
+    assert set(get_args(Figure)) == HIGHER.keys()
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])

@@ -62,7 +62,7 @@ from tl_trainer.settings import (
     check_views,
     located,
 )
-from tl_trainer.tasks import SingleLabel, Task
+from tl_trainer.tasks import Task, task_of
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,9 @@ class Setup:
         What a later phase draws does not depend on what was drawn before it.
         """
         config, network = self.parts.config, self.parts.network
-        phase, begun = config.phases[number], sum(phase.epochs for phase in config.phases[:number])
+        phase, progress = config.phases[number], progress or Progress()
+        begun = sum(phase.epochs for phase in config.phases[:number]) - progress.skipped
+        progress.phase_begins()
         classifier, section = network.classifier, phase.optimizer
         alike = (section.layer_decay, section.decay, section.head_lr) == (1, "all", None)
         trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
@@ -162,11 +164,11 @@ class Setup:
         optimizer = build_optimizer(groups, section)
         schedule = Schedule(optimizer, phase.schedule, phase.epochs, batches, config.train.accumulate)
         scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
-        if begun:
+        if begun > 0:
             torch.manual_seed(config.seed + begun)
         decay = config.train.ema.decay
         average = None if decay is None else Average(classifier.trained_state(), decay)
-        return State(classifier, optimizer, schedule, scaler, progress or Progress(), begun, average)
+        return State(classifier, optimizer, schedule, scaler, progress, begun, average)
 
 
 def set_up(
@@ -198,7 +200,7 @@ def set_up(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "
                 "is the folder one level too high or too low?"
             )
-        task, drawn = SingleLabel(dataset.classes), "val" not in dataset.splits
+        task, drawn = task_of(config.train, dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         inspect(dataset, task, drawn)
         memory = None if dry else memory_of(config)
@@ -263,7 +265,8 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
             precision = "fp32"
         network = Network(classifier.eval(), device, precision)
     feeds = _feeds(config, network, saved.backbone)
-    return Parts(loaded, SingleLabel(saved.classes), network, pipeline, saved.backbone, saved.features, feeds, saved)
+    task = task_of(config.train, saved.classes)
+    return Parts(loaded, task, network, pipeline, saved.backbone, saved.features, feeds, saved)
 
 
 def _name_single(classes: list[str], train: Split, *, drawn: bool) -> None:

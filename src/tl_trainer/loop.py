@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn, optim
 
+from tl_trainer.config.training import StopSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import RunError
 from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
-from tl_trainer.metrics import Scores
+from tl_trainer.metrics import Figures, Scores
 from tl_trainer.optim import Average, weights_of
 from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 # Times the loss of guessing: a healthy run may be above the first while it falls, but does not end above the second.
 ABSURD, HOPELESS = 20, 100
@@ -128,8 +133,8 @@ def _underway(loss: Tensor) -> Callable[[], float]:
 class Training:
     """What `fit` works with. `validate` gives the scores of the validation split.
 
-    `until` is the last epoch of this phase, `epochs` of the run. `pause` is called after every batch of training and
-    validation: a run may save there, or be ended by an exception.
+    `until` is the last epoch of this phase, `epochs` of the run; `stop` may end the phase before. `pause` is called
+    after every batch of training and validation: a run may save there, or be ended by an exception.
     """
 
     task: Task
@@ -141,10 +146,11 @@ class Training:
     device: torch.device
     until: int
     epochs: int
+    stop: StopSection = field(default_factory=StopSection)
 
 
 def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
-    """Train from where the state stands to the last epoch of its phase, validating after each.
+    """Train from where the state stands to the end of its phase, validating after each epoch.
 
     Raises RunError as soon as a loss is not finite, or absurd without falling, and whatever `pause` raises.
     """
@@ -169,14 +175,31 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
         val = training.task.figures(scores)
         if not math.isfinite(val["loss"]):
             raise RunError(f"the validation loss is {val['loss']} after {name}; lower the rate with --lr")
-        state.schedule.epoch_ended(val["loss"])
         done = progress.epoch_ended(val, training.task.better)
+        state.schedule.epoch_ended(done.waited)
         tracker.epoch(done, val, lr)
+        stops = _stops(training, val)
         before = _loss_of(training, done, val["loss"], before)
         if done.improved:
             saver.improved(scores)
             tracker.improved(progress.epoch, scores)
+        if stops:
+            break
     saver.finish()
+
+
+def _stops(training: Training, val: Figures) -> bool:
+    """Count an epoch with these figures; whether `train.stop` ends the phase with it, which is said."""
+    stop, progress = training.stop, training.state.progress
+    if stop.metric is None:
+        return False
+    better = partial(training.task.better, by=stop.metric, least=stop.min_delta)
+    waited, left = progress.of_stop.epoch_ended(val, better), training.until - progress.epoch
+    if waited < stop.patience or not left:
+        return False
+    progress.skipped += left
+    log.info("stopped after epoch %d: %s was no better for %d epochs (train.stop)", progress.epoch, stop.metric, waited)
+    return True
 
 
 def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float) -> float:
@@ -187,7 +210,7 @@ def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float
     its first epoch.
     """
     loss, guessing = min(done.train_loss, val_loss), training.task.guessing_loss
-    ended = done.epoch == training.epochs and loss > HOPELESS * guessing
+    ended = training.state.progress.passed == training.epochs and loss > HOPELESS * guessing
     if ended or (loss > ABSURD * guessing and loss >= before):
         raise RunError(
             f"after epoch {done.epoch}/{training.epochs} the training loss is {done.train_loss:,.4g} and the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,15 +172,13 @@ def reliability(scores: Scores, temperature: float | None) -> Reliability:
 def measure(scores: Scores, classes: Sequence[str], temperature: float | None, withheld: str | None) -> dict[str, Any]:
     """All figures as plain data. What is undefined is None, and `undefined` says why.
 
-    As in scikit-learn, balanced accuracy is over the classes that the split has, macro over those that it has or that
-    were predicted, with 0 for what is undefined. `withheld` is the reason why the figures with the temperature are not
-    given, None where they are. Raises RunError where a logit is not finite.
+    `withheld` is the reason why the figures with the temperature are not given, None where they are. Raises RunError
+    where a logit is not finite.
     """
     check_finite(scores.logits)
     found = figures(scores)
     rows = per_class(scores, classes)
     present = [row for row in rows if row["support"]]
-    counted = [row for row in rows if row["support"] or row["predicted"]]
     undefined = {
         f"per_class {row['class']} recall": "the split has no image of this class" for row in rows if not row["support"]
     }
@@ -190,8 +188,8 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
         **found,
         "top1_interval": wilson(found["top1"], len(scores.targets)),
         "top5_interval": wilson(found["top5"], len(scores.targets)),
-        "balanced_accuracy": sum(row["recall"] for row in present) / len(present),
-        "macro": {key: sum(row[key] or 0 for row in counted) / len(counted) for key in ("precision", "recall", "f1")},
+        "balanced_accuracy": balanced_accuracy(rows),
+        "macro": {key: macro(rows, key) for key in ("precision", "recall", "f1")},
         "weighted": {
             key: sum(row[key] * row["support"] for row in present) / found["n"] for key in ("precision", "recall", "f1")
         },
@@ -204,6 +202,26 @@ def measure(scores: Scores, classes: Sequence[str], temperature: float | None, w
         "per_class": rows,
         "undefined": undefined,
     }
+
+
+def balanced_accuracy(rows: Sequence[dict[str, Any]]) -> float:
+    """The mean recall over the classes that the split has, as in scikit-learn; rows: as of `per_class`."""
+    recalls: list[float] = [row["recall"] for row in rows if row["support"]]
+    return sum(recalls) / len(recalls)
+
+
+def macro(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """The mean over the classes that the split has or that were predicted, 0 for what is undefined, as in scikit-learn;
+    rows: as of `per_class`.
+    """
+    values: list[float] = [row[key] or 0.0 for row in rows if row["support"] or row["predicted"]]
+    return sum(values) / len(values)
+
+
+AVERAGES: dict[str, Callable[[Sequence[dict[str, Any]]], float]] = {
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": lambda rows: macro(rows, "f1"),
+}
 
 
 def check_finite(logits: Tensor) -> None:

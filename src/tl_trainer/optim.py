@@ -137,7 +137,7 @@ class Schedule:
         self.total_steps = epochs * self.steps_per_epoch
         self.warmup_steps = round(section.warmup_epochs * self.steps_per_epoch)
         self.base = [group["lr"] for group in optimizer.param_groups]
-        self.plateau: dict[str, Any] = {"best": math.inf, "bad_epochs": 0, "factor": 1.0}
+        self.plateau = 1.0  # the factor that it has come to
 
     def set_rate(self, batch: int) -> float:
         """Set the rate for the batch with this number, counted from 0 over all epochs; returns the first group's."""
@@ -150,14 +150,10 @@ class Schedule:
             group["lr"] = base * factor
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def epoch_ended(self, val_loss: float) -> None:
-        """Tell `plateau` the epoch's validation loss."""
-        if val_loss < self.plateau["best"]:
-            self.plateau.update(best=val_loss, bad_epochs=0)
-            return
-        self.plateau["bad_epochs"] += 1
-        if self.plateau["bad_epochs"] > self.section.patience:
-            self.plateau.update(bad_epochs=0, factor=self.plateau["factor"] * self.section.factor)
+    def epoch_ended(self, waited: int) -> None:
+        """Tell `plateau` how many epochs of the phase have ended since its best one."""
+        if waited and waited % (self.section.patience + 1) == 0:
+            self.plateau *= self.section.factor
 
 
 def _cosine(schedule: Schedule, step: int) -> float:
@@ -174,5 +170,5 @@ FACTORS: dict[str, Callable[[Schedule, int], float]] = {
     "constant": lambda schedule, step: 1.0,
     "cosine": _cosine,
     "step": _step,
-    "plateau": lambda schedule, step: float(schedule.plateau["factor"]),
+    "plateau": lambda schedule, step: schedule.plateau,
 }

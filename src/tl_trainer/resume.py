@@ -20,7 +20,7 @@ from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Progress, State
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.tasks import Task, task_of
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,14 @@ CHANGEABLE = (
 
 @dataclass
 class Resumption:
-    """A run to go on with: its folder, its last.pth and its best.pth (None where no epoch has ended).
+    """A run to go on with: its folder, its last.pth, how far that is, and its best.pth (None where no epoch has ended).
 
     result: what its result.json holds, where it is complete and there is nothing to go on with.
     """
 
     run_dir: Path
     last: Checkpoint
+    progress: Progress
     best: Checkpoint | None
     result: dict[str, Any] | None = None
 
@@ -116,10 +117,13 @@ def _read(
     if progress.found is not None:  # its search has decided what was left to it
         model = last.config["model"]
         configured = {**last.config, "model": {**model, "head": {**model["head"], "normalise": progress.found}}}
+    begun = from_checkpoint(configured, path)
+    task, result = task_of(begun.config.train, last.classes), None
+    for figures in (progress.best, progress.of_best.best, progress.of_stop.best):
+        _check_figures(figures, task, path, "resume.progress")
     loaded = from_checkpoint(configured, path, overrides) if config is None else load(config, overrides)
-    _compare(loaded, from_checkpoint(configured, path), path)
-    result = None
-    if last.epoch >= loaded.config.train.epochs:
+    _compare(loaded, begun, path)
+    if progress.passed >= loaded.config.train.epochs:
         result = _result(path.with_name(RESULT))
         if result and named and loaded.config.train.phases:
             raise InputError(f"{path.parent}: all phases of the run are done; start a new run to train others")
@@ -131,7 +135,7 @@ def _read(
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
         if not result:
             log.info("all %d epochs are done; nothing is trained again, only what the end of the run lacks", last.epoch)
-    return loaded, Resumption(path.parent, last, _load_best(path.with_name("best.pth"), last), result)
+    return loaded, Resumption(path.parent, last, progress, _load_best(path.with_name("best.pth"), last, task), result)
 
 
 def _result(path: Path) -> dict[str, Any] | None:
@@ -152,11 +156,17 @@ def _checked_progress(last: Checkpoint, path: Path) -> Progress:
         progress = Progress.model_validate((last.resume or {}).get("progress"))
         if (progress.epoch, progress.best) != (last.epoch, last.metrics):
             raise ValueError("not that of its weights")
-        if progress.best is not None:
-            SingleLabel(last.classes).check(progress.best)
     except ValueError as error:  # pydantic's are
         raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind") from error
     return progress
+
+
+def _check_figures(figures: Any, task: Task, path: Path, key: str) -> None:
+    try:
+        if figures is not None:
+            task.check(figures)
+    except ValueError as error:  # pydantic's
+        raise CheckpointError(f"{path}: damaged checkpoint: {key} is missing or of the wrong kind") from error
 
 
 def _newest(loaded: Loaded) -> Path:
@@ -182,17 +192,14 @@ def _load_last(path: Path) -> Checkpoint:
         return checkpoint.load(previous(path), mapped=False)
 
 
-def _load_best(path: Path, last: Checkpoint) -> Checkpoint | None:
+def _load_best(path: Path, last: Checkpoint, task: Task) -> Checkpoint | None:
     """best.pth; None where there is none and no epoch has ended."""
     if not path.exists():
         if last.metrics is not None:
             raise InputError(f"{path}: no such file, and last.pth counts on it; put it back or start a new run")
         return None
     best = checkpoint.load(path, mapped=False)
-    try:
-        SingleLabel(best.classes).check(best.metrics)
-    except ValueError as error:  # pydantic's
-        raise CheckpointError(f"{path}: damaged checkpoint: metrics is missing or of the wrong kind") from error
+    _check_figures(best.metrics or {}, task, path, "metrics")
     return best
 
 

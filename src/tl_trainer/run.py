@@ -38,7 +38,7 @@ from tl_trainer.models.prefix import DTYPES
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import RESULT
-from tl_trainer.saver import EpochDone, Saver, State
+from tl_trainer.saver import EpochDone, Progress, Saver, State
 from tl_trainer.search import search
 from tl_trainer.tracking import Tracker, graph_of
 
@@ -68,14 +68,15 @@ def train(
     make_folder(resumption.run_dir if resumption else output, "--output")
     setup = set_up(loaded, last)
     phases = setup.parts.config.phases
-    begun = _phase_at(phases, last.epoch if last else 0)
+    progress = resumption.progress if resumption else Progress()
+    begun = _phase_at(phases, progress.passed)
     if last and begun:  # the phase before may have found another head
         setup.parts.new_head(last.config["model"]["head"]["normalise"])
     template, images = _template(setup), fingerprint(setup.dataset.split("train"))
     if resumption:
         resumption.require_same(template, images, setup.dataset.where)
     feeds = setup.feeds(begun)
-    state = setup.new_state(len(feeds["train"].batches), begun)
+    state = setup.new_state(len(feeds["train"].batches), begun, progress)
     with contextlib.ExitStack() as stack:
         stack.callback(_close, feeds)
         if resumption:  # its folder is held since before last.pth was read
@@ -131,10 +132,10 @@ def _phase(
     return None
 
 
-def _phase_at(phases: Sequence[PhaseSection], epoch: int) -> int:
-    """The phase that is under way after so many epochs; after all of them the last."""
+def _phase_at(phases: Sequence[PhaseSection], passed: int) -> int:
+    """The phase that is under way after so many epochs of the plan; after all of them the last."""
     ends = accumulate(phase.epochs for phase in phases)
-    return next((number for number, end in enumerate(ends) if epoch < end), len(phases) - 1)
+    return next((number for number, end in enumerate(ends) if passed < end), len(phases) - 1)
 
 
 def _in_words(phase: PhaseSection, setup: Setup) -> str:
@@ -218,7 +219,8 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
         pause=pause,
         device=parts.network.device,
         until=state.begun + state.schedule.epochs,
-        epochs=parts.config.train.epochs,
+        epochs=section.epochs,
+        stop=section.stop,
     )
 
 

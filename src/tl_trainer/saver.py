@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor, optim
 
 from tl_trainer import conformal
@@ -39,6 +38,24 @@ class EpochDone(NamedTuple):
     seconds: float
     images: int
     improved: bool
+    waited: int = 0  # epochs of the phase since its best one
+
+
+class Wait(BaseModel):
+    """The best figures of a phase so far by some comparison, and how many epochs have ended since."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    best: dict[str, int | float] | None = None
+    epochs: NonNegativeInt = 0
+
+    def epoch_ended(self, figures: Figures, better: Callable[[Figures, Figures], bool]) -> int:
+        """Count an epoch; how many have ended since the best one, 0 where it is this."""
+        if self.best is None or better(figures, self.best):
+            self.best, self.epochs = figures, 0
+        else:
+            self.epochs += 1
+        return self.epochs
 
 
 class Progress(BaseModel):
@@ -54,6 +71,9 @@ class Progress(BaseModel):
     gathered: NonNegativeInt = 0  # images whose gradients wait for the update that they are part of
     best_epoch: NonNegativeInt = 0
     best: dict[str, int | float] | None = None
+    skipped: NonNegativeInt = 0  # epochs that `train.stop` has left out
+    of_best: Wait = Field(default_factory=Wait)  # of this phase, by `train.best` and by `train.stop`
+    of_stop: Wait = Field(default_factory=Wait)
     # Of a head that was found: `model.head.normalise` as it was configured; the checkpoint's own says what was found.
     found: Literal["auto", "none", "l2"] | None = None
 
@@ -79,11 +99,20 @@ class Progress(BaseModel):
         improved = self.best is None or better(figures, self.best)
         if improved:
             self.best_epoch, self.best = self.epoch, figures
-        return EpochDone(self.epoch, mean, seconds, images, improved)
+        return EpochDone(self.epoch, mean, seconds, images, improved, self.of_best.epoch_ended(figures, better))
+
+    def phase_begins(self) -> None:
+        """Forget what the phase before has waited for."""
+        self.of_best, self.of_stop = Wait(), Wait()
 
     def head_found(self, normalise: Literal["auto", "none", "l2"], epochs: int, figures: Figures) -> None:
         """Count all epochs as done: the head was found without any."""
         self.found, self.epoch, self.best_epoch, self.best = normalise, epochs, epochs, figures
+
+    @property
+    def passed(self) -> int:
+        """The epochs of the plan that lie behind the run, whether they were trained or left out."""
+        return self.epoch + self.skipped
 
     @property
     def begun(self) -> bool:
@@ -112,7 +141,7 @@ class State:
             "progress": self.progress.model_dump(),
             "optimizer": self.optimizer.state_dict(),
             "gradients": [w.grad for w in weights_of(self.optimizer)] if self.progress.gathered else [],
-            "plateau": dict(self.schedule.plateau),
+            "plateau": {"factor": self.schedule.plateau},
             "scaler": self.scaler.state_dict(),
             **({"average": [self.average.updates, self.average.tensors]} if self.average else {}),
             "random": random_state,
@@ -128,6 +157,7 @@ class State:
             self.average.restart()
         self.progress = Progress.model_validate(resume["progress"])
         if 0 < self.begun == self.progress.epoch and not self.progress.batch:
+            self.progress.phase_begins()
             return
         self.optimizer.load_state_dict(resume["optimizer"])
         for weight, kept in self.optimizer.state.items():  # which torch would only find out in its first step
@@ -136,12 +166,10 @@ class State:
                     raise ValueError(
                         f"the optimizer's {name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}"
                     )
-        plateau = self.schedule.plateau
-        for name, value in plateau.items():
-            found = resume["plateau"][name]
-            if type(found) is not type(value) or math.isnan(found):
-                raise ValueError(f"the schedule's {name} is {shown(found)}")
-            plateau[name] = found
+        factor = resume["plateau"]["factor"]
+        if not isinstance(factor, float) or not 0 <= factor <= 1:
+            raise ValueError(f"the schedule's factor is {shown(factor)}")
+        self.schedule.plateau = factor
         self.scaler.load_state_dict(resume["scaler"])
         if self.average:
             self.average.updates, tensors = resume["average"]

@@ -21,7 +21,7 @@ from torch.nn.functional import one_hot
 from typing_extensions import TypedDict
 
 from tl_trainer import metrics
-from tl_trainer.config.training import LossSection
+from tl_trainer.config.training import LossSection, TrainSection
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Figures, Scores
@@ -55,6 +55,10 @@ def prediction_columns(count: int) -> list[str]:
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
+# The figures by which an epoch can be better than another, and whether it is the higher that is better.
+HIGHER = {"loss": False, "top1": True, "balanced_accuracy": True, "macro_f1": True}
+
+
 class _TopK(TypedDict):
     loss: Annotated[float, Field(allow_inf_nan=False)]
     top1: _Share
@@ -65,10 +69,13 @@ class _TopK(TypedDict):
 class SingleLabel:
     """Each image has one class, and a target is its index."""
 
-    columns = ("loss", "top1", "top5")  # of the figures, what metrics.csv and TensorBoard show of each epoch
+    columns: tuple[str, ...] = ("loss", "top1", "top5")  # of the figures, those in metrics.csv and TensorBoard
 
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = list(classes)
+    def __init__(self, classes: Sequence[str], best: str = "top1", stop: str | None = None) -> None:
+        """best: of HIGHER, the figure by which an epoch is the best; stop: the one that may end a phase."""
+        self.classes, self.best = list(classes), best
+        self.averages = [name for name in dict.fromkeys((best, stop)) if name in metrics.AVERAGES]
+        self.columns = (*self.columns, *self.averages)
 
     def hold_out(
         self,
@@ -192,7 +199,11 @@ class SingleLabel:
 
     def figures(self, scores: Scores) -> Figures:
         """The figures of an epoch: `loss`, `n` (images), and those in `columns`."""
-        return metrics.figures(scores)
+        found = metrics.figures(scores)
+        if self.averages:
+            rows = metrics.per_class(scores, self.classes)
+            found |= {name: metrics.AVERAGES[name](rows) for name in self.averages}
+        return found
 
     @property
     def guessing_loss(self) -> float:
@@ -202,15 +213,22 @@ class SingleLabel:
     def check(self, figures: Any) -> None:
         """Raise ValueError for what `figures` cannot have given."""
         TypeAdapter(_TopK).validate_python(figures, strict=True)
+        TypeAdapter(dict[str, _Share]).validate_python({name: figures.get(name) for name in self.averages}, strict=True)
 
-    def better(self, figures: Figures, best: Figures) -> bool:
-        """Whether `figures` beat the best so far: a higher top-1, or the same with a lower loss."""
-        return (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
+    def better(self, figures: Figures, best: Figures, by: str | None = None, least: float = 0.0) -> bool:
+        """Whether `figures` beat `best` by more than `least` in the figure `by`, which is that of the best epoch where
+        it is not given; where that much is 0, the lower loss decides between equal ones.
+        """
+        by = self.best if by is None else by
+        gain = (figures[by] - best[by]) * (1 if HIGHER[by] else -1)
+        return gain > least or (gain == least == 0 and figures["loss"] < best["loss"])
 
     def in_words(self, figures: Figures) -> str:
         """The figures on one line, without the loss; of five classes the first five are always right."""
-        top5 = f"  top-5 {figures['top5']:5.1%}" if len(self.classes) > 5 else ""
-        return f"top-1 {figures['top1']:5.1%}{top5}"
+        words = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}
+        top5 = f"  top-5 {figures['top5']:5.1%}" if len(self.classes) > 5 and not self.averages else ""
+        averages = (f"  {words[name]} {figures[name]:5.1%}" for name in self.averages)
+        return f"top-1 {figures['top1']:5.1%}{top5}{''.join(averages)}"
 
     def temperature(self, scores: Scores) -> float | None:
         """What calibrates the probabilities; None where too few images tell."""
@@ -287,3 +305,8 @@ def _numbered(parts: Iterable[tuple[Iterable[int], Iterable[int]]], images: int)
 
 
 Task = SingleLabel
+
+
+def task_of(section: TrainSection, classes: Sequence[str]) -> Task:
+    """The task of a run with these classes."""
+    return SingleLabel(classes, section.best, section.stop.metric)

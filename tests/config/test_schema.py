@@ -44,6 +44,7 @@ KEYS = """
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
     train.optimizer.head_lr
+    train.best train.stop.metric train.stop.patience train.stop.min_delta
     train.refit train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
@@ -98,6 +99,10 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.optimizer.betas", [[0.0, 0.99]], [[0.9], [0.9, 1.0], [0.9, 0.9, 0.9], 0.9]),
         ("train.optimizer.layer_decay", [0.1, 1.0], [0.0, 1.01]),
         ("train.refit", [True, False], ["auto", 1]),
+        ("train.best", ["top1", "loss", "balanced_accuracy", "macro_f1"], ["accuracy", None]),
+        ("train.stop", [{}, {"metric": None}, {"metric": "loss", "patience": 1}], [{"patience": 2}, {"metric": "f1"}]),
+        ("train.stop.patience", [], [0, 1.5]),
+        ("train.stop.min_delta", [], [-0.1]),
         ("train.clip_norm", [None, 0.1], [0.0, -1.0]),
         ("train.accumulate", [1, 4], [0, 1.5]),
         ("train.schedule.warmup_epochs", [0.0, 2.5, 10.0], [-1.0, 10.5]),

@@ -11,6 +11,7 @@ from tl_trainer.config.section import NamedSection, Section
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "step", "plateau"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Figure = Literal["loss", "top1", "balanced_accuracy", "macro_f1"]
 
 
 class OptimizerSection(NamedSection):
@@ -56,10 +57,10 @@ class ScheduleSection(NamedSection):
         "patience": ("plateau",),
         "factor": ("step", "plateau"),
     }
-    name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of the val loss).")
+    name: ScheduleName = Field("constant", description="constant, cosine (to 0), step, or plateau (of train.best).")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the rate rises linearly from near 0.")
     step_epochs: int = Field(10, ge=1, description="Epochs between two cuts of step.")
-    patience: int = Field(3, ge=0, description="Epochs without a lower val loss before plateau cuts the rate.")
+    patience: int = Field(3, ge=0, description="Epochs of a phase without a better one before plateau cuts the rate.")
     factor: float = Field(0.1, gt=0, lt=1, description="What step and plateau multiply the rate by.")
 
 
@@ -85,6 +86,22 @@ class EmaSection(Section):
         description="How much of the average an update of the weights keeps, such as 0.99; less in the first updates. "
         "null keeps no average.",
     )
+
+
+class StopSection(Section):
+    metric: Figure | None = Field(
+        None,
+        description="The figure of val by whose standstill a phase ends: loss, top1, balanced_accuracy or macro_f1; "
+        "null trains all epochs.",
+    )
+    patience: int = Field(5, ge=1, description="Epochs of a phase without a better one after which it ends.")
+    min_delta: float = Field(0.0, ge=0, description="By how much a figure must be better to count, in its own unit.")
+
+    @model_validator(mode="after")
+    def _check(self) -> StopSection:
+        if self.metric is None and (self.patience, self.min_delta) != (5, 0):
+            raise ValueError("patience and min_delta are for a metric; set metric to a figure such as loss")
+        return self
 
 
 class PhaseSection(Section):
@@ -138,6 +155,12 @@ class TrainSection(Section):
     schedule: Annotated[ScheduleSection, _by_name(ScheduleName | ScheduleSection)] = Field(
         default_factory=ScheduleSection, description="How the learning rate changes; a name alone is {name: ...}."
     )
+    best: Figure = Field(
+        "top1",
+        description="The figure of val by which an epoch is the best: loss, top1, balanced_accuracy or macro_f1; of "
+        "equal ones the lower loss. schedule: plateau goes by it too.",
+    )
+    stop: StopSection = Field(default_factory=StopSection, description="When a phase ends before its last epoch.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
     clip_norm: float | None = Field(
         None, gt=0, description="The largest norm of all gradients together; null does not limit it."
@@ -186,8 +209,8 @@ class TrainSection(Section):
             raise ValueError("search is for a run without phases; set it in the first phase")
         elif any(phase.search == "auto" for phase in self.phases[1:]):
             raise ValueError("search is for the first phase: the others go on with its head")
-        trains = {"epochs", "phases", "clip_norm", "accumulate"}
-        sections = (self.optimizer, self.schedule, self.ema)
+        trains = {"epochs", "phases", "best", "clip_norm", "accumulate"}
+        sections = (self.optimizer, self.schedule, self.stop, self.ema)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
