@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import math
 import signal
 from collections.abc import Callable
@@ -20,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms import v2
 
-from tiny import IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny_template
+from tiny import BATCH_SIZE, IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny_state, tiny_template
 from tl_trainer import optim
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
@@ -32,7 +34,7 @@ from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.evaluate import evaluate
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
-from tl_trainer.loop import Gather, Step, Training, fit
+from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.optim import Average
 from tl_trainer.run import _pause
@@ -110,7 +112,8 @@ class Run:
         names = [f"{index}.jpg" for index in range(IMAGES)]
         split = Split(Files([Path(name) for name in names], names), [0] * IMAGES, range(IMAGES))
         step = make_step(state, self.criterion, state.scaler, forward, **OPTIONS.get(self.recipe, {}))
-        step = replace(step, average=state.average)
+        mix = Mix([v2.MixUp(alpha=0.4, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)], state, 0)
+        step = replace(step, average=state.average, mix=mix if self.recipe == "adamw-step" else None)
         pause, device = partial(_pause, stop, saver), torch.device("cpu")
         feed = Feed(split, TinyBatches(), forward, forward)
         until = self.epochs - state.progress.skipped
@@ -383,6 +386,53 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, (list, tuple)):
         return len(found) == len(expected) and all(map(same, found, expected))
     return bool(found == expected)
+
+
+def mix(state: State, *ways: Any, seed: int = 0) -> Mix:
+    return Mix([way(alpha=0.7, num_classes=3) for way in ways], state, seed)
+
+
+@pytest.mark.parametrize("way", [v2.MixUp, v2.CutMix])
+def test_mixed_images_are_parts_of_two_and_so_are_their_targets(way: Any) -> None:
+    state, batch = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), first_batch()
+    before = torch.get_rng_state()
+    inputs, targets = mix(state, way)(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(BATCH_SIZE))
+    row = int((batch.targets != batch.targets.roll(1)).nonzero()[0])
+    weight = targets[row, batch.targets[row]].item()
+    assert 0 < weight < 1
+    other = batch.inputs.roll(1, 0)
+    if way is v2.MixUp:
+        torch.testing.assert_close(inputs, weight * batch.inputs + (1 - weight) * other)
+    else:
+        own = (inputs == batch.inputs).flatten(1).float().mean(dim=1)
+        torch.testing.assert_close(own, torch.full((BATCH_SIZE,), weight))
+        assert ((inputs == batch.inputs) | (inputs == other)).all()
+
+
+def test_a_mixture_depends_on_seed_epoch_and_batch_alone() -> None:
+    state, batch = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), first_batch()
+    seen = []
+    for epoch, number, seed in itertools.product(range(2), repeat=3):
+        state.progress.epoch, state.progress.batch = epoch, number
+        mixing = mix(state, v2.MixUp, v2.CutMix, seed=seed)
+        seen.append(mixing(batch)[0])
+        torch.rand(3)
+        assert torch.equal(mixing(batch)[0], seen[-1])
+    assert len({tuple(inputs.flatten().tolist()) for inputs in seen}) == 8
+
+
+def test_a_step_learns_the_mixture() -> None:
+    """Features are mixed as images are, and the loss is that of the mixed targets."""
+    state, inputs = tiny_state(3, EPOCHS, *RECIPES["adam-cosine"]), torch.randn(4, 3)
+    batch = Batch(inputs, torch.tensor([0, 1, 2, 0]), torch.arange(4))
+    step = make_step(state, functional.cross_entropy, torch.amp.GradScaler("cpu", enabled=False), lambda x: x)
+    mixed, targets = (mixing := mix(state, v2.MixUp))(batch)
+    assert mixed.shape == inputs.shape
+    expected = -(targets * mixed.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(replace(step, mix=mixing).loss(batch), expected)
+    assert step.loss(batch) != expected
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 import tl_trainer
 from tl_trainer import assembly, checkpoint, run, search
@@ -74,7 +75,7 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
             "name": "adamw", "betas": [0.5, 0.9], "weight_decay": 0.1, "decay": "weights", "layer_decay": 0.5,
             "head_lr": 0.01,
         },
-        "clip_norm": 0.25, "accumulate": 2, "batch_size": 8, "freeze_batchnorm": True,
+        "clip_norm": 0.25, "mixup": 0.3, "accumulate": 2, "batch_size": 8, "freeze_batchnorm": True,
     }  # fmt: skip
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "trainable": "conv5"}
     setup = set_up(load(None, [("data.root", str(colours)), *WORDS, ("model", model), ("train", options)]))
@@ -86,6 +87,8 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     assert groups[0]["betas"] == (0.5, 0.9)
     training = run.new_training(setup, {"train": setup.feeds()["train"]}, state, lambda: None)
     assert (training.step.clip_norm, training.step.gather) == (0.25, Gather(state, 3, 2))
+    assert training.step.mix is not None
+    assert [(type(way), way.alpha, way.num_classes) for way in training.step.mix.ways] == [(v2.MixUp, 0.3, 3)]
 
 
 HEAD = {"trainable": "head", "search": "auto"}

@@ -12,7 +12,7 @@ from test_end_to_end import SMALL
 from tl_trainer.assembly import restore, set_up
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config, flat
-from tl_trainer.errors import ConfigError
+from tl_trainer.errors import ConfigError, DataError
 from tl_trainer.settings import FIXED, SETTABLE
 
 
@@ -49,6 +49,19 @@ def test_a_phase_whose_stage_is_wrong_is_named(stages: list[str], said: str) -> 
     phases = [{"trainable": stage} for stage in stages]
     with pytest.raises(ConfigError, match=said):
         set_up(load("demo", [("model", {"backbone": "alexnet", "weights": "none"}), ("train", {"phases": phases})]))
+
+
+def test_cutmix_of_cached_features_is_refused() -> None:
+    model = {"backbone": "alexnet", "weights": "none"}
+    words = [("model", model), ("train", {"epochs": 1, "cutmix": 1.0}), ("data.root", "nowhere")]
+    with pytest.raises(ConfigError, match=r"line: train\.cutmix: cuts rectangles out of images, and this trains on ca"):
+        set_up(load(None, words))
+    images: list[list[tuple[str, Any]]] = [
+        [("features.cache", "off")], [("features.views", 1)], [("model.trainable", "all")],
+    ]  # fmt: skip
+    for more in images:
+        with pytest.raises(DataError, match="nowhere"):
+            set_up(load(None, [*words, *more]))
 
 
 def test_every_wrong_setting_is_named_with_where_it_was_set() -> None:

@@ -57,6 +57,7 @@ from tl_trainer.settings import (
     NOT_TAKEN,
     TWO_IMAGES,
     check_asked_root,
+    check_cutmix,
     check_fixed,
     check_settings,
     check_views,
@@ -193,6 +194,7 @@ def set_up(
         check_tensors(config.model.backbone, weights, config.model.tap)
         train_pipeline, pipeline = _pipelines(config, weights)
         check_views(config, train_pipeline)
+        check_cutmix(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:

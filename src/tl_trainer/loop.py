@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn, optim
 
 from tl_trainer.config.training import StopSection
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch
+from tl_trainer.data.loaders import Batch, seed_of
+from tl_trainer.data.transforms import seeded
 from tl_trainer.errors import RunError
 from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground.progress import bar
@@ -52,12 +53,33 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Mixes the images of a batch: mixup (Zhang et al., ICLR 2018), CutMix (Yun et al., ICCV 2019).
+
+    What is drawn follows from the seed, the epoch and the batch alone; ways: torchvision's transforms, of which each
+    batch draws one.
+    """
+
+    ways: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
+    state: State
+    seed: int
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The inputs, each a mean of two, and the targets (N, classes), each with the sum 1."""
+        progress, inputs = self.state.progress, batch.inputs
+        images = inputs if inputs.ndim == 4 else inputs.reshape(len(inputs), -1, 1, 1)  # features are no images
+        with seeded(~seed_of(self.seed, progress.epoch, progress.batch)):  # no image has a negative seed
+            mixed, targets = self.ways[int(torch.randint(len(self.ways), ()))](images, batch.targets)
+        return mixed.reshape(inputs.shape), targets
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch -> an update of the weights.
 
-    What else a step may do, such as mixing images or learning from a teacher, is a line or a small function here; the
-    loop knows none of it. clip_norm: as `train.clip_norm`. gather: None where every batch is an update. average: None
-    where none is kept.
+    What else a step may do, such as learning from a teacher, is a line or a small function here; the loop knows none of
+    it. clip_norm: as `train.clip_norm`. gather: None where every batch is an update. average: None where none is kept.
+    mix: None where images are learned as they are.
     """
 
     forward: Forward
@@ -67,6 +89,7 @@ class Step:
     clip_norm: float | None = None
     gather: Gather | None = None
     average: Average | None = None
+    mix: Mix | None = None
 
     def __call__(self, batch: Batch) -> float:
         """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
@@ -111,7 +134,8 @@ class Step:
 
     def loss(self, batch: Batch) -> Tensor:
         """The batch's mean loss, a scalar with its graph."""
-        loss: Tensor = self.criterion(self.forward(batch.inputs), batch.targets)
+        inputs, targets = (batch.inputs, batch.targets) if self.mix is None else self.mix(batch)
+        loss: Tensor = self.criterion(self.forward(inputs), targets)
         return loss
 
 

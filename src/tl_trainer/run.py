@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.transforms import v2
 
 from tl_trainer.assembly import Parts, Setup, set_up
 from tl_trainer.candidates import Found
@@ -32,7 +33,7 @@ from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, writ
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import cores, peak_memory, threads_for
 from tl_trainer.ground.signals import StopRequest, Terminated
-from tl_trainer.loop import Gather, Step, Training, fit
+from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Scores
 from tl_trainer.models.prefix import DTYPES
 from tl_trainer.outcome import REMEDY, conclude
@@ -210,11 +211,12 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
     section, batches = parts.config.train, len(feed.batches)
     criterion = parts.task.criterion(section.loss, setup.dataset.split("train").targets).to(parts.network.device)
     gather = Gather(state, batches, section.accumulate) if section.accumulate > 1 else None
+    mix = _mix(parts, state)
     return Training(
         task=parts.task,
         state=state,
         feed=feed,
-        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather, state.average),
+        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather, state.average, mix),
         validate=lambda after_batch: _validated(parts, feeds["val"], state, after_batch),
         pause=pause,
         device=parts.network.device,
@@ -222,6 +224,14 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
         epochs=section.epochs,
         stop=section.stop,
     )
+
+
+def _mix(parts: Parts, state: State) -> Mix | None:
+    """What mixes the images of a batch, where the configuration has them mixed."""
+    section, classes = parts.config.train, len(parts.task.classes)
+    kinds = ((v2.MixUp, section.mixup), (v2.CutMix, section.cutmix))
+    ways = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha is not None]
+    return Mix(ways, state, parts.config.seed) if ways else None
 
 
 def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[], None]) -> Scores:

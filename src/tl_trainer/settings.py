@@ -128,3 +128,17 @@ def check_views(config: Config, pipeline: Pipeline) -> None:
         raise SettingError(
             "features.views", "model.trainable is all, so there are no frozen features to keep; set it to auto"
         )
+
+
+def check_cutmix(config: Config, pipeline: Pipeline) -> None:
+    """Raise SettingError for cutmix in a phase that trains on cached features; pipeline: that of training images."""
+    drawn = config.features.views == 1 and not pipeline.deterministic  # so that every epoch computes the features
+    cached = (
+        phase.trainable != "all" and phase.search == "off" and not (drawn and phase.augment) for phase in config.phases
+    )
+    if config.train.cutmix is not None and config.features.cache == "auto" and any(cached):
+        raise SettingError(
+            "train.cutmix",
+            "cuts rectangles out of images, and this trains on cached features; set features.cache: off, or take "
+            "train.mixup instead",
+        )

@@ -86,6 +86,16 @@ def test_phases_that_cannot_be(train: dict[str, Any], said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("key", ["best", "stop", "mixup", "cutmix"])
+def test_what_only_epochs_can_do_is_refused_where_the_head_is_found(key: str) -> None:
+    value = {"best": "loss", "stop": {"metric": "loss"}}.get(key, 0.2)
+    for train in ({"search": "auto"}, {"phases": [HEAD]}):
+        with pytest.raises(ConfigError, match=f"train: {key} is for training by epochs, and search finds the head"):
+            config({**train, key: value})
+    assert config({key: value}).train.search == "off"
+    assert config({"phases": [HEAD, ALL], key: value}).phases[0].search == "auto"
+
+
 def test_the_last_phase_is_what_trains() -> None:
     with pytest.raises(ConfigError, match=r"model\.trainable is head, and the last of train\.phases trains all; leave"):
         config({"phases": [HEAD, ALL]}, model={"trainable": "head"})

@@ -162,6 +162,18 @@ class TrainSection(Section):
     )
     stop: StopSection = Field(default_factory=StopSection, description="When a phase ends before its last epoch.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
+    mixup: float | None = Field(
+        None,
+        gt=0,
+        description="Each training image becomes a weighted mean of two, and so does its target: alpha of the weight's "
+        "Beta distribution, such as 0.2; null mixes none. The training loss is then that of mixed images.",
+    )
+    cutmix: float | None = Field(
+        None,
+        gt=0,
+        description="Each training image gets a rectangle of another one, and its target that share: alpha as in "
+        "mixup, such as 1.0; null cuts none. With mixup each batch draws one of both.",
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="The largest norm of all gradients together; null does not limit it."
     )
@@ -209,7 +221,8 @@ class TrainSection(Section):
             raise ValueError("search is for a run without phases; set it in the first phase")
         elif any(phase.search == "auto" for phase in self.phases[1:]):
             raise ValueError("search is for the first phase: the others go on with its head")
-        trains = {"epochs", "phases", "best", "clip_norm", "accumulate"}
+        self._check_search()
+        trains = {"epochs", "phases", "best", "mixup", "cutmix", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
@@ -222,6 +235,23 @@ class TrainSection(Section):
         if self.phases:
             object.__setattr__(self, "epochs", sum(phase.epochs for phase in self.phases))
         return self
+
+    def _check_search(self) -> None:
+        """Refuse what only epochs can do where no phase trains for epochs."""
+        searches = all(phase.search == "auto" for phase in self.phases) if self.phases else self.search == "auto"
+        if not searches or not (self.phases or "search" in self.model_fields_set):
+            return
+        asked = {
+            "best": self.best != "top1",
+            "stop": self.stop.metric,
+            "mixup": self.mixup,
+            "cutmix": self.cutmix,
+        }
+        if names := [name for name, value in asked.items() if value]:
+            raise ValueError(
+                f"{names[0]} is for training by epochs, and search finds the head without; leave out {names[0]}, or "
+                "set search: off"
+            )
 
     def as_phase(self, trainable: str) -> PhaseSection:
         """The whole run as one phase."""

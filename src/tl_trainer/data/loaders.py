@@ -125,6 +125,11 @@ def batch_order(
     return [order[first:end] for first, end in itertools.pairwise([*starts, count])]
 
 
+def seed_of(seed: int, epoch: int, index: int) -> int:
+    """What the image at an index draws from in an epoch."""
+    return (seed * _PRIME + epoch) * _PRIME + index
+
+
 def worker_count(setting: int | str) -> int:
     """`auto` is a process per core up to 8, or none on a machine with a single core."""
     if isinstance(setting, int):
@@ -156,7 +161,7 @@ class _Batches(Dataset[Batch | TrainerError]):
             return RunError(NO_SHARED_MEMORY)
 
     def _image(self, epoch: int, index: int) -> Tensor:
-        return self.pipeline.draw(self.split.open(index), (self.seed * _PRIME + epoch) * _PRIME + index)
+        return self.pipeline.draw(self.split.open(index), seed_of(self.seed, epoch, index))
 
 
 def prepare_worker(_: int = 0) -> None:

@@ -6,6 +6,7 @@ so that a checkpoint can carry it and prediction cannot preprocess differently f
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,17 @@ class Preprocessing:
     steps: PlainSteps | None = None  # of evaluation, where they are others than the default with these values
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block torch draws from `seed` on the processor; after it from where it was."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed % 2**63)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
 class Pipeline:
     """A transforms pipeline in two halves: `image` per picture, `batch` for what is cheaper on a whole batch.
 
@@ -95,12 +107,8 @@ class Pipeline:
         """`image` with the randomness of `seed`; torch's generator is left as it was, on every device."""
         if self.deterministic:
             return self.image(picture)
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed % 2**63)
-        try:
+        with seeded(seed):
             return self.image(picture)
-        finally:
-            torch.set_rng_state(before)
 
     def denormalise(self, batch: Tensor) -> Tensor:
         """The batch as it was before Normalize, clipped to [0, 1], for pictures. (N, 3, H, W) float."""
