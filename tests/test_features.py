@@ -405,9 +405,11 @@ def test_batches_come_as_those_of_images_would(
     _, found = cache.run(split)
     assert (found.tables is not None) == in_memory
     prefix = Prefixes().prefix
-    features = FeatureBatches(found, batch_size=size, seed=3, shuffle=True)
-    images = ImageBatches(split, pipeline(), batch_size=size, workers=0, seed=3, shuffle=True)
+    features = FeatureBatches(found, batch_size=size, seed=3, shuffle=True, balanced=size == 7)
+    images = ImageBatches(split, pipeline(), batch_size=size, workers=0, seed=3, shuffle=True, balanced=size == 7)
     assert len(features) == len(images)
+    passed = [index for batch in features.in_order().epoch(0, CPU) for index in batch.indices.tolist()]
+    assert passed == [*range(COUNT)]
     for epoch, start in [(0, 0), (1, 0), (1, 1)]:
         pairs = zip(features.epoch(epoch, CPU, start), images.epoch(epoch, CPU, start), strict=True)
         for actual, wanted in pairs:

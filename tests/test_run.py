@@ -16,6 +16,7 @@ from tl_trainer import assembly, checkpoint, run, search
 from tl_trainer.assembly import set_up
 from tl_trainer.config.load import Loaded, load
 from tl_trainer.errors import DataError, InputError, Interrupted
+from tl_trainer.features import FeatureBatches
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather
 from tl_trainer.resume import resume
@@ -75,7 +76,8 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
             "name": "adamw", "betas": [0.5, 0.9], "weight_decay": 0.1, "decay": "weights", "layer_decay": 0.5,
             "head_lr": 0.01,
         },
-        "clip_norm": 0.25, "mixup": 0.3, "accumulate": 2, "batch_size": 8, "freeze_batchnorm": True,
+        "clip_norm": 0.25, "mixup": 0.3, "sampler": "balanced", "accumulate": 2, "batch_size": 8,
+        "freeze_batchnorm": True,
     }  # fmt: skip
     model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "trainable": "conv5"}
     setup = set_up(load(None, [("data.root", str(colours)), *WORDS, ("model", model), ("train", options)]))
@@ -86,6 +88,8 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     ]  # fmt: skip
     assert groups[0]["betas"] == (0.5, 0.9)
     training = run.new_training(setup, {"train": setup.feeds()["train"]}, state, lambda: None)
+    assert isinstance(training.feed.batches, FeatureBatches)
+    assert training.feed.batches.balanced
     assert (training.step.clip_norm, training.step.gather) == (0.25, Gather(state, 3, 2))
     assert training.step.mix is not None
     assert [(type(way), way.alpha, way.num_classes) for way in training.step.mix.ways] == [(v2.MixUp, 0.3, 3)]

@@ -58,7 +58,7 @@ class TinyBatches:
         return STEPS
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        for indices in batch_order(IMAGES, BATCH_SIZE, 0, epoch, self.shuffle)[start:]:
+        for indices in batch_order(range(IMAGES), BATCH_SIZE, 0, epoch, self.shuffle)[start:]:
             yield Batch(self.inputs[indices], self.targets[indices], torch.tensor(indices))
 
 

@@ -32,7 +32,7 @@ from tl_trainer.data.transforms import Pipeline
 from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
 from tl_trainer.evaluate import evaluate
-from tl_trainer.features import Extractor, features_folder
+from tl_trainer.features import Extractor, FeatureBatches, features_folder
 from tl_trainer.feeds import Feed, Feeds, views_kept
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
@@ -115,8 +115,9 @@ class Parts:
     def scores(self, feed: Feed, name: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
         """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
         self.network.classifier.eval()
-        batches = bar(feed.batches.epoch(0, self.network.device), name, len(feed.batches))
-        return evaluate(feed.logits, batches, after_batch)
+        batches = feed.batches.in_order() if isinstance(feed.batches, FeatureBatches) else feed.batches
+        shown = bar(batches.epoch(0, self.network.device), name, len(batches))
+        return evaluate(feed.logits, shown, after_batch)
 
 
 @dataclass
@@ -392,4 +393,5 @@ def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feed
             device=network.device,
             workers=workers,
         )
-    return Feeds(network, extractor, config.train.batch_size, workers, config.seed)
+    balanced = config.train.sampler == "balanced"
+    return Feeds(network, extractor, config.train.batch_size, workers, config.seed, balanced)

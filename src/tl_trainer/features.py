@@ -26,7 +26,17 @@ from torch import Tensor
 
 from tl_trainer.config.schema import FeaturesSection, expand
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import START_METHOD, Batch, batch_order, batch_starts, chunked, prepare_worker, stacked
+from tl_trainer.data.loaders import (
+    START_METHOD,
+    Batch,
+    batch_order,
+    batch_starts,
+    chunked,
+    epoch_rows,
+    epoch_size,
+    prepare_worker,
+    stacked,
+)
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
@@ -234,30 +244,45 @@ class FeatureBatches:
     """Batches of cached features in the same order in which the images would come; epoch e uses view e mod K."""
 
     def __init__(
-        self, features: Features, *, batch_size: int, seed: int = 0, shuffle: bool = False, smallest: int = 1
+        self,
+        features: Features,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        smallest: int = 1,
+        balanced: bool = False,
     ) -> None:
         self.features = features
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.smallest = smallest  # as for `ImageBatches`
+        self.smallest, self.balanced = smallest, balanced  # as for `ImageBatches`
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return len(batch_starts(len(self.features.targets), self.batch_size, self.smallest))
+        return len(batch_starts(epoch_size(self._targets, self.balanced), self.batch_size, self.smallest))
+
+    def in_order(self) -> FeatureBatches:
+        """The same features, each image once and in the split's order."""
+        return FeatureBatches(self.features, batch_size=self.batch_size)
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, float32, on `device`."""
         features, view = self.features, epoch % len(self.features.keys)
         features.move(device)
-        count = len(features.targets)
-        order = batch_order(count, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]
+        chosen = epoch_rows(self._targets, self.seed, epoch, self.balanced)
+        order = batch_order(chosen, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]
         # All at once, for each copy to a GPU waits until that has nothing left to do.
-        rows = torch.tensor([*itertools.chain(*order)], dtype=torch.int64).to(features.device)
-        parts = torch.split(rows, [len(indices) for indices in order])
-        for indices, chosen in zip(order, parts, strict=True):
-            inputs, targets = features.take(view, chosen).to(device), features.targets[chosen].to(device)
-            yield Batch(inputs.float(), targets, torch.tensor(indices))
+        rows = torch.tensor([*itertools.chain(*order)], dtype=torch.int64) % len(self._targets)
+        sizes = [len(indices) for indices in order]
+        for indices, placed in zip(rows.split(sizes), rows.to(features.device).split(sizes), strict=True):
+            inputs, targets = features.take(view, placed).to(device), features.targets[placed].to(device)
+            yield Batch(inputs.float(), targets, indices)
+
+    @property
+    def _targets(self) -> Sequence[int]:
+        return self.features.split.targets
 
     def close(self) -> None:
         """There is nothing to end."""

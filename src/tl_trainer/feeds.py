@@ -57,6 +57,7 @@ class Feeds:
     batch_size: int
     workers: int
     seed: int
+    balanced: bool = False  # whether training batches have every class equally often
 
     def of_run(
         self,
@@ -104,11 +105,12 @@ class Feeds:
         """Shuffled batches: cached features of as many views, images where that is 0 or there is no cache."""
         # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
         smallest = 2 if self.network.classifier.trains_batch_norm else 1
-        order: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "smallest": smallest}
+        order: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "balanced": self.balanced}
+        order |= {"shuffle": True, "smallest": smallest}
         if self.extractor is not None and views:
             features = self.extractor.features(split, "train", pipeline, views, self.seed)
-            return self._of_features(FeatureBatches(features, shuffle=True, **order))
-        return self._of_images(ImageBatches(split, pipeline, workers=self.workers, shuffle=True, **order))
+            return self._of_features(FeatureBatches(features, **order))
+        return self._of_images(ImageBatches(split, pipeline, workers=self.workers, **order))
 
     def evaluation(self, split: Split, what: str, pipeline: Pipeline) -> Feed:
         """Batches in the split's order: cached features where something is frozen. `what` is the split's name."""

@@ -54,7 +54,7 @@ class Samples(NamedTuple):
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, in the order in which the loop of epochs would take them."""
         first = self.images * (epoch % (len(self.features) // self.images))
-        for indices in batch_order(self.images, batch_size, seed, epoch, shuffle=True):
+        for indices in batch_order(range(self.images), batch_size, seed, epoch, shuffle=True):
             rows = torch.tensor(indices, device=self.features.device) + first
             yield self.features[rows], self.soft[rows]
 

@@ -71,6 +71,10 @@ HEAD, ALL = {"trainable": "head", "search": "auto"}, {"trainable": "all"}
         ({"phases": [HEAD, {**ALL, "optimizer": {"rate": 1}}]}, "train.phases[1].optimizer.rate: unknown key 'rate'"),
         ({"phases": [{**ALL, "search": "auto"}]}, "phases[0]: search finds a head, and trainable is all; set it to"),
         ({"phases": [{"trainable": "head"}, HEAD]}, "train: search is for the first phase: the others go on with"),
+        (
+            {"epochs": 2, "sampler": "balanced", "loss": {"class_weights": "balanced"}},
+            "train: sampler and loss.class_weights are both balanced, which corrects twice; keep one of them",
+        ),
         ({"phases": [ALL], "search": "auto"}, "train: search is for a run without phases; set it in the first phase"),
         ({"phases": [HEAD, {**ALL, "epochs": 3}], "epochs": 9}, "train: epochs is 9, and its phases have 4; set them"),
         (
@@ -86,9 +90,9 @@ def test_phases_that_cannot_be(train: dict[str, Any], said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["best", "stop", "mixup", "cutmix"])
+@pytest.mark.parametrize("key", ["best", "stop", "sampler", "mixup", "cutmix"])
 def test_what_only_epochs_can_do_is_refused_where_the_head_is_found(key: str) -> None:
-    value = {"best": "loss", "stop": {"metric": "loss"}}.get(key, 0.2)
+    value = {"best": "loss", "sampler": "balanced", "stop": {"metric": "loss"}}.get(key, 0.2)
     for train in ({"search": "auto"}, {"phases": [HEAD]}):
         with pytest.raises(ConfigError, match=f"train: {key} is for training by epochs, and search finds the head"):
             config({**train, key: value})

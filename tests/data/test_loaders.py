@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import multiprocessing
 import os
 import re
 import select
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,16 @@ from tiny import FakeDevice, files_of, paths_of
 from tl_trainer.config.schema import DataSection
 from tl_trainer.data import loaders
 from tl_trainer.data.dataset import Pictures, Split
-from tl_trainer.data.loaders import Batch, ImageBatches, _Batches, _named_deaths, batch_order, worker_count
+from tl_trainer.data.loaders import (
+    Batch,
+    ImageBatches,
+    _Batches,
+    _named_deaths,
+    batch_order,
+    epoch_rows,
+    epoch_size,
+    worker_count,
+)
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import DataError, ImageError, RunError
@@ -99,11 +111,64 @@ def test_the_order_depends_on_seed_and_epoch_only(split: Split) -> None:
     assert len({str(order) for order in orders.values()}) == 6
     torch.manual_seed(99)
     assert _order(list(_batches(split, AUGMENTED, seed=1).epoch(2, CPU))) == orders[1, 2]
-    assert orders[1, 2] == batch_order(11, 4, 1, 2, True)
+    assert orders[1, 2] == batch_order(range(11), 4, 1, 2, True)
+
+
+@pytest.mark.parametrize("counts", [[50, 1], [4, 4, 4], [7, 3, 1], [1, 0, 9]])
+def test_a_balanced_epoch_has_every_class_equally_often(counts: list[int]) -> None:
+    targets = [label for label, count in enumerate(counts) for _ in range(count)]
+    quota = math.ceil(len(targets) / sum(count > 0 for count in counts))
+    epochs = []
+    for epoch in range(3):
+        rows = [*epoch_rows(targets, 5, epoch, True)]
+        assert len(rows) == len({*rows}) == epoch_size(targets, True)
+        assert Counter(targets[row % len(targets)] for row in rows) == dict.fromkeys(targets, quota)
+        times = Counter(row % len(targets) for row in rows)
+        for label, count in enumerate(counts):
+            of_class = {times[index] for index, target in enumerate(targets) if target == label}
+            assert of_class <= {quota // max(1, count), -(-quota // max(1, count))}
+        epochs.append(rows)
+    assert epochs[0] == [*epoch_rows(targets, 5, 0, True)]
+    assert (epochs[0] != epochs[1]) == (counts != [4, 4, 4])
+
+
+def test_an_image_that_comes_again_is_drawn_anew(tmp_path: Path) -> None:
+    split = replace(_split(tmp_path, [(16, 14)] * 9), targets=[0] * 8 + [1])
+    batches = _batches(split, AUGMENTED, balanced=True)
+    assert len(batches) == 3  # of four, four and two
+    found = list(batches.epoch(0, CPU))
+    alone = torch.cat([batch.inputs[batch.targets == 1] for batch in found])
+    assert len(alone) == 5
+    assert len({tuple(image.flatten().tolist()) for image in alone}) > 1
+    assert all((batch.indices == 8).equal(batch.targets == 1) for batch in found)
+    assert _equal(list(batches.epoch(0, CPU, start=1)), found[1:])
+
+
+def test_balanced_batches_find_the_class_that_is_rare() -> None:
+    """50 to 1, and the classes overlap: a classifier that saw the rare one as often as the other recalls more of it."""
+    generator = torch.Generator().manual_seed(0)
+    targets = [0] * 500 + [1] * 10
+    labels = torch.tensor(targets)
+    points = torch.randn(510, 2, generator=generator) + 2 * labels[:, None]
+    fresh = torch.randn(500, 2, generator=generator) + 2
+    recalls = []
+    for balanced in (False, True):
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(model.weight)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for epoch in range(10):
+            for batch in batch_order(epoch_rows(targets, 0, epoch, balanced), 32, 0, epoch, True):
+                rows = [row % 510 for row in batch]
+                loss = torch.nn.functional.cross_entropy(model(points[rows]), labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        recalls.append((model(fresh).argmax(dim=1) == 1).double().mean().item())
+    assert recalls[0] < 0.75 < 0.85 < recalls[1]
 
 
 def test_large_seeds_are_seeds_too(split: Split) -> None:
-    orders = {str(batch_order(11, 4, seed, epoch, True)) for seed in (0, 2**63 - 1) for epoch in range(3)}
+    orders = {str(batch_order(range(11), 4, seed, epoch, True)) for seed in (0, 2**63 - 1) for epoch in range(3)}
     assert len(orders) == 6
     assert len(list(_batches(split, AUGMENTED, seed=2**63 - 1).epoch(10**6, CPU))) == 3
 
@@ -115,7 +180,7 @@ def test_large_seeds_are_seeds_too(split: Split) -> None:
 def test_a_last_batch_that_is_too_small_joins_the_one_before_it_in_the_same_order(
     count: int, batch_size: int, sizes: list[int]
 ) -> None:
-    joined, plain = (batch_order(count, batch_size, 3, 1, True, smallest) for smallest in (2, 1))
+    joined, plain = (batch_order(range(count), batch_size, 3, 1, True, smallest) for smallest in (2, 1))
     assert [len(indices) for indices in joined] == sizes
     assert [*itertools.chain(*joined)] == [*itertools.chain(*plain)]
 

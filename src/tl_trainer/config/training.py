@@ -149,6 +149,11 @@ class TrainSection(Section):
     )
     epochs: int = Field(10, ge=1, description="Passes over the training images.")
     batch_size: int = Field(48, ge=1, description="Images per optimizer step; 2 or more where BatchNorm trains.")
+    sampler: Literal["shuffled", "balanced"] = Field(
+        "shuffled",
+        description="shuffled has an epoch take each training image once, balanced every class equally often: as often "
+        "as the mean class, so that images of small classes come several times, and of large ones not all.",
+    )
     optimizer: Annotated[OptimizerSection, _by_name(OptimizerName | OptimizerSection)] = Field(
         default_factory=OptimizerSection, description="What updates the weights; a name alone is {name: ...}."
     )
@@ -222,7 +227,9 @@ class TrainSection(Section):
         elif any(phase.search == "auto" for phase in self.phases[1:]):
             raise ValueError("search is for the first phase: the others go on with its head")
         self._check_search()
-        trains = {"epochs", "phases", "best", "mixup", "cutmix", "clip_norm", "accumulate"}
+        if self.sampler == self.loss.class_weights == "balanced":
+            raise ValueError("sampler and loss.class_weights are both balanced, which corrects twice; keep one of them")
+        trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
@@ -244,6 +251,7 @@ class TrainSection(Section):
         asked = {
             "best": self.best != "top1",
             "stop": self.stop.metric,
+            "sampler": self.sampler != "shuffled",
             "mixup": self.mixup,
             "cutmix": self.cutmix,
         }

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -29,7 +29,7 @@ from tl_trainer.ground.failures import NO_SHARED_MEMORY, WORKER_KILLED, worker_d
 from tl_trainer.ground.machine import cores
 
 Item = TypeVar("Item")
-Place = tuple[int, list[int]]  # of a batch: the epoch, the indices of its images
+Place = tuple[int, list[int]]  # of a batch: the epoch, the rows of its images (`epoch_rows`)
 _PRIME = 1_000_003
 
 # How workers start; None is the system's own way. On Linux they are forked, for they only decode and leave CUDA alone.
@@ -50,8 +50,9 @@ class Batch(NamedTuple):
 class ImageBatches:
     """Batches of images in a seeded order per epoch (`shuffle`), or in the split's own.
 
-    Iterating over `epoch(e)` gives every image once, the last batch being smaller where it must, but not smaller than
-    `smallest`. The same workers read all epochs, one at a time, until `close` or until one is left in the middle.
+    Iterating over `epoch(e)` gives every image once, or every class equally often (`balanced`), the last batch being
+    smaller where it must, but not smaller than `smallest`. The same workers read all epochs, one at a time, until
+    `close` or until one is left in the middle.
     """
 
     split: Split
@@ -61,16 +62,18 @@ class ImageBatches:
     seed: int = 0
     shuffle: bool = False
     smallest: int = 1
+    balanced: bool = False
     _places: list[Place] = field(default_factory=list, init=False)  # of the epoch under way
     _loader: DataLoader[Batch | TrainerError] | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return len(batch_starts(len(self.split), self.batch_size, self.smallest))
+        return len(batch_starts(epoch_size(self.split.targets, self.balanced), self.batch_size, self.smallest))
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, on `device` and ready for the network."""
-        order = batch_order(len(self.split), self.batch_size, self.seed, epoch, self.shuffle, self.smallest)
+        rows = epoch_rows(self.split.targets, self.seed, epoch, self.balanced)
+        order = batch_order(rows, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)
         self._places[:] = [(epoch, indices) for indices in order[start:]]
         if self._loader is None:
             self._loader = self._new_loader(device)
@@ -112,22 +115,50 @@ def batch_starts(count: int, batch_size: int, smallest: int = 1) -> list[int]:
     return starts[:-1] if len(starts) > 1 and count - starts[-1] < smallest else starts
 
 
+def epoch_size(targets: Sequence[int], balanced: bool) -> int:
+    """The images of an epoch: all, or of each class as many as of the mean one, rounded up."""
+    if not balanced:
+        return len(targets)
+    classes = len({*targets})
+    return -(-len(targets) // classes) * classes
+
+
+def epoch_rows(targets: Sequence[int], seed: int, epoch: int, balanced: bool) -> Sequence[int]:
+    """The images of an epoch: each once, or every class equally often, by seed and epoch only.
+
+    Of one class no image comes more than once more than another; the image at index i is i + k * len(targets) when it
+    comes for the (k + 1)th time.
+    """
+    count = len(targets)
+    if not balanced:
+        return range(count)
+    of_class: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        of_class.setdefault(target, []).append(index)
+    generator = torch.Generator().manual_seed(~seed_of(seed, epoch, 0) % 2**63)
+    rows: list[int] = []
+    for members in of_class.values():
+        times, rest = divmod(epoch_size(targets, True) // len(of_class), len(members))
+        drawn = torch.randperm(len(members), generator=generator)[:rest].tolist()
+        rows += [index + count * time for time in range(times) for index in members]
+        rows += [members[place] + count * times for place in drawn]
+    return rows
+
+
 def batch_order(
-    count: int, batch_size: int, seed: int, epoch: int, shuffle: bool, smallest: int = 1
+    rows: Sequence[int], batch_size: int, seed: int, epoch: int, shuffle: bool, smallest: int = 1
 ) -> list[list[int]]:
-    """The indices of each batch of an epoch: a permutation that depends on seed and epoch only."""
+    """The rows of each batch of an epoch: a permutation that depends on seed and epoch only."""
     if shuffle:
         generator = torch.Generator().manual_seed((seed * _PRIME + epoch) % 2**63)
-        order = torch.randperm(count, generator=generator).tolist()
-    else:
-        order = list(range(count))
-    starts = batch_starts(count, batch_size, smallest)
-    return [order[first:end] for first, end in itertools.pairwise([*starts, count])]
+        rows = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+    starts = batch_starts(len(rows), batch_size, smallest)
+    return [[*rows[first:end]] for first, end in itertools.pairwise([*starts, len(rows)])]
 
 
-def seed_of(seed: int, epoch: int, index: int) -> int:
-    """What the image at an index draws from in an epoch."""
-    return (seed * _PRIME + epoch) * _PRIME + index
+def seed_of(seed: int, epoch: int, row: int) -> int:
+    """What an image draws from in an epoch; row: as of `epoch_rows`."""
+    return (seed * _PRIME + epoch) * _PRIME + row
 
 
 def worker_count(setting: int | str) -> int:
@@ -145,9 +176,10 @@ class _Batches(Dataset[Batch | TrainerError]):
 
     def __getitem__(self, place: Place) -> Batch | TrainerError:
         """The batch; an error is returned, for one that a worker raises reaches `epoch` as the text of a traceback."""
-        epoch, indices = place
+        epoch, rows = place
+        indices = [row % len(self.split) for row in rows]
         try:
-            inputs = stacked([self._image(epoch, index) for index in indices])
+            inputs = stacked([self._image(epoch, row) for row in rows])
         except TrainerError as error:
             return error
         batch = Batch(inputs, torch.tensor([self.split.targets[i] for i in indices]), torch.tensor(indices))
@@ -160,8 +192,8 @@ class _Batches(Dataset[Batch | TrainerError]):
                 raise
             return RunError(NO_SHARED_MEMORY)
 
-    def _image(self, epoch: int, index: int) -> Tensor:
-        return self.pipeline.draw(self.split.open(index), seed_of(self.seed, epoch, index))
+    def _image(self, epoch: int, row: int) -> Tensor:
+        return self.pipeline.draw(self.split.open(row % len(self.split)), seed_of(self.seed, epoch, row))
 
 
 def prepare_worker(_: int = 0) -> None:
