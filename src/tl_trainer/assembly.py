@@ -60,6 +60,7 @@ from tl_trainer.settings import (
     check_cutmix,
     check_fixed,
     check_settings,
+    check_teacher,
     check_views,
     located,
 )
@@ -112,6 +113,14 @@ class Parts:
         self.network.classifier.head = head
         return head
 
+    def thaw(self, trainable: str) -> None:
+        """Have another part of the classifier train; the feeds are of what is frozen then."""
+        classifier, network, config = self.network.classifier, self.network, self.config
+        classifier.thaw(trainable)
+        self.network = Network(classifier, network.device, config.train.precision, compiled=network.compiled)
+        identity = BackboneIdentity(**{**self.backbone, "sha256": state_hash(classifier.prefix_state())})
+        self.feeds = _feeds(config, self.network, identity)
+
     def scores(self, feed: Feed, name: str, after_batch: Callable[[], None] = lambda: None) -> Scores:
         """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
         self.network.classifier.eval()
@@ -131,6 +140,7 @@ class Setup:
     duplicates: list[str]  # what is said of them
     skipped: dict[str, dict[str, str]]  # of each split the images that cannot be read, and why
     computed: int  # images that the frozen stages compute where nothing is cached, each view counted
+    teach: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # as `loop.Teach`
 
     def feeds(self, number: int = -1) -> dict[str, Feed]:
         """The batches of each split in a phase, for which the classifier is thawed; the last has the test split too.
@@ -140,11 +150,7 @@ class Setup:
         parts, config = self.parts, self.parts.config
         phase, splits, classifier = config.phases[number], self.dataset.splits, parts.network.classifier
         if classifier.trainable != phase.trainable:
-            classifier.thaw(phase.trainable)
-            compiled = parts.network.compiled
-            parts.network = Network(classifier, parts.network.device, config.train.precision, compiled=compiled)
-            identity = BackboneIdentity(**{**parts.backbone, "sha256": state_hash(classifier.prefix_state())})
-            parts.feeds = _feeds(config, parts.network, identity)
+            parts.thaw(phase.trainable)
         if config.phases[number:][1:]:
             splits = {name: split for name, split in splits.items() if name != "test"}
         pipeline = self.train_pipeline if phase.augment else parts.pipeline
@@ -206,6 +212,7 @@ def set_up(
         task, drawn = task_of(config.train, dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         inspect(dataset, task, drawn)
+        check_teacher(config.train.teacher.checkpoint, dataset.classes)
         memory = None if dry else memory_of(config)
         dark = DarkImages()
         skipped: dict[str, dict[str, str]] = {name: {} for name in dataset.splits}

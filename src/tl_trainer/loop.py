@@ -52,6 +52,10 @@ class Gather:
         return gathered
 
 
+# (the loss of a batch's labels, its logits (N, classes), its images (N,)) -> the loss
+Teach = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Mix:
     """Mixes the images of a batch: mixup (Zhang et al., ICLR 2018), CutMix (Yun et al., ICCV 2019).
@@ -77,9 +81,9 @@ class Mix:
 class Step:
     """A batch -> an update of the weights.
 
-    What else a step may do, such as learning from a teacher, is a line or a small function here; the loop knows none of
-    it. clip_norm: as `train.clip_norm`. gather: None where every batch is an update. average: None where none is kept.
-    mix: None where images are learned as they are.
+    What else a step may do is a line or a small function here; the loop knows none of it. clip_norm: as
+    `train.clip_norm`. gather: None where every batch is an update. average, mix, teach: None where there is no average,
+    no mixing and no teacher.
     """
 
     forward: Forward
@@ -90,6 +94,7 @@ class Step:
     gather: Gather | None = None
     average: Average | None = None
     mix: Mix | None = None
+    teach: Teach | None = None
 
     def __call__(self, batch: Batch) -> float:
         """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
@@ -135,8 +140,9 @@ class Step:
     def loss(self, batch: Batch) -> Tensor:
         """The batch's mean loss, a scalar with its graph."""
         inputs, targets = (batch.inputs, batch.targets) if self.mix is None else self.mix(batch)
-        loss: Tensor = self.criterion(self.forward(inputs), targets)
-        return loss
+        logits = self.forward(inputs)
+        loss: Tensor = self.criterion(logits, targets)
+        return loss if self.teach is None else self.teach(loss, logits, batch.indices)
 
 
 def _underway(loss: Tensor) -> Callable[[], float]:

@@ -54,14 +54,16 @@ class Resumption:
     best: Checkpoint | None
     result: dict[str, Any] | None = None
 
-    def require_same(self, template: Checkpoint, images: str, where: str) -> None:
-        """Raise DataError where the run began with other weights or images; `images` is their fingerprint."""
+    def require_same(self, template: Checkpoint, learned: Mapping[str, str], where: str) -> None:
+        """Raise DataError where the run began with other weights, images or another teacher; learned: of the Saver."""
         name = template.backbone["name"]
         if {**template.backbone, **self.last.backbone} != template.backbone:  # version 2 did not have all of it
             raise DataError(f"the weights of {name} are not those this run began with; restore that file")
         assert self.last.resume is not None
-        if self.last.resume.get("images") != images:
+        if self.last.resume.get("images") != learned["images"]:
             raise DataError(f"{where}: the training images are not those this run began with")
+        if self.last.resume.get("teacher") != learned.get("teacher"):
+            raise DataError("train.teacher.checkpoint is not the file that this run began with; put that back")
         if self.last.val_images != template.val_images:
             raise DataError(f"{where}: the validation images are not those this run began with")
 

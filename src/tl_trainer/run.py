@@ -32,15 +32,17 @@ from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import cores, peak_memory, threads_for
+from tl_trainer.ground.sealed import seal_of
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Scores
 from tl_trainer.models.prefix import DTYPES
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
-from tl_trainer.runs import RESULT
+from tl_trainer.runs import RESULT, best_of
 from tl_trainer.saver import EpochDone, Progress, Saver, State
 from tl_trainer.search import search
+from tl_trainer.teacher import teacher_of
 from tl_trainer.tracking import Tracker, graph_of
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,10 @@ def train(
     begun = _phase_at(phases, progress.passed)
     if last and begun:  # the phase before may have found another head
         setup.parts.new_head(last.config["model"]["head"]["normalise"])
-    template, images = _template(setup), fingerprint(setup.dataset.split("train"))
+    template, learned = _template(setup), _learned(setup)
     if resumption:
-        resumption.require_same(template, images, setup.dataset.where)
+        resumption.require_same(template, learned, setup.dataset.where)
+    setup.teach = teacher_of(setup)
     feeds = setup.feeds(begun)
     state = setup.new_state(len(feeds["train"].batches), begun, progress)
     with contextlib.ExitStack() as stack:
@@ -92,7 +95,7 @@ def train(
         with stop:
             _describe(setup, to_yaml(loaded.config), run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
-            saver = make_saver(run_dir, template, state, images, setup.parts.task.temperature, tracker.flush)
+            saver = make_saver(run_dir, template, state, learned, setup.parts.task.temperature, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
         pause = partial(_pause, stop, saver)
         for number in range(begun, len(phases)):
@@ -216,7 +219,17 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
         task=parts.task,
         state=state,
         feed=feed,
-        step=Step(feed.logits, criterion, state.optimizer, state.scaler, section.clip_norm, gather, state.average, mix),
+        step=Step(
+            feed.logits,
+            criterion,
+            state.optimizer,
+            state.scaler,
+            section.clip_norm,
+            gather,
+            state.average,
+            mix,
+            setup.teach,
+        ),
         validate=lambda after_batch: _validated(parts, feeds["val"], state, after_batch),
         pause=pause,
         device=parts.network.device,
@@ -341,6 +354,13 @@ def _template(setup: Setup) -> Checkpoint:
         val_split=torch.tensor(name_hashes(val.names), dtype=torch.int64) if setup.drawn else None,
         val_images=val.contents,
     )
+
+
+def _learned(setup: Setup) -> dict[str, str]:
+    """What tells from others what the run learns from: its training images and its teacher."""
+    teacher = setup.parts.config.train.teacher.checkpoint
+    sealed = {} if teacher is None else {"teacher": seal_of(best_of(expand(teacher)))}
+    return {"images": fingerprint(setup.dataset.split("train")), **sealed}
 
 
 def _describe(setup: Setup, config: str, run_dir: Path) -> None:

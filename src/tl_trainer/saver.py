@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -190,8 +191,8 @@ class State:
 class Saver:
     """Writes last.pth and best.pth into the run directory.
 
-    template: what stays the same in every checkpoint. images: the fingerprint of the training images. calibrate: gives
-    the temperature for best.pth from the validation scores.
+    template: what stays the same in every checkpoint. learned: what tells from others what the run learns from, such as
+    its training images. calibrate: gives the temperature for best.pth from the validation scores.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Saver:
         run_dir: Path,
         template: Checkpoint,
         state: State,
-        images: str = "",
+        learned: Mapping[str, str] = MappingProxyType({}),
         calibrate: Callable[[Scores], float | None] = lambda _: None,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
@@ -209,7 +210,7 @@ class Saver:
         self.best: Checkpoint | None = None
         self.best_scores: Scores | None = None  # of the validation split; None where an earlier session had the best
         self._best_on_disk = False
-        self.images = images
+        self.learned = learned
         self.calibrate = calibrate
         self.flush = flush  # for the logs: an epoch that last.pth counts is not logged again
         self._saved_at = time.monotonic()
@@ -247,7 +248,7 @@ class Saver:
         """
         started = time.monotonic()
         self._go_by_best()
-        resume, progress = {**self.state.resume_data(), "images": self.images}, self.state.progress
+        resume, progress = {**self.state.resume_data(), **self.learned}, self.state.progress
         trained = self.state.classifier.trained_state()
         if not all(value.isfinite().all() for value in trained.values()):
             where = f"epoch {progress.epoch}"

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
+from tl_trainer import checkpoint
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override
-from tl_trainer.config.schema import Config, FeaturesSection, flat
+from tl_trainer.config.schema import Config, FeaturesSection, expand, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.sources import check_root
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import SettingError
+from tl_trainer.ground.wording import listed
 from tl_trainer.models.backbones import empty_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.network import resolve_device
+from tl_trainer.runs import best_of
 
+CLASSES_NAMED = 20  # in a message
 TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
@@ -113,6 +117,19 @@ def _check_stages(config: Config) -> None:
         frozen = len(classifier.frozen)
     if classifier.trains_batch_norm and config.train.batch_size == 1:
         raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
+
+
+def check_teacher(path: str | None, classes: Sequence[str]) -> None:
+    """Raise SettingError for a teacher of other classes than those that are learned."""
+    if path is None:
+        return
+    known = checkpoint.load(best_of(expand(path))).classes
+    if {*known} != {*classes}:
+        raise SettingError(
+            "train.teacher.checkpoint",
+            f"{path} knows the classes {listed(known, CLASSES_NAMED)}, and the data has "
+            f"{listed(classes, CLASSES_NAMED)}; take a teacher that was trained on the same classes",
+        )
 
 
 def check_views(config: Config, pipeline: Pipeline) -> None:

@@ -47,6 +47,7 @@ KEYS = """
     train.best train.stop.metric train.stop.patience train.stop.min_delta
     train.mixup train.cutmix train.sampler
     train.refit train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
+    train.teacher.checkpoint train.teacher.temperature train.teacher.alpha
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
     train.loss.label_smoothing train.loss.class_weights

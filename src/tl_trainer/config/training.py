@@ -104,6 +104,26 @@ class StopSection(Section):
         return self
 
 
+class TeacherSection(Section):
+    checkpoint: str | None = Field(
+        None,
+        description="A checkpoint or run of the same classes whose logits are learned beside the labels; what a search "
+        "finds is not taught. null is no teacher.",
+    )
+    temperature: float = Field(
+        2.0, gt=0, description="What the logits of teacher and student are divided by before they are compared."
+    )
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="The share of the teacher in the loss; the rest is that of the labels."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherSection:
+        if self.checkpoint is None and (self.temperature, self.alpha) != (2.0, 0.5):
+            raise ValueError("temperature and alpha are of a teacher, and there is none; set checkpoint")
+        return self
+
+
 class PhaseSection(Section):
     """What is left out comes from `train`, so that a phase is always complete; a phase that searches is one epoch."""
 
@@ -192,6 +212,10 @@ class TrainSection(Section):
         default_factory=EmaSection,
         description="A moving average of the weights, which is evaluated beside them; the better one is an epoch's.",
     )
+    teacher: TeacherSection = Field(
+        default_factory=TeacherSection,
+        description="Distillation: alpha * temperature^2 * KL(teacher, student) + (1 - alpha) * the labels' loss.",
+    )
     freeze_batchnorm: bool = Field(
         False,
         description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
@@ -229,11 +253,15 @@ class TrainSection(Section):
         self._check_search()
         if self.sampler == self.loss.class_weights == "balanced":
             raise ValueError("sampler and loss.class_weights are both balanced, which corrects twice; keep one of them")
+        if self.teacher.checkpoint is not None and (self.mixup or self.cutmix):
+            raise ValueError("a teacher knows images, not mixtures of two; leave out mixup and cutmix, or teacher")
         trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "clip_norm", "accumulate"}
-        sections = (self.optimizer, self.schedule, self.stop, self.ema)
+        sections = (self.optimizer, self.schedule, self.stop, self.ema, self.teacher)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
+        if self.search == "auto" and self.teacher.checkpoint is not None:
+            raise ValueError("a head that is found has no teacher; set search: off, or search in the first phase alone")
         if self.refit and self.search == "off":
             raise ValueError(
                 "refit is for a head that is found: set search: auto, and leave out epochs, optimizer, schedule "
