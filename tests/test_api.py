@@ -48,7 +48,9 @@ def test_the_public_names_are_these() -> None:
     assert all(getattr(tl_trainer, name) is not None for name in tl_trainer.__all__)
     assert dir(tl_trainer) == tl_trainer.__all__
     public = {name for name in vars(tl_trainer.Model) if not name.startswith("_")}
-    assert public == {"classes", "temperature", "predict", "rows", "evaluate", "embed", "explain", "export"}
+    assert public == {
+        "classes", "temperature", "predict", "rows", "evaluate", "embed", "explain", "export", "add_class",
+    }  # fmt: skip
     with pytest.raises(AttributeError, match="'tl_trainer' has no attribute 'trian'"):
         _ = tl_trainer.trian
 

@@ -267,6 +267,18 @@ class Model:
                 parts = restore(self._checkpoint, [*self._overrides, ("device", "cpu"), ("train.precision", "fp32")])
             return export(parts, to, Path(out), origin, force=force)
 
+    def add_class(self, name: str, folder: Location, *, output: Location = "runs") -> dict[str, Any]:
+        """Write a run whose best.pth also knows the class `name`, of which there are images in `folder`; no training.
+
+        The linear head is solved again on the features of all images. What the result.json of the new run in `output`
+        holds: `checkpoint`, top-1 of `old_classes` before and after, recall of the `new_class`.
+        """
+        with _called(self._progress):
+            from tl_trainer.added_class import add_class
+
+            parts = restore(self._checkpoint, self._overrides)  # a copy, since it is changed
+            return add_class(parts, self._checkpoint, name, Path(folder), Path(output))
+
 
 @contextlib.contextmanager
 def _called(progress: bool) -> Iterator[None]:

@@ -41,10 +41,9 @@ COMMANDS = {
 COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
-        "--apply", "--batch-size", "--check", "--clear-cache", "--config", "--data-dir", "--device", "--dry-run",
-        "--epochs", "--folds", "--json", "--list", "--lr", "--output", "--print-config", "--print-schema", "--resume",
-        "--seed",
-        "--workers", "-b", "-j", "words",
+        "--add-class", "--apply", "--batch-size", "--check", "--checkpoint", "--clear-cache", "--config", "--data-dir",
+        "--device", "--dry-run", "--epochs", "--folds", "--from", "--json", "--list", "--lr", "--output",
+        "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j", "words",
     ],
     "check": ["--config", "--data-dir", "--device", "--json", "--output", "--workers", "-j", "words"],
     "eval": [

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_trainer.cli.main import (
+    CHECKPOINT_HELP,
     accuracy,
     checked,
+    default_checkpoint,
     exists,
     given,
     new_parser,
@@ -38,6 +40,7 @@ examples:
   tl-train --config imagefolder-alexnet.yaml --data-dir photos --epochs 5
   tl-train --config demo.yaml train.optimizer.name=sgd 'transforms.train=[{Resize: 64}]'
   tl-train photos/ --folds 10
+  tl-train --add-class wasps --from wasps/ --checkpoint runs/photos-1
   tl-train --resume runs/flowers102-1
 """
 
@@ -84,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="look for what is wrong with the data, as tl-check does, and stop")
     add("--folds", type=int, metavar="N", help="measure instead of train: cross-validation of the head that would "
         "be found, on all images but the source's own val and test splits; writes predictions.csv")  # fmt: skip
+    add("--add-class", type=given, metavar="NAME", help="make a checkpoint that knows one more class, in seconds: the "
+        "linear head is solved again on kept features and on the images in --from")  # fmt: skip
+    add("--from", dest="folder", type=given, metavar="DIR", help="the images of the class that is added")
+    add("--checkpoint", type=given, metavar="FILE", help="what --add-class starts from; " + CHECKPOINT_HELP)
     add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
@@ -106,6 +113,8 @@ def _train(args: argparse.Namespace) -> int:
     if not args.argv:
         raise InputError(START)
     overrides = settings_of(args, FLAGS)
+    if args.add_class is None and (args.folder or args.checkpoint):
+        raise InputError("--from and --checkpoint belong to --add-class NAME; to go on with a run use --resume")
     if args.list is not None:
         sys.stdout.write(_listed(*args.list))
     elif args.print_schema:
@@ -113,6 +122,8 @@ def _train(args: argparse.Namespace) -> int:
     elif args.print_config or args.clear_cache:
         with _configuration(args, overrides) as loaded:
             sys.stdout.write(_configured(loaded) if args.print_config else _cleared(loaded))
+    elif args.add_class is not None:
+        sys.stdout.write(_extended(args, overrides) + "\n")
     elif args.check:
         if args.resume is not None:
             raise InputError("--check looks at the data of a new run; leave out --resume")
@@ -203,6 +214,33 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
         result = api.train(args.config, resume=resume, progress=progress, stop=stop, **overrides)
         in_words = _report
     return json.dumps(result) if args.json else in_words(result)
+
+
+def _extended(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
+    """Add a class to a checkpoint; what is printed of it."""
+    if not args.folder:
+        raise InputError(f"--add-class {args.add_class} needs --from DIR, the folder with its images")
+    if args.config is not None or args.resume is not None:
+        raise InputError("--add-class takes the checkpoint's configuration; leave out DATA, --config and --resume")
+    path, output = args.checkpoint or default_checkpoint(), overrides.pop("output.dir", "runs")
+    with without_collection():
+        from tl_trainer import api
+
+    model = api.load(path, progress=not args.quiet, **overrides)
+    result = model.add_class(args.add_class, args.folder, output=output)
+    if args.json:
+        return json.dumps(result)
+    old, new, on = result["old_classes"], result["new_class"], result["solved_on"]
+    return "\n".join(
+        [
+            f"{result['head']}, solved on the features of {on['old']:,} old and {on['new']:,} new images; "
+            f"{result['seconds']:.0f} s",
+            f"old classes: val top-1 {old['top1_before']:.1%} before, {old['top1_after']:.1%} now  ({old['n']} images)",
+            f"{printable(result['class'])}: {new['recall']:.1%} are recognised, each by a head that did not see it  "
+            f"({new['n']} images)",
+            f"checkpoint: {result['checkpoint']}",
+        ]
+    )
 
 
 def _report(result: dict[str, Any]) -> str:
