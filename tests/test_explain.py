@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.errors import InputError
-from tl_trainer.explain import GAP, GradCam, overlay
+from tl_trainer.explain import GAP, GradCam, overlay, sheet
 from tl_trainer.models.backbones import build_backbone, resolve_weights
 from tl_trainer.models.chain import Backbone, Stage
 from tl_trainer.models.classifier import Classifier
@@ -42,6 +42,20 @@ def quadrant_share(heat: Tensor, quadrant: tuple[int, int]) -> float:
     half = SIDE // 2
     (row, column), total = quadrant, heat.sum()
     return (heat[row * half : (row + 1) * half, column * half : (column + 1) * half].sum() / total).item()
+
+
+def test_a_sheet_has_pictures_in_rows_below_another() -> None:
+    red, tall = (Image.new("RGB", size, "red") for size in ((454, 224), (40, 80)))
+    page = sheet(red, [(tall, "0.93 red"), (None, "0.92 blue"), *[(tall, "0.90 ünï 蜂")] * 4])
+    side, below = (454 + 6) // 5 - 6, 224 + 6
+    side = max(side, 96)
+    assert page.size == (5 * (side + 6) - 6, 224 + 2 * (6 + side + 16))
+    assert page.getpixel((200, 100)) == page.getpixel((10, below + 10)) == (255, 0, 0)
+    assert page.getpixel((side + 6 + 10, below + 10)) == (255, 255, 255)  # one that is gone
+    second = page.crop((0, below + side + 16 + 6, side, page.height))
+    assert second.getpixel((10, 10)) == (255, 0, 0)
+    captions = page.crop((0, below + side, side, below + side + 16))
+    assert min(captions.convert("L").getextrema()) < 100
 
 
 def test_the_heat_is_in_the_quadrant_of_the_evidence() -> None:

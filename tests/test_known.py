@@ -151,6 +151,23 @@ def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:
     assert tl(*words, "--tta", "fivecrop").stderr.endswith("take whole images; leave --tta fivecrop out\n")
 
 
+def test_pictures_of_the_evidence_show_the_nearest_too(
+    folder: Path, best: Path, tl: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    red = folder / "photos" / "val" / "red" / "00.jpg"
+    words = ["predict", red, "--checkpoint", best, "--explain"]
+    assert tl(*words, "plain").returncode == tl(*words, "near", "--neighbours", 2).returncode == 0
+    (plain,), (near,) = ([*Path(name).iterdir()] for name in ("plain", "near"))
+    with Image.open(plain) as alone, Image.open(near) as more:
+        assert more.crop((0, 0, *alone.size)).tobytes() == alone.tobytes()
+        assert more.height > alone.height + 96
+        first = more.getpixel((20, alone.height + 20))
+    assert first[0] > 150 > first[1]  # a red one
+    gone = tl(*words, "gone", "--neighbours", 2, "data.root=nowhere")
+    assert "the pictures show no training images: nowhere: no such folder" in gone.stderr
+    assert gone.returncode == 0
+
+
 def test_sets_and_features_of_the_command(folder: Path, best: Path, tl: Run) -> None:
     paths = sorted((folder / "photos" / "val").rglob("*.jpg"))
     words = ["predict", *paths[:3], "gone.jpg", "--checkpoint", best, "--coverage", 0.9, "--topk", 1]

@@ -97,6 +97,20 @@ def test_the_report_of_tl_eval_is_that_of_tl_train(tl: Run, colours: Path) -> No
         assert (Path("report") / name).read_bytes() == (Path("runs/run-1/report") / name).read_bytes(), name
 
 
+def test_mistakes_have_the_training_images_that_are_like_them(tl: Run, colours: Path) -> None:
+    Image.new("RGB", (77, 77), COLOURS["red"]).save(colours / "val" / "blue" / "red.jpg")  # a mistake
+    page = Path(trained(tl, colours, "output.report=true")["report"])
+    lines = r"<span class=\"soft\">[01]\.\d\d (blue|green|red): train/\1/\d\d\.jpg</span>"
+    mistakes = page.read_text().count("<figcaption>labelled")
+    assert mistakes > 0
+    assert len(re.findall(lines, page.read_text())) == 3 * mistakes
+    evaluated(tl)  # where the features are not kept yet, nothing is computed for it
+    assert not re.findall(lines, Path("report/report.html").read_text())
+    tl("predict", colours / "val" / "red" / "00.jpg", "--neighbours", 1)
+    evaluated(tl)
+    assert len(re.findall(lines, Path("report/report.html").read_text())) == 3 * mistakes
+
+
 def test_without_a_report_there_is_none(tl: Run, colours: Path) -> None:
     assert trained(tl, colours)["report"] is None
     assert not Path("runs/run-1/report").exists()

@@ -12,6 +12,8 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +34,9 @@ from tl_trainer.ground.files import make_folder, numbered_folder
 from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
-from tl_trainer.known import FEWEST, Known, known
+from tl_trainer.known import FEWEST, Known, at_hand, known, training_pictures
 from tl_trainer.predict import Asked, Extras, Near, Predictor, Row, Source, embed, explain
-from tl_trainer.report import write_report
+from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import best_of
 
@@ -192,7 +194,11 @@ class Model:
             if tta is not None:
                 raise InputError(f"--coverage is kept for images as they are; leave --tta {tta} out")
             most = conformal.threshold(saved.conformal if saved else None, extras.coverage)
-        near = Near(self._known(extras.reject), extras.neighbours, extras.reject) if compared else None
+        near = None
+        if compared:
+            near = Near(self._known(extras.reject), extras.neighbours, extras.reject)
+            if folder is not None and extras.neighbours:
+                near = replace(near, picture=training_pictures(self._parts))
         return Asked(folder, near, most, extras.embed is not None)
 
     def _known(self, reject: bool) -> Known:
@@ -228,7 +234,10 @@ class Model:
             if folder is None:
                 return evaluation.headline
             loaded = self._parts.loaded
-            about = {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}
+            known = at_hand(self._checkpoint)
+            nearest = None if known is None else partial(known.nearest_in, self._parts, count=NEIGHBOURS)
+            about: dict[str, Any] = {"nearest": nearest}
+            about |= {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}
             page = write_report(folder, evaluation, self._parts.network.classifier, self._parts.pipeline, about)
             return {**evaluation.headline, "report": str(page)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
@@ -16,6 +16,7 @@ from tl_trainer.models.classifier import Classifier
 
 OPACITY = 0.65
 GAP = 6
+COLUMNS, TILE, CAPTION = 5, 96, 16  # of the pictures below another; sides and heights in pixels
 
 
 class GradCam:
@@ -71,6 +72,25 @@ def overlay(picture: Tensor, heat: Tensor) -> Image.Image:
     covered = picture * (1 - OPACITY * heat) + colours * OPACITY * heat
     gap = torch.ones(3, picture.shape[1], GAP)
     return functional.to_pil_image(torch.cat([picture, gap, covered], dim=2))  # type: ignore[no-any-return]
+
+
+def sheet(picture: Image.Image, tiles: Sequence[tuple[Image.Image | None, str]]) -> Image.Image:
+    """The picture, and below it others in rows, each with a caption; for one that is None an empty place."""
+    columns = min(COLUMNS, len(tiles))
+    side = max(TILE, (picture.width + GAP) // columns - GAP)
+    width, height = side + GAP, side + CAPTION
+    rows = -(-len(tiles) // columns)
+    whole = max(picture.width, columns * width - GAP), picture.height + rows * (GAP + height)
+    page, font = Image.new("RGB", whole, "white"), ImageFont.load_default(11)
+    page.paste(picture)
+    for number, (image, caption) in enumerate(tiles):
+        row, column = divmod(number, columns)
+        tile = Image.new("RGB", (side, height), "white")
+        if image is not None:
+            tile.paste(ImageOps.contain(image, (side, side)))
+        ImageDraw.Draw(tile).text((0, side), caption, "black", font)
+        page.paste(tile, (column * width, picture.height + GAP + row * (GAP + height)))
+    return page
 
 
 def _last_spatial(stages: list[nn.Module], image: Tensor) -> int:

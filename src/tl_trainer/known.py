@@ -8,21 +8,24 @@ where its k-th nearest training image is no further away than those of 95% of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Parts, memory_of, reopened
 from tl_trainer.config.load import COMMAND_LINE
+from tl_trainer.data.dataset import Split
 from tl_trainer.data.verify import verified
-from tl_trainer.errors import CheckpointError, InputError, RunError
+from tl_trainer.errors import CheckpointError, ImageError, InputError, RunError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed, seal_of
+from tl_trainer.ground.wording import printable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ FILE = "neighbours.pth"
 NEAREST = 5  # k
 ACCEPTED = 0.95
 ROWS = 1024  # that are compared at once
+SIDE = 224  # pixels, of a training image that is shown
 FEWEST = 20  # validation images that can tell what 95% of them are
 
 
@@ -83,6 +87,11 @@ class Known:
             for row in zip(alike.tolist(), found.tolist(), strict=True)
         ]
 
+    def nearest_in(self, parts: Parts, split: Split, count: int) -> list[list[Neighbour]]:
+        """The `count` nearest training images of each image of a split."""
+        similarities = self.similarities(parts.feeds.embed(split, parts.pipeline), count)
+        return self.nearest(similarities, count, parts.task.classes)
+
     def accepted(self, similarities: Similarities) -> list[bool]:
         """Whether each is as near to the training images as 95% of the validation images are; of NEAREST or more."""
         least = torch.quantile(self.val, 1 - ACCEPTED)
@@ -95,23 +104,54 @@ def known(parts: Parts, checkpoint: Path) -> Known:
     At most `output.neighbours_mb` of features, spread evenly over the training images. Raises InputError, with the
     remedy, where there is no file and the images are gone.
     """
-    file, seal = checkpoint.with_name(FILE), seal_of(checkpoint)
+    file = checkpoint.with_name(FILE)
+    if (kept := at_hand(checkpoint)) is not None:
+        _ignored(parts, file, len(kept.paths))
+        return kept
     if file.exists():
-        if not check_seal(file):
-            raise CheckpointError(f"{file}: damaged; remove it, and it is made again")
-        content = load_plain(file, mapped=False)  # Windows replaces no file that is mapped
-        if not _is_ours(content):
-            raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
-        if content.pop("checkpoint") == seal:
-            _ignored(parts, file, len(content["paths"]))
-            return Known(**content)
         log.info("%s belongs to an earlier %s and is made again", file, checkpoint.name)
     found = _computed(parts, file)
+    content = {name: getattr(found, name) for name in _KINDS}
     try:
-        save_sealed(file, {"checkpoint": seal, **{name: getattr(found, name) for name in _KINDS}})
+        save_sealed(file, {"checkpoint": seal_of(checkpoint), **content})
     except RunError as error:
         log.warning("%s; the features are computed again next time", error)
     return found
+
+
+def at_hand(checkpoint: Path) -> Known | None:
+    """What the file beside the checkpoint says of it; None where there is none, or that of an earlier checkpoint."""
+    file = checkpoint.with_name(FILE)
+    if not file.exists():
+        return None
+    if not check_seal(file):
+        raise CheckpointError(f"{file}: damaged; remove it, and it is made again")
+    content = load_plain(file, mapped=False)  # Windows replaces no file that is mapped
+    if not _is_ours(content):
+        raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
+    return Known(**content) if content.pop("checkpoint") == seal_of(checkpoint) else None
+
+
+def training_pictures(parts: Parts) -> Callable[[str], Image.Image | None]:
+    """What opens a training image by its name in `Known.paths`, small; it gives None where it cannot, saying why."""
+    try:
+        train = reopened(parts).split("train")
+    except InputError as error:
+        log.warning("the pictures show no training images: %s", error)
+        return lambda _: None
+    index = {name: number for number, name in enumerate(train.names)}
+
+    def opened(name: str) -> Image.Image | None:
+        if name not in index:
+            log.warning("%s is no training image here any more, so it is not shown", printable(name))
+            return None
+        try:
+            return train.open(index[name], draft=SIDE)
+        except ImageError as error:
+            log.warning("%s", error)
+            return None
+
+    return opened
 
 
 def _is_ours(content: Any) -> bool:

@@ -10,13 +10,16 @@ import json
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import ImageOps
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tl_trainer.advice import Facts, advise
@@ -32,8 +35,9 @@ from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.forecast import Forecast, forecast
 from tl_trainer.ground.files import make_folder, write_text
+from tl_trainer.known import Known, Neighbour
 from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figure
-from tl_trainer.report import write_report
+from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Saver
 from tl_trainer.tracking import Tracker
@@ -94,7 +98,7 @@ def conclude(
         if parts.config.output.report:
             about = _found(setup, feeds, found) if found else _trained(tracker, progress.best_epoch)
             about |= {"overview": overview, "advice": result["advice"]}
-            result["report"] = str(_report(setup, run_dir, evaluations, about))
+            result["report"] = str(_report(setup, feeds, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
             if found is not None:
@@ -142,7 +146,20 @@ def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker) -> dict[s
     }
 
 
-def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], of_run: dict[str, Any]) -> Path:
+def _nearest(setup: Setup, feeds: dict[str, Feed]) -> Callable[[Split], list[list[Neighbour]]] | None:
+    """What finds the nearest training images by the first view of each, where these are kept and few enough."""
+    parts, feed = setup.parts, feeds["train"]
+    few = 2 * parts.features * len(feed.split) <= parts.config.output.neighbours_mb * 1e6
+    if not (_head_alone(setup, feeds) and isinstance(feed.batches, FeatureBatches) and few):
+        return None
+    rows = feed.batches.features.take(0, range(len(feed.split))).flatten(1).float()
+    known = Known(functional.normalize(rows).half(), feed.split.names, [*feed.split.targets], torch.empty(0))
+    return partial(known.nearest_in, parts, count=NEIGHBOURS)
+
+
+def _report(
+    setup: Setup, feeds: dict[str, Feed], run_dir: Path, evaluations: dict[str, Evaluation], of_run: dict[str, Any]
+) -> Path:
     """The report on the best checkpoint, on the split that tl-eval would take too; of_run: what it tells of the run."""
     parts, what = setup.parts, "test" if "test" in evaluations else "val"
     log.info("writing the report on %s images", what)
@@ -150,6 +167,7 @@ def _report(setup: Setup, run_dir: Path, evaluations: dict[str, Evaluation], of_
         "name": run_dir.name,
         "checkpoint": str(run_dir / "best.pth"),
         "config": to_yaml(parts.config),
+        "nearest": _nearest(setup, feeds),
         **of_run,
     }
     make_folder(run_dir / "report", "--output")

@@ -32,7 +32,7 @@ from tl_trainer.data.tar import Member, images_in
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
 from tl_trainer.evaluate import averaged
-from tl_trainer.explain import GradCam
+from tl_trainer.explain import GradCam, sheet
 from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import printable
@@ -88,11 +88,15 @@ class Extras:
 
 @dataclass(frozen=True)
 class Near:
-    """What rows say of the training images: the `count` nearest, and, if asked, whether the image is like them."""
+    """What rows say of the training images: the `count` nearest, and, if asked, whether the image is like them.
+
+    picture: what opens a training image by its path, for pictures of the evidence.
+    """
 
     known: Known
     count: int
     reject: bool
+    picture: Callable[[str], Image.Image | None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,9 @@ class Predictor:
 
     def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
         picture = self.cam.picture(self.parts.pipeline, view, row.predictions[0].index)
+        if row.neighbours and self.asked.near is not None:
+            shown = self.asked.near.picture
+            picture = sheet(picture, [(shown(one.path), f"{one.similarity:.2f} {one.label}") for one in row.neighbours])
         said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
         stem, label = (part.encode()[:99].decode(errors="ignore") for part in (Path(row.path).stem, said))
         name = f"{self.number:05}-{stem}-{label}.png"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from tl_trainer.evaluation import Evaluation
 from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import csv_text, write_bytes, write_text
 from tl_trainer.ground.wording import printable
+from tl_trainer.known import Neighbour
 from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.tasks import prediction_columns
 
 MISTAKES = 12
+NEIGHBOURS = 3
 PAIRS_SHOWN = 6
 EXAMPLES = 4
 SIDE = 224  # pixels of the longer side of an example
@@ -41,6 +43,7 @@ def write_report(
     about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`. Of a run
     also its `overview`, `advice` and PNG files by name under `pictures`, and of a head that was found `search` (what
     `search.Found.summary` gives, and the rows `shown`) and `forecast` (`sentence` and `how`), of another `best_epoch`.
+    `nearest`: what gives the NEIGHBOURS nearest training images of each image of a split, where features are at hand.
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
@@ -57,7 +60,7 @@ def write_report(
             measured=measured,
             pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
             pairs=list(_pair_examples(evaluation, predictions)),
-            mistakes=_mistakes(evaluation, predictions, classifier, pipeline),
+            mistakes=_mistakes(evaluation, predictions, classifier, pipeline, about.get("nearest")),
             about=about,
             duplicates=[*map(printable, evaluation.duplicates)],
             versions=library_versions(),
@@ -120,7 +123,11 @@ def _pair_examples(evaluation: Evaluation, predictions: Predictions) -> Iterator
 
 
 def _mistakes(
-    evaluation: Evaluation, predictions: Predictions, classifier: Classifier, pipeline: Pipeline
+    evaluation: Evaluation,
+    predictions: Predictions,
+    classifier: Classifier,
+    pipeline: Pipeline,
+    nearest: Callable[[Split], list[list[Neighbour]]] | None,
 ) -> list[dict[str, Any]]:
     """The mistakes that the classifier is surest of, as it saw them, each beside the evidence for what it said."""
     cam, shown, indices = GradCam(classifier), [], predictions.wrong[:MISTAKES]
@@ -135,7 +142,8 @@ def _mistakes(
             explained = False
         for index, picture in zip(numbers, pictures, strict=True):
             shown.append({"image": thumbnail(picture, 2 * SIDE), "explained": explained, **predictions.caption(index)})
-    return shown
+    alike = nearest(evaluation.split.subset(indices)) if nearest and indices else [[] for _ in shown]
+    return [{**mistake, "nearest": found} for mistake, found in zip(shown, alike, strict=True)]
 
 
 def _confusion_table(scores: Scores, classes: list[str]) -> str:
