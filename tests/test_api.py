@@ -162,7 +162,7 @@ def test_what_torch_says_of_memory_is_a_run_error(colours: Path, monkeypatch: py
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(assembly, "new_head", fail)
+    monkeypatch.setattr(assembly, "new_classifier", fail)
     with pytest.raises(tl_trainer.RunError, match=r"^out of memory; lower --batch-size"):
         trained(colours)
 

@@ -38,20 +38,20 @@ def test_images_are_verified_before_anything_is_built_and_once_each(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
-    verified, build = assembly.verified, assembly.build_backbone
+    verified, build = assembly.verified, assembly.new_classifier
 
     def note_split(split: Any, what: str, *arguments: Any) -> Any:
         happened.append(what)
         return verified(split, what, *arguments)
 
-    def note_backbone(*arguments: Any) -> Any:
-        happened.append("backbone")
-        return build(*arguments)
+    def note_classifier(*arguments: Any, **options: Any) -> Any:
+        happened.append("classifier")
+        return build(*arguments, **options)
 
     monkeypatch.setattr(assembly, "verified", note_split)
-    monkeypatch.setattr(assembly, "build_backbone", note_backbone)
+    monkeypatch.setattr(assembly, "new_classifier", note_classifier)
     run.train(loaded, None, StopRequest())
-    assert happened == ["train", "val", "backbone"]
+    assert happened == ["train", "val", "classifier"]
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(loaded: Loaded, colours: Path) -> None:

@@ -38,14 +38,8 @@ from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
-from tl_trainer.models.backbones import (
-    build_backbone,
-    check_tensors,
-    empty_backbone,
-    feature_size,
-    library_versions,
-    resolve_weights,
-)
+from tl_trainer.models.backbones import check_tensors, library_versions, resolve_weights
+from tl_trainer.models.build import new_classifier, saved_classifier
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.heads import new_head, take_head
 from tl_trainer.models.prefix import pays_to_compile
@@ -196,9 +190,7 @@ def set_up(
     with located(loaded):
         check_settings(loaded)
         device = resolve_device(config.device)
-        weights = resolve_weights(config.model.backbone, config.model.weights, config.transforms.size)
-        weights = weights.without_download(config.model.backbone) if dry else weights
-        check_tensors(config.model.backbone, weights, config.model.tap)
+        weights = _weights(config, dry=dry)
         train_pipeline, pipeline = _pipelines(config, weights)
         check_views(config, train_pipeline)
         check_cutmix(config, train_pipeline)
@@ -224,12 +216,12 @@ def set_up(
         splits, duplicates = unrepeated(splits, config.data)
         _name_single(dataset.classes, splits["train"], drawn=drawn)
         image = pipeline.image(splits["train"].open(0))
-        classifier, size = _new_classifier(config, weights, dataset.classes, image)
+        classifier, size = _classifier(config, weights, dataset.classes, image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:
             raise SettingError("model.trainable", f"there is one training image: {TWO_IMAGES}, or add images")
         identity = BackboneIdentity(
             name=config.model.backbone,
-            weights=weights.name + (f"@{revision}" if (revision := classifier.backbone.revision) else ""),
+            weights=weights.label + (f"@{revision}" if (revision := classifier.backbone.revision) else ""),
             tap=config.model.tap,
             sha256=state_hash(classifier.frozen_state()),
             size=weights.preset.crop,
@@ -256,7 +248,7 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
     check_fixed(loaded, overrides)
     try:
         pipeline = Pipeline(saved.preprocessing, "preprocessing")
-        classifier = _saved_classifier(saved, loaded.config)
+        classifier = saved_classifier(saved, loaded.config.model, loaded.config.transforms.size, loaded.config.seed)
     except (SettingError, KeyError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]  # torch adds a trace of its own
         raise CheckpointError(f"{path}: does not fit this version of tl-trainer or torchvision: {reason}") from error
@@ -322,40 +314,25 @@ def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:
     return train, evaluation
 
 
-def _new_classifier(config: Config, weights: Weights, classes: list[str], image: Tensor) -> tuple[Classifier, int]:
-    """With the configured weights and a new head, and how many features that takes from such an image (3, H, W)."""
+def _weights(config: Config, *, dry: bool) -> Weights:
+    """The configured weights, which have what the backbone needs; dry: random ones in place of a download."""
     model = config.model
-    backbone = build_backbone(model.backbone, weights, model.tap, config.seed)
-    size = feature_size(backbone, model.backbone, weights, model.tap, image)
-    torch.manual_seed(config.seed)
-    head = new_head(size, len(classes), model.head)
+    weights = resolve_weights(model.backbone, model.weights, config.transforms.size, model.weights_from)
+    weights = weights.without_download(model.backbone) if dry else weights
+    check_tensors(model.backbone, weights, model.tap)
+    return weights
+
+
+def _classifier(config: Config, weights: Weights, classes: list[str], image: Tensor) -> tuple[Classifier, int]:
+    """A new classifier with what it takes of a run, and how many features its head takes of such an image (3, H, W)."""
+    frozen = config.train.freeze_batchnorm
+    found = new_classifier(config.model, weights, len(classes), image, config.seed, freeze_batchnorm=frozen)
     if weights.saved is not None:
         said = ", and not its head: train.search finds a new one; to go on with its own, set train.search: off"
         if config.phases[0].search != "auto":
-            said = take_head(head, classes, weights.saved)
+            said = take_head(found[0].head, classes, weights.saved)
         log.info("%s: its backbone is taken%s", weights.name, said)
-    return Classifier(backbone, head, model.trainable, freeze_batchnorm=config.train.freeze_batchnorm), size
-
-
-def _saved_classifier(saved: Checkpoint, config: Config) -> Classifier:
-    """With the weights of the checkpoint."""
-    model, weights = config.model, saved.backbone["weights"]
-    with torch.device("meta"):
-        head = new_head(saved.features, len(saved.classes), model.head)
-    if saved.frozen is not None:
-        backbone = empty_backbone(model.backbone, saved.backbone_pretrained, model.tap, saved.backbone.get("size"))
-    else:
-        backbone = build_backbone(
-            model.backbone, resolve_weights(model.backbone, weights, config.transforms.size), model.tap, config.seed
-        )
-    classifier = Classifier(backbone, head, model.trainable)
-    if saved.frozen is None and state_hash(classifier.frozen_state()) != saved.backbone["sha256"]:
-        raise CheckpointError(
-            f"the weights of {model.backbone} are not those it was trained with; end its run with --resume, "
-            "which writes them into best.pth"
-        )
-    classifier.restore(saved.trained, saved.frozen)
-    return classifier
+    return found
 
 
 def _decoding(data: DataSection, *pipelines: Pipeline) -> Decoding:

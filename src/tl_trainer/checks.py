@@ -161,7 +161,7 @@ def _for_checking(loaded: Loaded) -> Loaded:
     """The configuration with a backbone that only computes features, and with bad images and copies to be reported."""
     config = loaded.config
     with located(loaded):
-        weights = resolve_weights(config.model.backbone, config.model.weights).name
+        weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = config.model.model_copy(update={"trainable": "head", "head": HeadSection()}), config.transforms
     if weights == "none" or weights.endswith("_V2"):
         why = "random weights see" if weights == "none" else "training on mixed images leaves"

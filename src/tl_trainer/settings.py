@@ -59,7 +59,7 @@ def check_settings(loaded: Loaded) -> None:
     checks: list[Callable[[], object]] = [
         lambda: transforms.check(config.transforms.train, "transforms.train"),
         lambda: transforms.check(config.transforms.eval, "transforms.eval"),
-        lambda: resolve_weights(config.model.backbone, config.model.weights),
+        lambda: resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from),
         lambda: _check_stages(config),
         lambda: resolve_device(config.device),
         lambda: _check_refit(config),

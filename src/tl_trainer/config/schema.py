@@ -206,6 +206,11 @@ class ModelSection(Section):
         description="DEFAULT (the best), none (random), a torchvision weights name, a tag of timm's, a file (.pth, "
         ".safetensors), or the checkpoint or directory of a run, whose preprocessing and head are taken too.",
     )
+    weights_from: str | None = Field(
+        None,
+        description="Another backbone of the same family that the weights are of, such as resnet50 for resnet101: each "
+        "tensor whose name and shape fit is taken, the others are random. null is the backbone itself.",
+    )
     tap: str = Field(
         "penultimate",
         description="Where the features are taken: penultimate (input of the last Linear), pooled (after the last "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.sealed import check_seal
 from tl_trainer.ground.wording import unknown
 from tl_trainer.models import embedded, timm_models, torchvision_models
-from tl_trainer.models.chain import Backbone
+from tl_trainer.models.chain import TAPS, Backbone
 from tl_trainer.models.weights import Weights, with_versions
 from tl_trainer.runs import BEST
+
+log = logging.getLogger(__name__)
 
 BACKBONES = torchvision_models.NAMES | {embedded.NAME}  # and every `timm/<name>`
 
@@ -26,11 +30,15 @@ LISTED = "tl-train --list backbones"
 State = dict[str, Tensor]
 
 
-def resolve_weights(backbone: str, weights: str, size: int | None = None) -> Weights:
+def resolve_weights(backbone: str, weights: str, size: int | None = None, source: str | None = None) -> Weights:
     """The weights called so of the backbone called so, for images of `size` px (None: of what they were trained with).
 
-    Raises SettingError for names that there are not, CheckpointError for a damaged checkpoint.
+    source: another backbone of its family that they are of. Raises SettingError for names that there are not,
+    CheckpointError for a damaged checkpoint.
     """
+    if source is not None:
+        resolve_weights(backbone, "none")
+        return _of_another(source, weights, size)
     if path := _run_checkpoint(weights):
         return _of_run(path, backbone).at(size)
     if backbone == embedded.NAME:
@@ -52,6 +60,8 @@ def build_backbone(name: str, weights: Weights, tap: str, seed: int) -> Backbone
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if weights.source is not None:
+            return _with_what_fits(name, weights, tap, seed)
         if weights.saved is not None:
             backbone = empty_backbone(name, weights.pretrained, tap, weights.preset.crop)
             # Copies, since the file may be replaced while they are used.
@@ -69,8 +79,13 @@ def build_backbone(name: str, weights: Weights, tap: str, seed: int) -> Backbone
 
 
 def check_tensors(name: str, weights: Weights, tap: str) -> None:
-    """Raise SettingError where the weights in a run's checkpoint lack a tensor or have one of another shape."""
-    if weights.saved is not None:
+    """Raise SettingError where the weights of a run lack a tensor or have one of another shape, or where nothing of
+    another backbone's fits."""
+    if weights.source is not None:
+        backbone = empty_backbone(name, weights.pretrained, tap, weights.preset.crop)
+        given = _kept_tensors(weights.saved) if weights.saved else _empty_source(weights, tap).state_dict()
+        _fitting(backbone, given, name, weights.source)
+    elif weights.saved is not None:
         _tensors_for(empty_backbone(name, weights.pretrained, tap, weights.preset.crop), weights, weights.saved)
 
 
@@ -129,9 +144,9 @@ def _of_run(path: Path, backbone: str) -> Weights:
 
 def _tensors_for(backbone: Backbone, weights: Weights, saved: Checkpoint) -> State:
     """What the checkpoint has of the backbone's state dict, which must be all of it."""
-    tensors, state = {**(saved.frozen or {}), **saved.trained}, State()
+    tensors, state = _kept_tensors(saved), State()
     for key, wanted in backbone.state_dict().items():
-        tensor = tensors.get(f"backbone.{key}")
+        tensor = tensors.get(key)
         if tensor is None:
             tap = saved.backbone["tap"]
             raise SettingError("model.tap", f"{weights.name} has no {key}: its tap is {tap}; set model.tap: {tap}")
@@ -142,3 +157,73 @@ def _tensors_for(backbone: Backbone, weights: Weights, saved: Checkpoint) -> Sta
             )  # fmt: skip
         state[key] = tensor
     return state
+
+
+def _kept_tensors(saved: Checkpoint) -> State:
+    """The backbone's tensors in a checkpoint, by their names in its state dict."""
+    tensors = {**(saved.frozen or {}), **saved.trained}
+    return {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+
+
+def _of_another(source: str, weights: str, size: int | None) -> Weights:
+    """The weights of another backbone, for the one that takes of them what fits."""
+    try:
+        found = resolve_weights(source, weights, size)
+    except SettingError as error:
+        key = "model.weights_from" if error.key == "model.backbone" else error.key
+        raise SettingError(key, error.message.replace("model.backbone", "model.weights_from")) from None
+    if found.fetch is None:
+        raise SettingError("model.weights_from", f"model.weights is none, so {source} has nothing to give; set DEFAULT")
+    return replace(found, source=source)
+
+
+def _source_tap(weights: Weights, tap: str) -> str:
+    """A tap that the source has too, and all the tensors before the one of the backbone that takes its weights."""
+    assert weights.source is not None
+    if tap in TAPS:
+        return tap
+    library = weights.source == embedded.NAME or weights.source.startswith(timm_models.PREFIX)
+    return "penultimate" if library else "logits" if weights.classifier else "pooled"
+
+
+def _empty_source(weights: Weights, tap: str) -> Backbone:
+    assert weights.source is not None
+    return empty_backbone(weights.source, weights.pretrained, _source_tap(weights, tap), weights.preset.crop)
+
+
+def _fitting(backbone: Backbone, given: State, name: str, source: str) -> State:
+    """Of the tensors of another backbone those whose name and shape fit; SettingError where no matrix does."""
+    wanted = backbone.state_dict()
+    fitting = {key: given[key] for key, value in wanted.items() if key in given and given[key].shape == value.shape}
+    if not any(value.dim() > 1 for value in fitting.values()):
+        first, own = (
+            next(
+                f"{key.removeprefix('model.')} {tuple(value.shape)}" for key, value in state.items() if value.dim() > 1
+            )
+            for state in (given, wanted)
+        )
+        raise SettingError(
+            "model.weights_from",
+            f"nothing of {source} fits {name}: the first tensor of one is {first}, of the other {own}; take one of its "
+            "family",
+        )
+    return fitting
+
+
+def _with_what_fits(name: str, weights: Weights, tap: str, seed: int) -> Backbone:
+    """The backbone with the tensors of another that fit, the others random from `seed`."""
+    assert weights.source is not None
+    backbone = build_backbone(name, replace(weights, fetch=None, saved=None, source=None), tap, seed)
+    if weights.saved is not None:
+        given = _kept_tensors(weights.saved)
+    else:
+        other = build_backbone(weights.source, replace(weights, source=None), _source_tap(weights, tap), seed)
+        given = other.state_dict()
+    fitting, keys = _fitting(backbone, given, name, weights.source), [*backbone.state_dict()]
+    backbone.load_state_dict(with_versions(fitting, backbone), strict=False)
+    random = [key.removeprefix("model.") for key in keys if key not in fitting]
+    backbone.random = frozenset(random)
+    log.info("%s: %d of %d tensors are those of %s, the others random", name, len(fitting), len(keys), weights.label)
+    log.debug("taken: %s", ", ".join(key.removeprefix("model.") for key in fitting))
+    log.debug("random: %s", ", ".join(random) or "none")
+    return backbone

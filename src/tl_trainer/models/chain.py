@@ -60,6 +60,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.revision = ""  # of the weights in a hub, where they are from one
+        self.random: frozenset[str] = frozenset()  # the model's tensors beside those of another
         self.features = features  # the size of the output, where it does not depend on that of the images
         self.stages = stages  # a plain list: the modules are registered once, in `model`
         model.register_load_state_dict_post_hook(lambda *_: self._relink())  # type: ignore[no-untyped-call]

@@ -45,7 +45,7 @@ def new_head(features: int, classes: int, section: HeadSection) -> nn.Sequential
     return build_head(features, section.hidden, classes, section.dropout, unit=section.normalise == "l2")
 
 
-def take_head(head: nn.Sequential, classes: Sequence[str], saved: Checkpoint) -> str:
+def take_head(head: nn.Module, classes: Sequence[str], saved: Checkpoint) -> str:
     """Give a new head what it can take of that of a checkpoint; what was taken, in words.
 
     The rows of the last Linear are taken by the names of their classes. Raises CheckpointError where the head in the
@@ -59,7 +59,7 @@ def take_head(head: nn.Sequential, classes: Sequence[str], saved: Checkpoint) ->
         other.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError("the head in the checkpoint of model.weights does not fit its configuration") from error
-    own, others = ([layer for layer in of if isinstance(layer, nn.Linear)] for of in (head, other))
+    own, others = ([layer for layer in of.children() if isinstance(layer, nn.Linear)] for of in (head, other))
     if own[0].in_features != others[0].in_features:
         return f", and not its head, which takes {others[0].in_features} features and not {own[0].in_features}"
     if [(type(layer), layer.in_features) for layer in own] != [(type(layer), layer.in_features) for layer in others]:

@@ -30,10 +30,11 @@ OWN = "The weights of efficientnet_lite0 come with tl-trainer."
 
 @dataclass(frozen=True)
 class Weights:
-    """Resolved weights: what the checkpoint calls them, the preprocessing they want, and how to get their file.
+    """Resolved weights: what they are called, the preprocessing they want, and how to get their file.
 
     fetch: gives the file, downloaded if need be; None for random weights. classifier: whether they have a usable one.
-    here: whether nothing has to be downloaded. saved: the checkpoint of a run whose weights they are.
+    here: whether nothing has to be downloaded. saved: the checkpoint of a run whose weights they are. source: the
+    backbone that they are of, where that is another than the one which takes them.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Weights:
     classifier: bool = True
     here: Callable[[], bool] = lambda: True
     saved: Checkpoint | None = None
+    source: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What a checkpoint calls them."""
+        return self.name if self.source is None else f"{self.name} of {self.source}"
 
     @property
     def pretrained(self) -> bool:
