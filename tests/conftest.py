@@ -20,8 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine. Read when
+# NumPy, SciPy and torch are imported; the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
-import torch
 from PIL import Image
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "hymenoptera_data"
@@ -46,13 +49,6 @@ def draw_split(folder: Path, count: int, size: int = 40, classes: dict[str, tupl
         for index in range(count):
             shade = tuple(max(0, min(255, value + 7 * (index % 5) - 14)) for value in colour)
             Image.new("RGB", (size + index, size), shade).save(folder / name / f"{index:02}.jpg")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Networks this small lose more by waiting for a second thread than they gain, above all on a busy machine."""
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
