@@ -36,7 +36,7 @@ from tl_trainer.feeds import Feed
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Figures, Scores
-from tl_trainer.optim import Average
+from tl_trainer.optim import Average, Soup
 from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
 from tl_trainer.tasks import SingleLabel
@@ -84,6 +84,8 @@ class Run:
         state = tiny_state(7 if last else 3, self.epochs, *RECIPES[self.recipe])  # a resume must not need the seed
         if self.recipe == "sgd-plateau":
             state.average = Average(state.classifier.trained_state(), 0.9)
+        if self.recipe == "adam-cosine":
+            state.soup = Soup(2)
         stop = StopRequest()
         saver = Saver(self.folder, tiny_template(), state)
         tracker = Tracker(self.folder, self.task, self.epochs, tensorboard=False, done=last.epoch if last else 0)
@@ -167,6 +169,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert_same_weights(one.trained, other.trained)
         if one.resume and "average" in one.resume:
             assert_same_weights(one.resume["average"][1], (other.resume or {})["average"][1])
+        if one.resume and "soup" in one.resume:
+            soups = [(resume or {})["soup"] for resume in (one.resume, other.resume)]
+            for (*left, tensors), (*right, others) in zip(*soups, strict=True):
+                assert left == right
+                assert_same_weights(tensors, others)
         assert (one.epoch, one.metrics, one.frozen) == (other.epoch, other.metrics, other.frozen)
 
 

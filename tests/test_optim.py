@@ -12,7 +12,16 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from tl_trainer.config.training import OptimizerName, OptimizerSection, ScheduleName, ScheduleSection
-from tl_trainer.optim import FACTORS, OPTIMIZERS, Average, Schedule, build_optimizer, parameter_groups
+from tl_trainer.optim import (
+    FACTORS,
+    OPTIMIZERS,
+    Average,
+    Schedule,
+    Soup,
+    build_optimizer,
+    in_place,
+    parameter_groups,
+)
 
 LR = 0.02
 
@@ -100,10 +109,22 @@ def test_an_average_is_the_formula() -> None:
     torch.testing.assert_close(average.tensors["weight"], expected)
     assert average.tensors["count"] == 29
     now = changing["weight"].clone()
-    with pytest.raises(KeyboardInterrupt), average.in_place():
+    with pytest.raises(KeyboardInterrupt), in_place(changing, average.tensors):
         assert torch.equal(changing["weight"], average.tensors["weight"])
         raise KeyboardInterrupt
     assert torch.equal(changing["weight"], now)
+
+
+def test_a_soup_is_the_mean_of_the_best_epochs() -> None:
+    soup, values = Soup(3), [0.3, 0.9, 0.5, 0.7, 0.5]
+    weights = {"weight": torch.zeros(2), "count": torch.tensor(0)}
+    for epoch, value in enumerate(values, 1):
+        weights["weight"].fill_(epoch)
+        weights["count"].fill_(epoch)
+        soup.epoch_ended(epoch, {"top1": value}, weights, lambda figures, best: figures["top1"] > best["top1"])
+    assert [epoch for epoch, _, _ in soup.kept] == [2, 4, 3]
+    assert soup.mean()["weight"].tolist() == [3.0, 3.0]
+    assert soup.mean()["count"] == 2
 
 
 def test_the_names_are_those_of_the_schema() -> None:

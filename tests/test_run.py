@@ -19,6 +19,7 @@ from tl_trainer.errors import DataError, InputError, Interrupted
 from tl_trainer.features import FeatureBatches
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.loop import Gather
+from tl_trainer.optim import Soup
 from tl_trainer.resume import resume
 from tl_trainer.tracking import Tracker
 
@@ -93,6 +94,27 @@ def test_every_option_of_the_step_reaches_it(loaded: Loaded, colours: Path) -> N
     assert (training.step.clip_norm, training.step.gather) == (0.25, Gather(state, 3, 2))
     assert training.step.mix is not None
     assert [(type(way), way.alpha, way.num_classes) for way in training.step.mix.ways] == [(v2.MixUp, 0.3, 3)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_mean_of_the_best_epochs_is_kept_where_it_is_no_worse(
+    colours: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sign: int
+) -> None:
+    """Here it is made to be the best epoch itself, or that with the sign of its weights changed."""
+    monkeypatch.setattr(Soup, "mean", lambda soup: {key: sign * value for key, value in soup.kept[0][2].items()})
+    caplog.set_level("INFO", logger="tl_trainer.run")
+    words = [("data.root", str(colours)), *WORDS, ("train", {"epochs": 4, "soup": 2, "batch_size": 8})]
+    result = run.train(load(None, words), None, StopRequest())
+    last = checkpoint.load(Path(result["run_dir"], "last.pth"))
+    assert last.resume is not None
+    (first, figures, tensors), (second, *_) = last.resume["soup"]
+    best = checkpoint.load(Path(result["checkpoint"]))
+    assert all(torch.equal(best.trained[key], value) for key, value in tensors.items())
+    assert best.metrics == figures
+    assert result.get("soup") == (sorted([first, second]) if sign == 1 else None)
+    assert (best.epoch, result["best_epoch"]) == ((4, 4) if sign == 1 else (first, first))
+    said = "better, and best.pth" if sign == 1 else f"no better than epoch {first}, which is best.pth"
+    assert any(line.startswith("mean of the weights of epochs ") and line.endswith(said) for line in caplog.messages)
 
 
 HEAD = {"trainable": "head", "search": "auto"}

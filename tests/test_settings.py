@@ -51,6 +51,15 @@ def test_a_phase_whose_stage_is_wrong_is_named(stages: list[str], said: str) -> 
         set_up(load("demo", [("model", {"backbone": "alexnet", "weights": "none"}), ("train", {"phases": phases})]))
 
 
+def test_a_soup_of_batch_norms_that_train_is_refused() -> None:
+    model = {"backbone": "shufflenet_v2_x0_5", "weights": "none", "trainable": "conv5"}
+    words: list[tuple[str, Any]] = [("model", model), ("train.soup", 2), ("train.epochs", 3), ("data.root", "nowhere")]
+    with pytest.raises(ConfigError, match=r"train\.soup: the mean of weights does not fit the statistics"):
+        set_up(load(None, words))
+    with pytest.raises(DataError, match="nowhere"):
+        set_up(load(None, [*words, ("train.freeze_batchnorm", True)]))
+
+
 def test_cutmix_of_cached_features_is_refused() -> None:
     model = {"backbone": "alexnet", "weights": "none"}
     words = [("model", model), ("train", {"epochs": 1, "cutmix": 1.0}), ("data.root", "nowhere")]

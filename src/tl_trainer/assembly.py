@@ -45,7 +45,7 @@ from tl_trainer.models.heads import new_head, take_head
 from tl_trainer.models.prefix import pays_to_compile
 from tl_trainer.models.weights import Weights, state_hash
 from tl_trainer.network import Network, resolve_device
-from tl_trainer.optim import Average, Schedule, build_optimizer, parameter_groups
+from tl_trainer.optim import Average, Schedule, Soup, build_optimizer, parameter_groups
 from tl_trainer.saver import Progress, State
 from tl_trainer.settings import (
     NOT_TAKEN,
@@ -170,7 +170,9 @@ class Setup:
             torch.manual_seed(config.seed + begun)
         decay = config.train.ema.decay
         average = None if decay is None else Average(classifier.trained_state(), decay)
-        return State(classifier, optimizer, schedule, scaler, progress, begun, average)
+        asked = config.train.soup if number in (-1, len(config.phases) - 1) else None
+        soup = None if asked is None else Soup(asked)
+        return State(classifier, optimizer, schedule, scaler, progress, begun, average, soup)
 
 
 def set_up(

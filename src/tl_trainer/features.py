@@ -276,7 +276,8 @@ class FeatureBatches:
         # All at once, for each copy to a GPU waits until that has nothing left to do.
         rows = torch.tensor([*itertools.chain(*order)], dtype=torch.int64) % len(self._targets)
         sizes = [len(indices) for indices in order]
-        for indices, placed in zip(torch.split(rows, sizes), torch.split(rows.to(features.device), sizes), strict=True):
+        parts = (torch.split(part, sizes) for part in (rows, rows.to(features.device)))
+        for indices, placed in zip(*parts, strict=True):
             inputs, targets = features.take(view, placed).to(device), features.targets[placed].to(device)
             yield Batch(inputs.float(), targets, indices)
 

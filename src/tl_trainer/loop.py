@@ -208,6 +208,8 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
         done = progress.epoch_ended(val, training.task.better)
         state.schedule.epoch_ended(done.waited)
         tracker.epoch(done, val, lr)
+        if state.soup is not None:
+            state.soup.epoch_ended(progress.epoch, val, state.weights(), training.task.better)
         stops = _stops(training, val)
         before = _loss_of(training, done, val["loss"], before)
         if done.improved:

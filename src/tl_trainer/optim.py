@@ -98,20 +98,53 @@ class Average:
             else:
                 average.copy_(self.changing[key])
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within the block the average takes the place of the tensors."""
-        kept = {key: value.detach().clone() for key, value in self.changing.items()}
-        self._put(self.tensors)
-        try:
-            yield
-        finally:
-            self._put(kept)
 
-    @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        for key, value in tensors.items():
-            self.changing[key].copy_(value)
+class Soup:
+    """The weights of the best epochs of a phase, for their mean (Wortsman et al., Model soups, ICML 2022).
+
+    kept: at most `size` epochs, the best first, each as its number, its figures and its tensors.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
+
+    def epoch_ended(
+        self, epoch: int, figures: dict[str, float], tensors: Mapping[str, Tensor], better: Callable[..., bool]
+    ) -> None:
+        """Take in an epoch where it is one of the best."""
+        place = sum(not better(figures, of) for _, of, _ in self.kept)
+        if place < self.size:
+            copies = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+            self.kept.insert(place, (epoch, figures, copies))
+            del self.kept[self.size :]
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of the weights; tensors of integers are those of the best epoch."""
+        first, *others = [tensors for _, _, tensors in self.kept]
+        return {
+            key: torch.stack([value, *(tensors[key] for tensors in others)]).mean(dim=0)
+            if value.is_floating_point()
+            else value
+            for key, value in first.items()
+        }
+
+
+@contextlib.contextmanager
+def in_place(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block `tensors` are the values of those that change."""
+    kept = {key: value.detach().clone() for key, value in changing.items()}
+    _put(tensors, changing)
+    try:
+        yield
+    finally:
+        _put(kept, changing)
+
+
+@torch.no_grad()
+def _put(tensors: Mapping[str, Tensor], changing: Mapping[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        changing[key].copy_(value)
 
 
 def _betas(section: OptimizerSection) -> tuple[float, float]:

@@ -39,7 +39,7 @@ from tl_trainer.known import Known, Neighbour
 from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figure
 from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.runs import RESULT
-from tl_trainer.saver import Saver
+from tl_trainer.saver import Progress, Saver
 from tl_trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def conclude(
         "run_dir": str(run_dir),
         "checkpoint": str(best),
         "report": None,
-        **({"search": found.summary()} if found else {"best_epoch": progress.best_epoch, "epochs": progress.epoch}),
+        **({"search": found.summary()} if found else _epochs_of(progress)),
         "val": progress.best,
         **({"test": parts.task.figures(scores["test"])} if "test" in scores else {}),
         "advice": [],
@@ -109,6 +109,12 @@ def conclude(
     except TrainerError as error:  # the run has succeeded, and everything that matters is saved
         log.warning("%s\nevery epoch is done, the best one in %s; %s", error, best, REMEDY.format(run_dir))
     return result
+
+
+def _epochs_of(progress: Progress) -> dict[str, Any]:
+    """Which epoch is the best of how many, and of which epochs it is the mean, where it is one."""
+    mean = {} if progress.soup is None else {"soup": progress.soup}
+    return {"best_epoch": progress.best_epoch, **mean, "epochs": progress.epoch}
 
 
 def _head_alone(setup: Setup, feeds: dict[str, Feed]) -> bool:

@@ -34,9 +34,11 @@ from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import cores, peak_memory, threads_for
 from tl_trainer.ground.sealed import seal_of
 from tl_trainer.ground.signals import StopRequest, Terminated
+from tl_trainer.ground.wording import listed
 from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Scores
 from tl_trainer.models.prefix import DTYPES
+from tl_trainer.optim import Soup, in_place
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
 from tl_trainer.runs import RESULT, best_of
@@ -133,7 +135,28 @@ def _phase(
             raise RunError(f"{saver.run_dir}: the search cannot be repeated here; what it found is in best.pth")
     with threads_for(_step_size(setup.parts, feeds["train"])):
         fit(new_training(setup, feeds, state, pause), tracker, saver)
+    if state.soup is not None and phases[number] is phases[-1]:
+        _taste(setup.parts, feeds["val"], state.soup, saver)
     return None
+
+
+def _taste(parts: Parts, val: Feed, soup: Soup, saver: Saver) -> None:
+    """Evaluate the mean of the best epochs' weights, and make it best.pth where it is better; both is said."""
+    task, state, progress = parts.task, saver.state, saver.state.progress
+    if progress.soup and progress.best_epoch == progress.epoch:  # an earlier session has
+        return
+    epochs = sorted(epoch for epoch, _, _ in soup.kept)
+    with in_place(state.classifier.trained_state(), soup.mean()):
+        scores = parts.scores(val, "val of the soup")
+        figures = task.figures(scores)
+        better = progress.best is None or not task.better(progress.best, figures)
+        if better:
+            progress.take_soup(epochs, figures)
+            saver.improved(scores, state.classifier.trained_state())
+    said = "better, and best.pth" if better else f"no better than epoch {progress.best_epoch}, which is best.pth"
+    mean = f"mean of the weights of epochs {listed([*map(str, epochs)])}"
+    log.info("%s: val %.4f  %s, %s", mean, figures["loss"], task.in_words(figures), said)
+    saver.finish()
 
 
 def _phase_at(phases: Sequence[PhaseSection], passed: int) -> int:
@@ -252,7 +275,7 @@ def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[],
     scores, average = parts.scores(feed, "val", after_batch), state.average
     if average is None:
         return scores
-    with average.in_place():  # without `after_batch`, which may save the weights
+    with in_place(average.changing, average.tensors):  # without `after_batch`, which may save the weights
         others = parts.scores(feed, "val of the average")
     figures, task = parts.task.figures(others), parts.task
     average.better = task.better(figures, task.figures(scores))

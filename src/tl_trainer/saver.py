@@ -21,7 +21,7 @@ from tl_trainer.ground.files import keep_previous
 from tl_trainer.ground.wording import shown
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.optim import Average, Schedule, weights_of
+from tl_trainer.optim import Average, Schedule, Soup, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Progress(BaseModel):
     skipped: NonNegativeInt = 0  # epochs that `train.stop` has left out
     of_best: Wait = Field(default_factory=Wait)  # of this phase, by `train.best` and by `train.stop`
     of_stop: Wait = Field(default_factory=Wait)
+    soup: list[NonNegativeInt] | None = None  # the epochs of whose weights best.pth is the mean
     # Of a head that was found: `model.head.normalise` as it was configured; the checkpoint's own says what was found.
     found: Literal["auto", "none", "l2"] | None = None
 
@@ -99,12 +100,16 @@ class Progress(BaseModel):
         self.epoch, self.batch, self.loss, self.images, self.seconds = self.epoch + 1, 0, 0.0, 0, 0.0
         improved = self.best is None or better(figures, self.best)
         if improved:
-            self.best_epoch, self.best = self.epoch, figures
+            self.best_epoch, self.best, self.soup = self.epoch, figures, None
         return EpochDone(self.epoch, mean, seconds, images, improved, self.of_best.epoch_ended(figures, better))
 
     def phase_begins(self) -> None:
         """Forget what the phase before has waited for."""
         self.of_best, self.of_stop = Wait(), Wait()
+
+    def take_soup(self, epochs: list[int], figures: Figures) -> None:
+        """Have the mean of the weights of these epochs, with its figures, be the best, as if of the last epoch."""
+        self.best_epoch, self.best, self.soup = self.epoch, figures, epochs
 
     def head_found(self, normalise: Literal["auto", "none", "l2"], epochs: int, figures: Figures) -> None:
         """Count all epochs as done: the head was found without any."""
@@ -132,6 +137,11 @@ class State:
     progress: Progress
     begun: int = 0
     average: Average | None = None
+    soup: Soup | None = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the epoch's figures are of: those that train, or their average."""
+        return self.average.tensors if self.average and self.average.better else self.classifier.trained_state()
 
     def resume_data(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
@@ -145,6 +155,7 @@ class State:
             "plateau": {"factor": self.schedule.plateau},
             "scaler": self.scaler.state_dict(),
             **({"average": [self.average.updates, self.average.tensors]} if self.average else {}),
+            **({"soup": [list(of) for of in self.soup.kept]} if self.soup else {}),
             "random": random_state,
         }
 
@@ -176,6 +187,8 @@ class State:
             self.average.updates, tensors = resume["average"]
             for key, value in self.average.tensors.items():
                 value.copy_(tensors[key])
+        if self.soup:
+            self.soup.kept = [(epoch, figures, tensors) for epoch, figures, tensors in resume["soup"]]
         if self.progress.gathered:
             for weight, gradient in zip(weights_of(self.optimizer), resume["gradients"], strict=True):
                 weight.grad = None if gradient is None else gradient.to(weight.device)
@@ -221,10 +234,10 @@ class Saver:
         if time.monotonic() - self._saved_at > self._pause:
             self.save()
 
-    def improved(self, scores: Scores) -> None:
-        """Keep the weights as they are now, or their average, for best.pth, and the scores for its temperature."""
-        progress, average = self.state.progress, self.state.average
-        chosen = average.tensors if average and average.better else self.state.classifier.trained_state()
+    def improved(self, scores: Scores, weights: dict[str, Tensor] | None = None) -> None:
+        """Keep weights for best.pth, those of the epoch unless others are given, and the scores for its temperature."""
+        progress = self.state.progress
+        chosen = self.state.weights() if weights is None else weights
         trained = {key: value.detach().cpu().clone() for key, value in chosen.items()}
         self.best = replace(self.template, trained=trained, epoch=progress.epoch, metrics=progress.best)
         self.best_scores = scores

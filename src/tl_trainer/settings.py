@@ -115,6 +115,12 @@ def _check_stages(config: Config) -> None:
                 key, f"{phase.trainable} would freeze what the phase before has trained; train it in all later phases"
             )
         frozen = len(classifier.frozen)
+    if classifier.trains_batch_norm and config.train.soup is not None:
+        raise SettingError(
+            "train.soup",
+            "the mean of weights does not fit the statistics of a BatchNorm that trains; set train.freeze_batchnorm: "
+            "true, or leave soup out",
+        )
     if classifier.trains_batch_norm and config.train.batch_size == 1:
         raise SettingError("train.batch_size", f"1 is too few: {TWO_IMAGES}, or set it to 2 or more")
 

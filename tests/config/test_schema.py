@@ -45,7 +45,7 @@ KEYS = """
     train.optimizer.nesterov train.optimizer.betas train.optimizer.decay train.optimizer.layer_decay
     train.optimizer.head_lr
     train.best train.stop.metric train.stop.patience train.stop.min_delta
-    train.mixup train.cutmix train.sampler
+    train.mixup train.cutmix train.sampler train.soup
     train.refit train.clip_norm train.accumulate train.freeze_batchnorm train.ema.decay
     train.teacher.checkpoint train.teacher.temperature train.teacher.alpha
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
@@ -106,6 +106,7 @@ def test_the_default_configuration_is_valid() -> None:
         ("train.stop.patience", [], [0, 1.5]),
         ("train.stop.min_delta", [], [-0.1]),
         ("train.sampler", ["shuffled", "balanced"], ["weighted", None]),
+        ("train.soup", [None, 2, 10], [0, 1, 11, 2.0]),
         ("train.mixup", [None, 0.2], [0.0, -1.0]),
         ("train.cutmix", [None, 1.0], [0.0, "yes"]),
         ("train.clip_norm", [None, 0.1], [0.0, -1.0]),

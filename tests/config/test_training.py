@@ -75,6 +75,8 @@ HEAD, ALL = {"trainable": "head", "search": "auto"}, {"trainable": "all"}
             {"epochs": 2, "sampler": "balanced", "loss": {"class_weights": "balanced"}},
             "train: sampler and loss.class_weights are both balanced, which corrects twice; keep one of them",
         ),
+        ({"epochs": 3, "soup": 4}, "train: soup is 4, and there are 3 epochs to average; lower soup"),
+        ({"phases": [{**ALL, "epochs": 3}], "soup": 4}, "soup is 4, and the last phase has 3 epochs to average; lower"),
         ({"phases": [ALL], "search": "auto"}, "train: search is for a run without phases; set it in the first phase"),
         ({"phases": [HEAD, {**ALL, "epochs": 3}], "epochs": 9}, "train: epochs is 9, and its phases have 4; set them"),
         (
@@ -90,9 +92,9 @@ def test_phases_that_cannot_be(train: dict[str, Any], said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["best", "stop", "sampler", "mixup", "cutmix"])
+@pytest.mark.parametrize("key", ["best", "stop", "sampler", "mixup", "cutmix", "soup"])
 def test_what_only_epochs_can_do_is_refused_where_the_head_is_found(key: str) -> None:
-    value = {"best": "loss", "sampler": "balanced", "stop": {"metric": "loss"}}.get(key, 0.2)
+    value = {"best": "loss", "sampler": "balanced", "stop": {"metric": "loss"}, "soup": 2}.get(key, 0.2)
     for train in ({"search": "auto"}, {"phases": [HEAD]}):
         with pytest.raises(ConfigError, match=f"train: {key} is for training by epochs, and search finds the head"):
             config({**train, key: value})

@@ -248,7 +248,10 @@ def _report(result: dict[str, Any]) -> str:
         how = f"{found['method']}, {found['settings']}"
         lines = [f"best of {found['candidates']} heads: {how}; {result['seconds']:.0f} s"]
     else:
-        lines = [f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s"]
+        best = f"best epoch {result['best_epoch']}"
+        if "soup" in result:
+            best = f"mean of epochs {', '.join(map(str, result['soup']))}"
+        lines = [f"{best} of {result['epochs']}, {result['seconds']:.0f} s"]
     for split in ("train", "val", "test"):
         if split in result:
             figures = result[split]

@@ -216,6 +216,12 @@ class TrainSection(Section):
         default_factory=TeacherSection,
         description="Distillation: alpha * temperature^2 * KL(teacher, student) + (1 - alpha) * the labels' loss.",
     )
+    soup: int | None = Field(
+        None,
+        ge=2,
+        description="How many of the best epochs of the last phase have their weights averaged when it ends; the mean "
+        "becomes best.pth where it is better than all of them. null averages none.",
+    )
     freeze_batchnorm: bool = Field(
         False,
         description="Whether BatchNorm keeps its statistics, weights and biases also in stages that train.",
@@ -255,7 +261,7 @@ class TrainSection(Section):
             raise ValueError("sampler and loss.class_weights are both balanced, which corrects twice; keep one of them")
         if self.teacher.checkpoint is not None and (self.mixup or self.cutmix):
             raise ValueError("a teacher knows images, not mixtures of two; leave out mixup and cutmix, or teacher")
-        trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "clip_norm", "accumulate"}
+        trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "soup", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema, self.teacher)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
@@ -267,6 +273,10 @@ class TrainSection(Section):
                 "refit is for a head that is found: set search: auto, and leave out epochs, optimizer, schedule "
                 "and phases"
             )
+        last = self.phases[-1].epochs if self.phases else self.epochs
+        if self.soup is not None and self.soup > last:
+            where = "the last phase has" if self.phases else "there are"
+            raise ValueError(f"soup is {self.soup}, and {where} {last} epochs to average; lower soup")
         if self.phases:
             object.__setattr__(self, "epochs", sum(phase.epochs for phase in self.phases))
         return self
@@ -282,6 +292,7 @@ class TrainSection(Section):
             "sampler": self.sampler != "shuffled",
             "mixup": self.mixup,
             "cutmix": self.cutmix,
+            "soup": self.soup,
         }
         if names := [name for name, value in asked.items() if value]:
             raise ValueError(
