@@ -133,7 +133,7 @@ def test_overrides_on_a_checkpoint(colours: Path) -> None:
     with pytest.raises(tl_trainer.ConfigError, match="unknown key 'catch'; did you mean 'cache'"):
         tl_trainer.load(run_dir, features__catch="off")
     with pytest.raises(
-        tl_trainer.ConfigError, match=r"model\.backbone: fixed by the checkpoint; the keys that can be set"
+        tl_trainer.ConfigError, match=r"model\.backbone: is fixed by the checkpoint; keys that can be set"
     ):
         tl_trainer.load(run_dir, model__backbone="vgg16")
 

@@ -177,7 +177,7 @@ def test_words_on_a_checkpoint_through_the_commands(tl: Run, colours: Path) -> N
     assert "features.cash: unknown key 'cash'; did you mean 'cache'? (valid: cache, dir, limit_gb" in refused.stderr
     fixed = tl("predict", colours / "val", "--checkpoint", best, "model.backbone=vgg16")
     assert fixed.returncode == 2
-    assert "model.backbone: fixed by the checkpoint; the keys that can be set: device, data.source" in fixed.stderr
+    assert "model.backbone: is fixed by the checkpoint; keys that can be set: device, data.source" in fixed.stderr
     red = (colours / "val" / "red" / "00.jpg").read_bytes()
     Path("device=cpu").write_bytes(red)
     rows = tl("predict", "device=cpu", "train.precision=fp32", "--checkpoint", best)

@@ -218,7 +218,7 @@ def test_without_a_cache_nothing_is_kept_and_what_all_images_are_is_a_note(tl: R
     notes = last_json(tl("check", "photos", *words, "--json"))["notes"]
     assert notes == [
         "a class is called like a split (Test): is it one?",
-        "15 of 15 images are tiny: that is what this data is like, so they are not listed",
+        "15 of 15 images are tiny: too many to be mistakes, so they are not listed",
     ]
     assert not [*Path("features").glob("*/*.rows")]
 

@@ -201,7 +201,7 @@ def test_a_signal_after_the_last_epoch_says_what_is_saved_and_what_is_not(
     assert stopped.returncode == 128 + number
     assert stopped.stderr.splitlines()[-1] == (
         "tl-train: stopped; every epoch is done, the best one in runs/run-1/best.pth; "
-        "--resume runs/run-1 makes up what is missing, such as the report"
+        "--resume runs/run-1 makes what is missing, such as the report"
     )
     assert last_json(tl("train", "--resume", "runs/run-1", "--json"))["test"]["n"] == 6
 
@@ -379,7 +379,7 @@ def test_the_range_of_grey_values_is_the_same_from_training_to_prediction(tl: Ru
     assert rows["run-1"] != rows["run-2"]
     refused = tl("predict", "scans/val", "--checkpoint", "runs/run-2", "data.value_range=255")
     assert refused.returncode == 2
-    assert "data.value_range: fixed by the checkpoint" in refused.stderr
+    assert "data.value_range: is fixed by the checkpoint" in refused.stderr
 
 
 def test_how_large_an_image_may_be_is_the_checkpoints_unless_it_is_set(tl: Run, colours: Path) -> None:

@@ -840,7 +840,7 @@ def test_ctrl_c_keeps_what_was_computed_and_says_so(
     extractor = Extractor(prefixes, IDENTITY, cache.folder, cache.limit, CPU)
     with pytest.raises(KeyboardInterrupt):
         extractor.features(known(split), "train", pipeline())
-    assert "16 features were computed and are kept: the same command goes on with the others" in caplog.text
+    assert "16 features were computed and are kept: the same command computes only the others" in caplog.text
     computed, _ = cache.run(split)
     assert computed == COUNT - 16
 

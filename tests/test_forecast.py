@@ -167,7 +167,12 @@ def test_the_sentence_says_twice_and_now() -> None:
     ("images", "classes", "apart", "why"),
     [
         (13, 3, 2.0, "13 training images of 3 classes are too few for a forecast."),
-        (300, 2, 90.0, "Every image that judges is put into its class: these images leave nothing to improve."),
+        (
+            300,
+            2,
+            90.0,
+            "Every image that the heads were judged by is classified correctly, so no improvement can be measured.",
+        ),
     ],
 )
 def test_where_there_is_no_forecast_a_sentence_says_why(images: int, classes: int, apart: float, why: str) -> None:
@@ -185,4 +190,4 @@ def test_groups_which_its_curve_would_divide_have_none(tmp_path: Path) -> None:
     dataset = open_dataset(DataSection(root=str(tmp_path / "photos"), group_pattern="/0([0-9])"))
     setup: Any = SimpleNamespace(dataset=Dataset(dataset.classes, {"train": dataset.split("all")}, "photos"))
     said = forecast.forecast(setup, {}, head(0.001))
-    assert said == "There is no forecast for images in groups: its curve would divide them."
+    assert said == "There is no forecast for images in groups, since its subsets would divide them."

@@ -322,6 +322,6 @@ def test_a_report_that_fails_does_not_take_the_run_with_it(
     assert done.returncode == 0
     assert json.loads(done.stdout)["report"] is None
     assert "the disk is full" in done.stderr
-    assert "--resume runs/run-1 makes up what is missing, such as the report" in done.stderr
+    assert "--resume runs/run-1 makes what is missing, such as the report" in done.stderr
     again = last_json(tl("train", "--resume", "runs/run-1", "--json"))
     assert again["report"] == "runs/run-1/report/report.html"

@@ -22,7 +22,7 @@ def test_what_can_be_set_on_top_of_a_checkpoint(tl: Run, colours: Path) -> None:
     wrong.append(("data.value_range", 255.0))
     for key, value in wrong:
         with pytest.raises(
-            ConfigError, match=rf"^the command line: {key}: fixed by the checkpoint; the keys that can be set"
+            ConfigError, match=rf"^the command line: {key}: is fixed by the checkpoint; keys that can be set"
         ):
             restore(best, [(key, value)])
     with pytest.raises(ConfigError, match="unknown key 'batchsize'; did you mean 'batch_size'"):

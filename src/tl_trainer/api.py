@@ -223,7 +223,7 @@ class Model:
         """The figures on a split of the configured dataset, as `tl-eval --json` prints them.
 
         split: None takes test where there is one, else val, else all. report: a folder to write the report into.
-        ignore_extra: leave images of classes out that the checkpoint does not have, instead of refusing them. coverage:
+        ignore_extra: leave out images of classes that the checkpoint does not have, instead of refusing them. coverage:
         how often sets of classes are to hold the right one; `sets` says how often they do.
         """
         with _called(self._progress):

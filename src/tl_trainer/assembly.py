@@ -311,7 +311,7 @@ def _pipelines(config: Config, weights: Weights) -> tuple[Pipeline, Pipeline]:
     train, evaluation = Pipeline(train_steps, "transforms.train"), Pipeline(eval_steps, "transforms.eval")
     if not evaluation.deterministic:
         raise SettingError(
-            "transforms.eval", "has a random transform, so no figure could be repeated; keep it to train"
+            "transforms.eval", "has a random transform, so no figure could be repeated; move it to transforms.train"
         )
     return train, evaluation
 

@@ -164,10 +164,10 @@ def _for_checking(loaded: Loaded) -> Loaded:
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = config.model.model_copy(update={"trainable": "head", "head": HeadSection()}), config.transforms
     if weights == "none" or weights.endswith("_V2"):
-        why = "random weights see" if weights == "none" else "training on mixed images leaves"
+        why = "random weights" if weights == "none" else "weights trained on mixed images"
         model, transforms = ModelSection(), TransformsSection()
         log.info(
-            "%s (%s) is not used for the check: %s too little of what tells one image from another; %s is used",
+            "%s (%s) is not used for the check: %s do not tell similar images apart; %s is used instead",
             *(config.model.backbone, weights, why, model.backbone),
         )
     data = config.data.model_copy(update={"on_bad_image": "skip", "on_duplicates": "warn"})
@@ -291,14 +291,16 @@ def _looked(seen: Look, size: int) -> Iterator[Finding]:
 
 
 def _usual(kind: str, count: int, images: int) -> str:
-    return f"{count:,} of {images:,} images are {kind}: that is what this data is like, so they are not listed"
+    return f"{count:,} of {images:,} images are {kind}: too many to be mistakes, so they are not listed"
 
 
 def _notes(setup: Setup) -> list[str]:
     """What the names of folders and the sizes of classes say."""
     classes, found = setup.dataset.classes, []
     if like := [name for name in classes if name.lower() in SPLIT_OF]:
-        found.append(f"a class is called like a split ({listed(like)}): is it one?")
+        found.append(
+            f"the name of a class is that of a split ({listed(like)}); if it is a split, put class folders into it"
+        )
     counts = torch.bincount(torch.tensor([t for split in setup.dataset.splits.values() for t in split.targets]))
     if few := [name for name, count in zip(classes, counts.tolist(), strict=False) if count < FOLDS]:
         found.append(f"the labels of {len(few)} classes, e.g. {few[0]}, are not checked: fewer than {FOLDS} images")

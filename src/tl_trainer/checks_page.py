@@ -30,7 +30,7 @@ KINDS = {
     ),
     "copy across splits": (
         "the same picture in two splits",
-        "Whoever has learned a picture knows the answer for its copy, so the figures on that split are too good. "
+        "A network recognises the copy of a picture that it was trained on, so the figures on that split are too good. "
         "skip.csv leaves out the one in train; of a copy in val and test, the one in val.",
     ),
     "two labels": (
@@ -43,14 +43,14 @@ KINDS = {
     ),
     "label": (
         "labels to look at",
-        "Left the image, right the nearest image of the class that it looks like. The least believed label comes "
-        "first. Move an image with a wrong label to its class. None of these is in skip.csv: many are only difficult, "
-        "and figures without the difficult images would be too good. To leave one out all the same, copy its row from "
-        "findings.csv to skip.csv.",
+        "On the left is the image, on the right the nearest image of the class that it looks like. The least likely "
+        "label comes first. Move an image with a wrong label to its class. None of these is in skip.csv: many are only "
+        "difficult, and figures without the difficult images would be too good. To leave one out all the same, copy "
+        "its row from findings.csv to skip.csv.",
     ),
     "outlier": (
         "unlike the rest of their class",
-        "Does the image belong here? Right the nearest image of its class. Not in skip.csv.",
+        "Does the image belong to its class? On the right is the nearest other image of that class. Not in skip.csv.",
     ),
     "blank": ("nearly one colour", "Nothing can be seen in them. skip.csv leaves them out."),
     "dark": ("very dark", "Can you tell what they show? Not in skip.csv."),

@@ -78,7 +78,7 @@ def cross_validate(loaded: Loaded, folds: int) -> dict[str, Any]:
     fold = torch.tensor(folds_of(setup.dataset, parts.task, setup.drawn))
     own = [name for name in setup.dataset.splits if name != "train" and not (name == "val" and setup.drawn)]
     if own:
-        log.info("the %s images are a split of their own and take no part", " and the ".join(own))
+        log.info("the source's own %s images take no part in the cross-validation", " and the ".join(own))
     train, judged = _tables(setup, split, folds)
     scalings = scalings_for(config.model.head.normalise)
     with threads_for(train.features.numel() * len(parts.task.classes)):
@@ -160,7 +160,7 @@ def _tables(setup: Setup, split: Split, folds: int) -> tuple[Table, Tensor]:
     kept, judged = feeds["train"].batches, feeds[JUDGED].batches
     if not isinstance(kept, FeatureBatches) or not isinstance(judged, FeatureBatches):
         raise RunError(
-            "--folds needs features that are kept, and no random view is; set transforms.train=eval, or features.views "
+            "--folds needs kept features, and random views are not kept; set transforms.train=eval, or features.views "
             "to 2 or more"
         )
     features = kept.features

@@ -126,7 +126,7 @@ def evaluate_checkpoint(
         learned = [sentence for sentence, _, _ in across({"train": train, what: split})]
         duplicates = [*duplicates, *learned]
         for sentence in learned:
-            log.warning("%s; the figures are better than on images that it has not seen", sentence)
+            log.warning("%s; the network was trained on these, so the figures are too good", sentence)
     _name_absent(saved.classes, split, dataset.where if what == "all" else f"the {what} split of {dataset.where}")
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
@@ -153,7 +153,8 @@ def _say_what_was_left_out(data: DataSection, saved: Checkpoint) -> None:
     skip, root = trained.get("skip"), trained.get("root")
     if skip is not None and data.skip is None and isinstance(root, str) and expand(root) == expand(data.root):
         log.warning(
-            "images of this data were left out in training, and are not here; to leave them out again: data.skip=%s",
+            "training left some images of this data out, and this evaluation does not; to leave them out too: "
+            "data.skip=%s",
             printable(shlex.quote(str(skip))),
         )
 

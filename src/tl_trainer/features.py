@@ -195,7 +195,7 @@ class Extractor:
             yield
         except KeyboardInterrupt:
             kept = self.computed - before
-            log.warning("%d features were computed and are kept: the same command goes on with the others", kept)
+            log.warning("%d features were computed and are kept: the same command computes only the others", kept)
             raise
 
     def _check_room(self, store: FeatureStore, rows: Tensor, count: int) -> None:

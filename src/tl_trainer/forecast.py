@@ -120,7 +120,7 @@ class Forecast:
 def forecast(setup: Setup, feeds: dict[str, Feed], head: Row) -> Forecast | str:
     """The forecast for a head that was found; a sentence where there is none."""
     if setup.dataset.split("train").groups:
-        return "There is no forecast for images in groups: its curve would divide them."
+        return "There is no forecast for images in groups, since its subsets would divide them."
     train, val = (_features(feeds[name]) for name in ("train", "val"))
     classes = len(setup.parts.task.classes)
     width = train.take(0, [0]).numel()
@@ -148,7 +148,7 @@ def forecast_of(train: Table, val: Table, head: Row) -> Forecast | str:
     once = curve.judges.new_ones(1, 1)
     errors = curve.errors(once.expand(1, len(curve.judges)), once.expand(1, curve.judges.shape[1]))
     if not errors[0, -1]:
-        return "Every image that judges is put into its class: these images leave nothing to improve."
+        return "Every image that the heads were judged by is classified correctly, so no improvement can be measured."
     judged = f"{len(val.targets):,} validation images"
     judged += " and a fifth of the training images, left out of each draw" if left_out else ""
     return Forecast(curve, fitted(curve.sizes, errors), images, _interval(curve, 2 * images), judged)

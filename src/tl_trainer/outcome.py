@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 MISTAKES_SHOWN = 16
 IMAGES_EMBEDDED = 256
 THUMBNAIL, MISTAKE = 48, 128  # pixels
-REMEDY = "--resume {} makes up what is missing, such as the report"
+REMEDY = "--resume {} makes what is missing, such as the report"
 
 
 def conclude(

@@ -198,7 +198,7 @@ def _load_best(path: Path, last: Checkpoint, task: Task) -> Checkpoint | None:
     """best.pth; None where there is none and no epoch has ended."""
     if not path.exists():
         if last.metrics is not None:
-            raise InputError(f"{path}: no such file, and last.pth counts on it; put it back or start a new run")
+            raise InputError(f"{path}: no such file, and last.pth needs it; put it back or start a new run")
         return None
     best = checkpoint.load(path, mapped=False)
     _check_figures(best.metrics or {}, task, path, "metrics")

@@ -167,9 +167,9 @@ def _phase_at(phases: Sequence[PhaseSection], passed: int) -> int:
 
 def _in_words(phase: PhaseSection, setup: Setup) -> str:
     if phase.search == "auto":
-        return "the head is looked for"
+        return "the head is searched for"
     where = {"head": "the head trains", "all": "all stages train"}.get(
-        phase.trainable, f"stages train from {phase.trainable} on"
+        phase.trainable, f"{phase.trainable} and all later stages train"
     )
     return f"{where}, {_trained(setup.parts):,} parameters, {phase.epochs} epochs"
 
@@ -279,7 +279,7 @@ def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[],
         others = parts.scores(feed, "val of the average")
     figures, task = parts.task.figures(others), parts.task
     average.better = task.better(figures, task.figures(scores))
-    said = "better, and the epoch's" if average.better else "no better"
+    said = "better, so taken for this epoch" if average.better else "not better"
     log.info("average of the weights: val %.4f  %s, %s", figures["loss"], task.in_words(figures), said)
     return others if average.better else scores
 
@@ -287,7 +287,7 @@ def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[],
 def summary(setup: Setup) -> str:
     """What is about to be trained, on what."""
     parts, splits = setup.parts, setup.dataset.splits
-    counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     overview = "\n".join(Overview.of(setup.dataset).lines())
     return (
         f"{counts} images in {len(setup.dataset.classes)} classes\n{overview}\n"

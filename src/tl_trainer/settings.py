@@ -49,7 +49,7 @@ def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
     valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
     wrong = [key for key, _ in overrides if not key.startswith(SETTABLE) or key in FIXED]
     if wrong:
-        fixed = "fixed by the checkpoint; the keys that can be set"
+        fixed = "is fixed by the checkpoint; keys that can be set"
         raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
 
 
@@ -90,7 +90,7 @@ def _check_refit(config: Config) -> None:
         obstacle = "the head is not linear (model.head)"
     if config.train.refit and obstacle:
         raise SettingError(
-            "train.refit", f"only a linear head that is found is solved again, and {obstacle}; set false"
+            "train.refit", f"needs a linear head that is found by the search, and {obstacle}; set it to false"
         )
 
 

@@ -38,7 +38,7 @@ def test_other_classes_are_refused_unless_they_are_ignored(tl: Run, run_dir: Pat
     assert refused.stderr.splitlines()[-1].startswith("tl-eval: new has the unknown class 'black'; the 3 classes are")
     done = tl(*words, "--ignore-extra", "--json")
     assert last_json(done)["n"] == 6
-    assert "new: left out, since they are no classes of the checkpoint: black" in done.stderr
+    assert "new: classes that the checkpoint does not have are left out: black" in done.stderr
 
 
 def test_nothing_but_other_classes_is_refused(tl: Run, run_dir: Path, tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_copies_of_training_images_are_named(tl: Run, run_dir: Path, colours: Pa
     words = ("--data-dir", colours, "--epochs", 1, "--output", "again", *SMALL)
     assert tl("train", *words).returncode == 0
     done = tl("eval", run_dir)
-    assert "1 of 24 train images are in val too, e.g. train/red/03.jpg is val/red/copy.jpg; the figures" in done.stderr
+    assert "1 of 24 train images are in val too, e.g. train/red/03.jpg is val/red/copy.jpg; the network" in done.stderr

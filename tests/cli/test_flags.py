@@ -209,7 +209,7 @@ def test_a_usage_error_ends_with_2(command: str, words: list[str], capsys: pytes
     output = capsys.readouterr()
     assert output.out == ""
     assert f"tl-{command}: error: " in output.err
-    assert ("is empty; is a variable not set?" in output.err) == ((command, words) in EMPTY)
+    assert ("is empty; is a shell variable not set?" in output.err) == ((command, words) in EMPTY)
 
 
 @pytest.mark.parametrize(

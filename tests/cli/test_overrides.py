@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_logging")
 
 ON_A_CHECKPOINT = {"eval": ["--checkpoint", "best.pth"], "predict": ["a.jpg", "--checkpoint", "best.pth"]}
 FIXED = (
-    "fixed by the checkpoint; the keys that can be set: device, data.source, data.root, data.download, "
+    "is fixed by the checkpoint; keys that can be set: device, data.source, data.root, data.download, "
     "data.val_fraction, data.on_bad_image, data.on_duplicates, data.skip, data.max_megapixels, data.workers, "
     "data.csv.labels, data.csv.images, data.csv.image_column, data.csv.label_column, data.csv.split_column, "
     "data.csv.suffix, data.webdataset.train, data.webdataset.val, data.webdataset.test, data.webdataset.image, "
@@ -141,7 +141,7 @@ def test_a_key_that_only_the_api_knows_is_answered_with_one_that_the_command_tak
         ("class=*.jpg", "class=*.jpg: nothing matches"),
         ("class=?.jpg", "class=?.jpg: nothing matches"),
         ("a=" + "x" * 5000, "the command line: a: unknown key 'a'"),
-        ("transforms.eval=[{Resize: 64}]", "the command line: transforms.eval: fixed by the checkpoint"),
+        ("transforms.eval=[{Resize: 64}]", "the command line: transforms.eval: is fixed by the checkpoint"),
     ],
 )
 def test_a_glob_is_no_key_and_a_word_may_be_long(word: str, message: str, tl: Run, colours: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
+from tl_trainer.cli.train import _dry_report
 from tl_trainer.errors import DownloadError
 from tl_trainer.models import timm_models, torchvision_models
 
@@ -56,7 +57,7 @@ def test_one_of_several_processes_is_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--list"], "--list what? one of backbones, transforms, configs, runs, such as: tl-train --list backbones"),
+        (["--list"], "--list needs one of backbones, transforms, configs, runs, such as: tl-train --list backbones"),
         (["--list", "models"], "--list models *: unknown list 'models'"),
     ],
 )
@@ -114,7 +115,7 @@ def test_a_dry_run_downloads_nothing_and_says_so(
     words = [word for word in SMALL if not word.startswith(("model.", "transforms."))]
     done = tl("train", "--data-dir", colours, "--dry-run", f"model.backbone={backbone}", *words)
     assert done.returncode == 0, done.stderr
-    assert f"of {backbone} are not here yet; this is tried with random ones" in done.stderr
+    assert f"of {backbone} are not here yet; the dry run uses random ones" in done.stderr
 
 
 def test_a_run_is_named_after_its_data_and_the_backbone_that_was_chosen(tl: Run, colours: Path) -> None:
@@ -128,3 +129,12 @@ def test_verbose_says_what_was_decided(tl: Run, colours: Path) -> None:
     assert "val: 12 images, the dataset's own split" in said
     assert "features: kept, so each is computed once; 36 images to compute with an empty cache" in said
     assert "device: " in said and "transforms of val: Resize" in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7.4, "7 s"), (119, "119 s"), (600, "10 minutes"), (168_214, "47 hours")]
+)
+def test_an_estimate_is_in_a_unit_that_is_read_at_once(seconds: float, words: str) -> None:
+    needs = {"seconds": seconds, "cache_bytes": 0, "memory_bytes": 0}
+    report = _dry_report({"first_batch": [1], "loss": 0.1, "estimate": needs})
+    assert f"a run takes about {words} before the report" in report

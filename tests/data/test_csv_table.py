@@ -157,7 +157,7 @@ def test_labels_in_any_script_and_with_commas(tmp_path: Path) -> None:
         ("id,label\n1,dog\n,cat\n", {}, "3: no id in this row"),
         ("id,label\n1,dog\n2,  \n", {}, "3: no label in this row"),
         ("id,label,split\n1,dog,train\n2,cat,\n", {"split_column": "split"}, "3: no split in this row"),
-        ("id,label\n1,dog\n2,hound, afghan\n", {}, "3: more values than columns; quote those with a separator"),
+        ("id,label\n1,dog\n2,hound, afghan\n", {}, "3: more values than the header has columns; put values"),
         (SPLIT_ROWS.replace("3.jpg,dog", "3.jpg,dgo"), {"split_column": "split"}, "4: unknown label 'dgo'; did you"),
         (SPLIT_ROWS.replace("4.jpg,cat", "4.jpg,cow"), {"split_column": "split"}, "5: unknown label 'cow'"),
         (SPLIT_ROWS.replace("val", "vla"), {"split_column": "split"}, "4: unknown split 'vla'; did you mean"),

@@ -68,7 +68,7 @@ READ = "would be read as {} classes"
     ("layout", "complaint"),
     [
         ({"train2014": "ant bee", "val2014": "ant bee"}, f"{READ.format(2)} (train2014, val2014), but train2014, val"),
-        ({"train2014": ".", "val2014": "."}, "look like splits; call these train, val or test, with a folder for each"),
+        ({"train2014": ".", "val2014": "."}, "look like splits; rename them to train, val or test, with a folder for"),
         ({"Train_images": "ant", "test set": "ant", "docs": "."}, "but Train_images, test set look like splits"),
         ({"flowers/Train": "rose", "cars/train": "bus"}, "but cars is a dataset with splits (train); give {}/cars"),
         (
@@ -120,7 +120,9 @@ def test_an_evaluation_may_lack_classes_and_leave_others_out(
     split = open_folders(root, ["ant", "bee"], fit).split("test")
     assert [list(split.targets).count(label) for label in (0, 1)] == sizes
     left_out = [message for message in _warnings(caplog) if "left out" in message]
-    assert left_out == [f"{root / 'test'}: left out, since they are no classes of the checkpoint: cow"] * (fit == "any")
+    assert left_out == [f"{root / 'test'}: classes that the checkpoint does not have are left out: cow"] * (
+        fit == "any"
+    )
 
 
 def test_an_extra_class_of_an_evaluation_is_refused_with_the_flag(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_val_split_of_its_own_stays_and_what_it_shares_is_named(
     caplog.set_level("INFO")
     open_dataset(DataSection(root=str(colours), group_pattern="/0([0-9])"))
     first, second = caplog.messages
-    assert first == f"{colours} has a val split of its own, which is not divided by groups; folds are"
+    assert first == f"{colours} has a val split of its own, which stays as it is; only folds keep groups together"
     assert second == "4 groups are in train and in val, so the val figures are too good: 0, 1, 2, 3"
 
 

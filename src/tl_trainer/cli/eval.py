@@ -50,14 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=given, metavar="FILE", help=CHECKPOINT_HELP)
     add("--data-dir", type=given, metavar="DIR", help="another folder with the same classes (default: the one it was "
         "trained on)")  # fmt: skip
-    add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all: a "
+    add("--split", choices=("train", "val", "test", "all"), help="default: test where there is one, else val; all is a "
         "folder of class folders without splits")  # fmt: skip
     add("--device", help="auto, cpu, cuda, cuda:N or mps (default: as trained)")
     add("-b", "--batch-size", type=positive, metavar="N", help="images at a time (default: as trained)")
     add("-j", "--workers", type=worker_setting, metavar="N", help="processes that load images")
     add("--on-bad-image", choices=("error", "skip"), help="what to do with images that cannot be read (default: as "
         "trained)")  # fmt: skip
-    add("--ignore-extra", action="store_true", help="leave images of classes out that the checkpoint does not have")
+    add("--ignore-extra", action="store_true", help="leave out images of classes that the checkpoint does not have")
     add("--tta", choices=TTA, help=TTA_HELP)
     add("--coverage", type=float, metavar="SHARE", help="measure sets of classes that are to hold the right one so "
         "often, such as 0.9")  # fmt: skip

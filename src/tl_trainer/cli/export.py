@@ -32,15 +32,15 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of tl-export."""
-    parser = new_parser("tl-export", "Write a checkpoint for other programs, checked on images.", EPILOG)
+    parser = new_parser("tl-export", "Export a checkpoint for other programs, and compare the two on images.", EPILOG)
     add = parser.add_argument
-    add("out", type=given, metavar="OUT", help="the file to write; of --to hub, the folder")
+    add("out", type=given, metavar="OUT", help="the file to write; for --to hub, the folder")
     add("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     add("--checkpoint", type=given, metavar="FILE", help=CHECKPOINT_HELP)
     add("--to", choices=FORMATS, required=True, help="onnx and torch.export's pt2: from pixels to probabilities; "
         "safetensors: weights and what belongs to them; hub: a folder that timm loads")  # fmt: skip
-    add("--from", dest="origin", choices=("image", "tensor"), default="image", help="what onnx and pt2 take: uint8 "
-        "images (N, H, W, 3), or tensor: what the preprocessing makes of them (default image)")  # fmt: skip
+    add("--from", dest="origin", choices=("image", "tensor"), default="image", help="the input of onnx and pt2: "
+        "uint8 images (N, H, W, 3), or tensor: images that are preprocessed already (default image)")  # fmt: skip
     add("--force", action="store_true", help="replace OUT where it exists")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser

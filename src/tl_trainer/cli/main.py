@@ -56,7 +56,7 @@ def worker_setting(text: str) -> int | str:
 def given(text: str) -> str:
     """A path. An empty one would be the current folder, and comes from a shell variable that is not set."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty; is a variable not set?")
+        raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
     return text
 
 

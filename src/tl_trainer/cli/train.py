@@ -95,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
     add("--clear-cache", action="store_true", help="remove the cached features (features.dir) and stop")
-    add("--list", nargs="*", metavar="WHAT", help="list backbones, transforms, configs or runs and stop, those that "
-        "match a pattern: --list backbones 'timm/vit_small*'; --list runs 'elsewhere/*'")  # fmt: skip
+    add("--list", nargs="*", metavar="WHAT", help="list backbones, transforms, configs or runs, all or those that "
+        "match a pattern, and stop: --list backbones 'timm/vit_small*'; --list runs 'elsewhere/*'")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     return parser
 
@@ -149,7 +149,7 @@ def _listed(what: str = "", pattern: str = "*", *more: str) -> str:
     from tl_trainer.models.listing import LISTS
 
     if not what:
-        raise InputError(f"--list what? one of {', '.join(LISTS)}, such as: tl-train --list backbones 'timm/vit*'")
+        raise InputError(f"--list needs one of {', '.join(LISTS)}, such as: tl-train --list backbones 'timm/vit*'")
     if what not in LISTS or more:
         raise InputError(f"--list {' '.join((what, pattern, *more))}: {unknown('list', what, LISTS)}, then one pattern")
     lines = LISTS[what](pattern)
@@ -287,6 +287,13 @@ def _dry_report(result: dict[str, Any]) -> str:
     needs = result["estimate"]
     return (
         f"the first batch is {shape}, its loss {result['loss']:.4f}; nothing was written\n"
-        f"a run takes about {needs['seconds']:,.0f} s before the report, "
+        f"a run takes about {_duration(needs['seconds'])} before the report, "
         f"{needs['cache_bytes'] / 1e6:,.1f} MB of cache, {needs['memory_bytes'] / 1e9:.1f} GB of memory"
     )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} s"

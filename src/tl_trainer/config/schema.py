@@ -30,8 +30,8 @@ class CsvSection(Section):
     )
     group_column: str | None = Field(
         None,
-        description="The column that says which images belong together, such as the patient; neither a drawn val split "
-        "nor folds divide a group. null: each image is its own.",
+        description="The column that says which images belong together, such as the patient: those of a group are all "
+        "in one fold, and all in train or all in a val split that is drawn. null: each image is a group.",
     )
     suffix: str = Field("", description="What is added to image_column to make the file name, e.g. .jpg")
 
@@ -109,8 +109,9 @@ class DataSection(Section):
     )
     group_pattern: str | None = Field(
         None,
-        description="A regular expression that is searched in each image's path below data.root (in a CSV file, its "
-        "name), whose group called group, or else its first, says which images belong together; as csv.group_column.",
+        description="A regular expression, searched in each image's path below data.root (of a CSV file, in its name). "
+        "Images with the same text in (?P<group>...), else in the first parentheses, belong together, as with "
+        "csv.group_column.",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="What to do with an image that cannot be read: error (before the first epoch) or skip."
@@ -134,8 +135,8 @@ class DataSection(Section):
         None,
         gt=0,
         description="The value that becomes white in grey images of more than 8 bits, and all above it, such as 4095 "
-        "for 12 bits in a 16-bit PNG; null is 65535, of 32 bits and of floats the smallest of 1, 255, 65535 and "
-        "2^32 - 1 that holds all of an image's.",
+        "for 12 bits in a 16-bit PNG; null is 65535 for 16 bits, else the smallest of 1, 255, 65535 and 2^32 - 1 that "
+        "no value of the image exceeds.",
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = Field(
         "auto", description="Processes that load images; 0 loads in the main process."
@@ -227,7 +228,7 @@ class ModelSection(Section):
 class FeaturesSection(Section):
     cache: Literal["auto", "off"] = Field(
         "auto",
-        description="auto computes what the frozen backbone makes of an image once and keeps it, wherever the "
+        description="auto computes the frozen backbone's output for an image once and keeps it on disk, wherever the "
         "transform is not random or views are kept; off never does.",
     )
     views: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = Field(
@@ -236,7 +237,9 @@ class FeaturesSection(Section):
         "per epoch, at most 10, and none where they would not fit into limit_gb; 1 draws anew in every epoch.",
     )
     dir: str | None = Field(None, description="The cache folder; null is the user's own.")
-    limit_gb: float = Field(20.0, gt=0, description="The size of the cache in GB; what was not used for longest goes.")
+    limit_gb: float = Field(
+        20.0, gt=0, description="The size of the cache in GB; features that were not used for longest are removed."
+    )
 
 
 class PerformanceSection(Section):

@@ -141,7 +141,10 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
     one: dict[str, str] = {}  # object for each group
     for row in filter(None, reader):
         if len(row) > width:
-            raise DataError(f"{table}:{reader.line_num}: more values than columns; quote those with a separator")
+            raise DataError(
+                f"{table}:{reader.line_num}: more values than the header has columns; put values with a separator in "
+                "them into quotes"
+            )
         if len(row) < width:
             row += [""] * (width - len(row))
         image, label, *rest = values = [row[index].strip() for index in places]

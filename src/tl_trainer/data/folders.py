@@ -36,7 +36,7 @@ def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact") -> D
         there = _class_names(folder)
         enforce_classes(classes, there, folder, fixed_by, fit)
         if extra := sorted(set(there).difference(classes)):
-            log.warning("%s: left out, since they are no classes of %s: %s", folder, fixed_by, listed(extra))
+            log.warning("%s: classes that %s does not have are left out: %s", folder, fixed_by, listed(extra))
         splits[name] = _scan(folder, classes, root, left_out, may_lack=fit != "exact")
     if left_out:
         endings = ", ".join(sorted({Path(name).suffix.lower() or "no ending" for name in left_out}))
@@ -53,7 +53,7 @@ def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
     used = {*folders.values()}
     beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and path not in used]
     if beside and root not in used:
-        log.warning("%s: not a split and not used: %s", root, listed(beside))
+        log.warning("%s: folders beside the splits are not used: %s", root, listed(beside))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -103,8 +103,8 @@ def _refuse_splits(folder: Path, classes: list[str]) -> None:
     like = {name: SPLIT_OF[match[1].lower()] for name in classes if (match := _SPLIT_LIKE.match(name))}
     if len({*like.values()}) > 1 and (len(like) == len(classes) or all(_only_folders(folder / name) for name in like)):
         raise DataError(
-            f"{read}, but {listed([*like])} look like splits; call these train, val or test, with a folder for each "
-            "class in them"
+            f"{read}, but {listed([*like])} look like splits; rename them to train, val or test, with a folder for "
+            "each class in them"
         )
 
 

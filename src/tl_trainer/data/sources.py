@@ -74,7 +74,7 @@ def _say_what_is_not_drawn(dataset: Dataset) -> None:
     """Say that splits of the source's own stay as they are, and which groups they share."""
     groups = {name: {*split.groups} for name, split in dataset.splits.items()}
     if groups.get("train") and "val" in groups:
-        log.info("%s has a val split of its own, which is not divided by groups; folds are", dataset.where)
+        log.info("%s has a val split of its own, which stays as it is; only folds keep groups together", dataset.where)
     for first, second in combinations(groups, 2):
         if shared := sorted(groups[first] & groups[second]):
             what = (len(shared), first, second, second, listed(shared))

@@ -166,7 +166,7 @@ class Memory:
                     raise sqlite3.DatabaseError("its table has other columns")
                 use(connection)
         except sqlite3.OperationalError as error:  # in use, another user's, no such folder: it is only a memory
-            without = "what was read of the images is not remembered" if writing else "the images are read again"
+            without = "the next run reads the images again" if writing else "the images are read again"
             log.warning("%s cannot be %s (%s); %s", self.path, "written" if writing else "used", error, without)
             self._readable, self._writable = self._readable and writing, False
         except sqlite3.DatabaseError as error:

@@ -59,7 +59,7 @@ class Weights:
         """The same weights where they are here, else random ones in their shape, which is said."""
         if self.here():
             return self
-        log.info("the weights %s of %s are not here yet; this is tried with random ones", self.name, backbone)
+        log.info("the weights %s of %s are not here yet; the dry run uses random ones", self.name, backbone)
         return replace(self, fetch=None)
 
     def at(self, size: int | None) -> Weights:
