@@ -331,7 +331,9 @@ def _classifier(config: Config, weights: Weights, classes: list[str], image: Ten
     found = new_classifier(config.model, weights, len(classes), image, config.seed, freeze_batchnorm=frozen)
     if weights.saved is not None:
         said = ", and not its head: train.search finds a new one; to go on with its own, set train.search: off"
-        if config.phases[0].search != "auto":
+        if config.model.extra or weights.saved.config["model"].get("extra"):
+            said = ", and not its head, which is not for the stages of model.extra"
+        elif config.phases[0].search != "auto":
             said = take_head(found[0].head, classes, weights.saved)
         log.info("%s: its backbone is taken%s", weights.name, said)
     return found

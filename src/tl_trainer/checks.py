@@ -162,7 +162,10 @@ def _for_checking(loaded: Loaded) -> Loaded:
     config = loaded.config
     with located(loaded):
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
-    model, transforms = config.model.model_copy(update={"trainable": "head", "head": HeadSection()}), config.transforms
+    model, transforms = (
+        config.model.model_copy(update={"trainable": "head", "extra": [], "head": HeadSection()}),
+        config.transforms,
+    )
     if weights == "none" or weights.endswith("_V2"):
         why = "random weights" if weights == "none" else "weights trained on mixed images"
         model, transforms = ModelSection(), TransformsSection()

@@ -17,6 +17,7 @@ from tl_trainer.errors import SettingError
 from tl_trainer.ground.wording import listed
 from tl_trainer.models.backbones import empty_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.extra import extend, spatial_shape
 from tl_trainer.network import resolve_device
 from tl_trainer.runs import best_of
 
@@ -84,6 +85,8 @@ def _check_refit(config: Config) -> None:
     head, obstacle = config.model.head, None
     if config.model.trainable != "head":
         obstacle = "stages of the backbone train (model.trainable)"
+    elif config.model.extra:
+        obstacle = "new stages train (model.extra)"
     elif config.features.cache == "off":
         obstacle = "features.cache is off"
     elif head.hidden or head.dropout:
@@ -101,6 +104,7 @@ def _check_stages(config: Config) -> None:
     except SettingError:  # which the check before has said
         return
     backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
+    extend(backbone, model.extra, spatial_shape(backbone, size) if model.extra else ())
     phases, frozen = config.train.phases, len(backbone.stages)
     start = "all" if phases else model.trainable
     classifier = Classifier(backbone, nn.Identity(), start, freeze_batchnorm=config.train.freeze_batchnorm)

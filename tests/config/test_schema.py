@@ -37,8 +37,8 @@ KEYS = """
     data.webdataset.train data.webdataset.val data.webdataset.test data.webdataset.image data.webdataset.label
     data.webdataset.classes
     transforms.size transforms.train transforms.eval
-    model.backbone model.weights model.weights_from model.tap model.trainable model.head.hidden model.head.dropout
-    model.head.normalise
+    model.backbone model.weights model.weights_from model.tap model.trainable model.extra
+    model.head.hidden model.head.dropout model.head.normalise
     features.cache features.views features.dir features.limit_gb performance.compile
     train.search train.phases train.epochs train.batch_size train.precision
     train.optimizer.name train.optimizer.lr train.optimizer.weight_decay train.optimizer.momentum

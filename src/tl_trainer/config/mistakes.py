@@ -44,6 +44,8 @@ def _sentence(items: list[ErrorDetails]) -> str:
         assert section is not None
         elsewhere = ", ".join(key for key in _dotted_keys(Config) if key.endswith(f".{path[-1]}"))
         return unknown("key", path[-1], section.model_fields) + (f"; there is {elsewhere}" if elsewhere else "")
+    if first["type"] == "missing":
+        return "has no value; give one"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ") + ("" if isinstance(given, dict) else f", not {shown(given)}")
     allowed = [choice for item in items for choice in _choices(item)]

@@ -197,6 +197,37 @@ class HeadSection(Section):
     )
 
 
+class ResidualSection(Section):
+    channels: int = Field(ge=1, description="The channels of its output.")
+    stride: int = Field(1, ge=1, description="Pixels of its input from one pixel of its output to the next.")
+
+
+class ConvSection(ResidualSection):
+    kernel: int = Field(3, ge=1, description="The side of its kernel in pixels, an odd number.")
+
+    @field_validator("kernel")
+    @classmethod
+    def _check_kernel(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("should be odd")
+        return kernel
+
+
+class ExtraSection(Section):
+    conv: ConvSection | None = Field(None, description="A convolution, BatchNorm and ReLU.")
+    residual: ResidualSection | None = Field(
+        None, description="Two 3x3 convolutions with BatchNorm and ReLU, added to their input (ResNet's basic block)."
+    )
+    pool: Literal["mean", "max"] | None = Field(None, description="mean or max of each channel over height and width.")
+    norm: Literal["batch"] | None = Field(None, description="batch is BatchNorm.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ExtraSection:
+        if sum(item is not None for item in (self.conv, self.residual, self.pool, self.norm)) != 1:
+            raise ValueError("is one of conv, residual, pool and norm, such as {residual: {channels: 256}}")
+        return self
+
+
 class ModelSection(Section):
     backbone: str = Field(
         "efficientnet_lite0",
@@ -221,6 +252,11 @@ class ModelSection(Section):
     trainable: str = Field(
         "head",
         description="Where training starts: head (the backbone is frozen), a stage name (it and all after), or all.",
+    )
+    extra: list[ExtraSection] = Field(
+        default_factory=list,
+        description="New stages between the tap, which must have height and width, and the head; they train with it. "
+        "Each is {conv: {channels, kernel, stride}}, {residual: {channels, stride}}, {pool: mean|max}, {norm: batch}.",
     )
     head: HeadSection = Field(default_factory=HeadSection, description="The new classifier on top of the features.")
 
@@ -276,7 +312,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _complete_phases(self) -> Config:
-        """The last phase decides `model.trainable`; and what is to train from a stage on starts from a found head."""
+        """The last phase decides `model.trainable`; what is to train from a stage on starts from a found head, except
+        where new stages come before the head."""
+        if self.model.extra:
+            first = self.train.phases[0] if self.train.phases else self.train
+            if first.search == "auto" and "search" in first.model_fields_set:
+                raise ValueError(
+                    "train.search finds a head alone, and model.extra trains with it; set train.search: off"
+                )
+            object.__setattr__(self, "train", self.train.model_copy(update={"search": "off"}))
         if not self.train.phases and self.train.search == "auto" and self.model.trainable != "head":
             object.__setattr__(self, "train", self.train.after_a_search(self.model.trainable))
         if self.train.phases:

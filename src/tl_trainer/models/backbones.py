@@ -103,8 +103,12 @@ def feature_size(backbone: Backbone, name: str, weights: Weights, tap: str, imag
     """The number of features at the tap for images such as this one (3, H, W), found without computing any."""
     if backbone.features is not None:
         return backbone.features
-    empty, (height, width) = empty_backbone(name, weights.pretrained, tap, weights.preset.crop), image.shape[-2:]
-    place = next(empty.parameters()).device
+    return output_size(empty_backbone(name, weights.pretrained, tap, weights.preset.crop), image)
+
+
+def output_size(empty: Backbone, image: Tensor) -> int:
+    """The number of features that a backbone without memory gives of such an image (3, H, W)."""
+    (height, width), place = image.shape[-2:], next(empty.parameters()).device
     with torch.no_grad():
         return int(empty(torch.empty(1, 3, height, width, device=place)).shape[1])
 

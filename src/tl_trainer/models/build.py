@@ -10,8 +10,9 @@ from torch import Tensor
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import ModelSection
 from tl_trainer.errors import CheckpointError
-from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, resolve_weights
+from tl_trainer.models.backbones import build_backbone, empty_backbone, feature_size, output_size, resolve_weights
 from tl_trainer.models.classifier import Classifier
+from tl_trainer.models.extra import extend, spatial_shape
 from tl_trainer.models.heads import new_head
 from tl_trainer.models.weights import Weights, state_hash
 
@@ -23,8 +24,16 @@ def new_classifier(
 ) -> tuple[Classifier, int]:
     """With these weights and a new head, and how many features that takes from such an image (3, H, W)."""
     backbone = build_backbone(model.backbone, weights, model.tap, seed)
-    size = feature_size(backbone, model.backbone, weights, model.tap, image)
     torch.manual_seed(seed)
+    if model.extra:
+        empty = empty_backbone(model.backbone, weights.pretrained, model.tap, weights.preset.crop)
+        shape = spatial_shape(empty, weights.preset.crop)
+        extend(backbone, model.extra, shape)
+        with next(empty.parameters()).device:
+            extend(empty, model.extra, shape)
+        size = output_size(empty, image)
+    else:
+        size = feature_size(backbone, model.backbone, weights, model.tap, image)
     head = new_head(size, classes, model.head)
     classifier = Classifier(backbone, head, model.trainable, freeze_batchnorm=freeze_batchnorm)
     random = [stage.name for stage in classifier.frozen if any(map(stage.owns, backbone.random))]
@@ -43,6 +52,8 @@ def saved_classifier(saved: Checkpoint, model: ModelSection, size: int | None, s
     else:
         name, source = weights.removesuffix(f" of {model.weights_from}"), model.weights_from
         backbone = build_backbone(model.backbone, resolve_weights(model.backbone, name, size, source), model.tap, seed)
+    if model.extra:
+        extend(backbone, model.extra, spatial_shape(backbone, saved.backbone.get("size", 224)))
     classifier = Classifier(backbone, head, model.trainable)
     if saved.frozen is None and state_hash(classifier.frozen_state()) != saved.backbone["sha256"]:
         raise CheckpointError(

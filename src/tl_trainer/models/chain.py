@@ -62,6 +62,7 @@ class Backbone(nn.Module):
         self.revision = ""  # of the weights in a hub, where they are from one
         self.random: frozenset[str] = frozenset()  # the model's tensors beside those of another
         self.features = features  # the size of the output, where it does not depend on that of the images
+        self.added = 0  # stages at the end that are new
         self.stages = stages  # a plain list: the modules are registered once, in `model`
         model.register_load_state_dict_post_hook(lambda *_: self._relink())  # type: ignore[no-untyped-call]
 
@@ -73,10 +74,17 @@ class Backbone(nn.Module):
 
     def index(self, name: str) -> int:
         """The index of the first stage that `name` covers; SettingError for `model.trainable` where there is none."""
-        covered = _covered(self.stages, name)
+        stages = self.stages[: len(self.stages) - self.added]
+        covered = _covered(stages, name)
         if not covered:
-            raise SettingError("model.trainable", unknown("stage", name, ["head", "all", *_stage_names(self.stages)]))
+            raise SettingError("model.trainable", unknown("stage", name, ["head", "all", *_stage_names(stages)]))
         return covered[0]
+
+    def append(self, new: nn.Sequential) -> None:
+        """Put new stages behind the others, called extra.0, extra.1 and so on."""
+        self.model.add_module("extra", new)
+        self.stages = [*self.stages, *(Stage(f"extra.{name}", module) for name, module in new.named_children())]
+        self.added, self.features = len(new), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

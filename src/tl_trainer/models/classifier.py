@@ -13,11 +13,12 @@ State = dict[str, Tensor]
 
 
 class Classifier(nn.Module):
-    """`trainable` says where training starts: head, a stage name, or all. Everything before is frozen.
+    """`trainable` says where training starts: head, a stage name, or all. Everything before is frozen; new stages train
+    with the head.
 
     A frozen stage stays in eval mode also while the rest trains: no dropout, BatchNorm statistics fixed.
-    freeze_batchnorm: whether BatchNorm stays as it is in the stages that train too. Raises SettingError for an unknown
-    stage.
+    freeze_batchnorm: whether BatchNorm stays as it is in pretrained stages that train too. Raises SettingError for an
+    unknown stage.
     """
 
     def __init__(self, backbone: Backbone, head: nn.Module, trainable: str, *, freeze_batchnorm: bool = False) -> None:
@@ -31,14 +32,14 @@ class Classifier(nn.Module):
     def thaw(self, trainable: str) -> None:
         """Have another part of what is `changing` train."""
         stages = self.backbone.stages
-        start = {"head": len(stages), "all": 0}.get(trainable)
+        start = {"head": len(stages) - self.backbone.added, "all": 0}.get(trainable)
         start = self.backbone.index(trainable) if start is None else start
         self.trainable = trainable
         self.frozen: list[Stage] = stages[:start]
         self.trained: list[Stage] = stages[start:]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(_is_one_of(self.trained, name))
-        for norm in self._norms() if self.freeze_batchnorm else ():
+        for norm in self._kept_norms():
             norm.requires_grad_(False)
         self.train(self.training)
 
@@ -66,14 +67,14 @@ class Classifier(nn.Module):
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
-        for module in [stage.module for stage in self.frozen] + (self._norms() if self.freeze_batchnorm else []):
+        for module in [*(stage.module for stage in self.frozen), *self._kept_norms()]:
             module.eval()
         return self
 
     @property
     def trains_batch_norm(self) -> bool:
         """Whether a BatchNorm takes its statistics from the batch, so that a batch needs two images."""
-        return not self.freeze_batchnorm and bool(self._norms())
+        return len(_norms(self.trained)) > len(self._kept_norms())
 
     def layers(self) -> list[tuple[str, dict[str, nn.Parameter]]]:
         """The parameters that train, by layer: the head's, then those of each stage, the one before the head first."""
@@ -106,9 +107,14 @@ class Classifier(nn.Module):
         """Take over saved tensors as they are; RuntimeError where they do not fit. frozen: None keeps those it has."""
         self.load_state_dict(with_versions({**(frozen or {}), **trained}, self), strict=frozen is not None, assign=True)
 
-    def _norms(self) -> list[nn.Module]:
-        """The BatchNorm of the stages that train."""
-        return [module for stage in self.trained for module in stage.module.modules() if isinstance(module, _BatchNorm)]
+    def _kept_norms(self) -> list[nn.Module]:
+        """The BatchNorm that stays as it is in stages that train."""
+        new = self.backbone.stages[len(self.backbone.stages) - self.backbone.added :]
+        return _norms([stage for stage in self.trained if stage not in new]) if self.freeze_batchnorm else []
+
+
+def _norms(stages: list[Stage]) -> list[nn.Module]:
+    return [module for stage in stages for module in stage.module.modules() if isinstance(module, _BatchNorm)]
 
 
 def _is_one_of(stages: list[Stage], key: str) -> bool:
