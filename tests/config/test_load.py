@@ -277,7 +277,7 @@ def test_any_bytes_are_a_configuration_or_a_trainer_error(content: bytes) -> Non
         (
             "data: {source: imagefoldr}",
             "c.yaml:1: data.source: unknown value 'imagefoldr'; did you mean 'imagefolder'? "
-            "(valid: cifar10, cifar100, csv, demo, flowers102, imagefolder, torchvision:<Class>, webdataset)",
+            "(valid: cifar10, cifar100, csv, demo, flowers102, imagefolder, parquet, torchvision:<Class>, webdataset)",
         ),
         (
             "transforms:\n  train: defualt",

@@ -35,7 +35,8 @@ KEYS = """
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
     data.csv.group_column data.csv.suffix
     data.webdataset.train data.webdataset.val data.webdataset.test data.webdataset.image data.webdataset.label
-    data.webdataset.classes
+    data.webdataset.classes data.parquet.files data.parquet.image_column data.parquet.label_column
+    data.parquet.split_column
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.weights_from model.tap model.trainable model.extra
     model.head.hidden model.head.dropout model.head.normalise

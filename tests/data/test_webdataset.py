@@ -44,7 +44,7 @@ def test_every_sample_of_many_shards_is_there_once_in_every_epoch() -> None:
     images = Members(shards, list(accumulate(len(shard.samples) for shard in shards)))
     split = Split(images, [0] * len(images), range(len(images)))
     for epoch in range(2):
-        order = [index for batch in batch_order(len(split), 64, 0, epoch, shuffle=True) for index in batch]
+        order = [index for batch in batch_order(range(len(split)), 64, 0, epoch, shuffle=True) for index in batch]
         places = [images.at(split.rows[index])[1] for index in order]
         assert sorted(place.offset for place in places) == [*range(10_000)]
         assert [place.name for place in places] == [f"{index}.jpg" for index in order] != sorted(split.names)
@@ -314,10 +314,10 @@ def test_it_is_verified_remembered_and_guarded_as_a_file_is(tmp_path: Path) -> N
             {"train": "pipe:aws s3 cp s3://b/0.tar -"},
             "pipe: would run a command of the configuration, and images are read",
         ),
-        ({"val": ["s3://bucket/0.tar"]}, "s3:// cannot be read; download the shards, and give paths or http"),
+        ({"val": ["s3://bucket/0.tar"]}, "s3:// cannot be read; download the files, and give paths or http"),
         ({"test": "https://host/*.tar"}, "a server lists no files; write braces instead of"),
-        ({"train": []}, "names no shard"),
-        ({"val": ""}, "names no shard"),
+        ({"train": []}, "names no file"),
+        ({"val": ""}, "names no file"),
         ({"label": "json"}, None),
         ({"label": "json:"}, "is no ending such as cls, and no json:<field>"),
         ({"label": "cls:a"}, "is no ending such as cls, and no json:<field>"),

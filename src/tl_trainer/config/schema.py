@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tl_trainer.config.section import Section
 from tl_trainer.config.training import PhaseSection, TrainSection
 
-Source = Literal["imagefolder", "csv", "webdataset", "cifar10", "cifar100", "flowers102", "demo"]
+Source = Literal["imagefolder", "csv", "webdataset", "parquet", "cifar10", "cifar100", "flowers102", "demo"]
 TransformItem = str | dict[str, Any]
 Transforms = Literal["default", "eval"] | list[TransformItem]
 
@@ -41,14 +41,35 @@ class CsvSection(Section):
         return "" if suffix is None else suffix
 
 
+def _check_patterns(patterns: str | list[str]) -> str | list[str]:
+    named = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in named:
+        if pattern.startswith("pipe:"):
+            raise ValueError(
+                "pipe: would run a command of the configuration, and images are read by seeking; download the files, "
+                "and give their paths"
+            )
+        scheme = re.match(r"([a-z0-9]+)://", pattern)
+        if scheme and scheme[1] not in ("http", "https"):
+            raise ValueError(f"{scheme[0]} cannot be read; download the files, and give paths or http(s) addresses")
+        if scheme and "*" in pattern:
+            raise ValueError("a server lists no files; write braces instead of *, such as {000000..000036}")
+    if not named or not all(named):
+        raise ValueError("names no file; give a path with braces or *")
+    return patterns
+
+
+Patterns = Annotated[str | list[str], AfterValidator(_check_patterns)]
+
+
 class WebDatasetSection(Section):
-    train: str | list[str] = Field(
+    train: Patterns = Field(
         "train-*.tar",
         description="The shards of the train split, relative to data.root: a path with braces, such as "
         "train-{000000..000036}.tar, or with *, an http(s) address with braces, or a list of these.",
     )
-    val: str | list[str] | None = Field(None, description="Those of the val split; null draws it from train.")
-    test: str | list[str] | None = Field(None, description="Those of the test split; null is none.")
+    val: Patterns | None = Field(None, description="Those of the val split; null draws it from train.")
+    test: Patterns | None = Field(None, description="Those of the test split; null is none.")
     image: str = Field(
         "jpg;jpeg;png;webp;bmp;gif;tif;tiff;ppm;pgm",
         description="The endings of the member of a sample that is its image; the first counts.",
@@ -62,26 +83,6 @@ class WebDatasetSection(Section):
         "lines from 0. null: the labels of train are the names.",
     )
 
-    @field_validator("train", "val", "test")
-    @classmethod
-    def _check_patterns(cls, patterns: str | list[str] | None) -> str | list[str] | None:
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-            if pattern.startswith("pipe:"):
-                raise ValueError(
-                    "pipe: would run a command of the configuration, and images are read by seeking; download the "
-                    "shards, and give their paths"
-                )
-            scheme = re.match(r"([a-z0-9]+)://", pattern)
-            if scheme and scheme[1] not in ("http", "https"):
-                raise ValueError(
-                    f"{scheme[0]} cannot be read; download the shards, and give paths or http(s) addresses"
-                )
-            if scheme and "*" in pattern:
-                raise ValueError("a server lists no files; write braces instead of *, such as {000000..000036}")
-        if patterns is not None and not patterns:
-            raise ValueError("names no shard; give a path with braces or *")
-        return patterns
-
     @field_validator("label")
     @classmethod
     def _check_label(cls, label: str) -> str:
@@ -91,11 +92,30 @@ class WebDatasetSection(Section):
         return label
 
 
+class ParquetSection(Section):
+    files: Patterns = Field(
+        "*.parquet", description="The files, relative to data.root: as data.webdataset.train, a pattern or a list."
+    )
+    image_column: str = Field(
+        "image",
+        description="The column with the images: their bytes, a struct with bytes (as Hugging Face's), or paths below "
+        "data.root.",
+    )
+    label_column: str = Field(
+        "label", description="The column with the class: a name, or a number, which the schema's ClassLabel may name."
+    )
+    split_column: str | None = Field(
+        None,
+        description="The column that says train, val (or valid, validation) or test; null takes it from the names of "
+        "the files, such as train-00000.parquet, where all have one.",
+    )
+
+
 class DataSection(Section):
     source: Source | Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$")] = Field(
         "imagefolder",
-        description="imagefolder, csv, webdataset, cifar10, cifar100, flowers102, demo, or torchvision:<Class> for "
-        "another of its classification datasets.",
+        description="imagefolder, csv, webdataset, parquet, cifar10, cifar100, flowers102, demo, or "
+        "torchvision:<Class> for another of its classification datasets.",
     )
     root: str = Field("data", description="The folder of the dataset; ~ is your home folder.")
     download: bool = Field(
@@ -144,6 +164,9 @@ class DataSection(Section):
     csv: CsvSection = Field(default_factory=CsvSection, description="Where source: csv finds its columns.")
     webdataset: WebDatasetSection = Field(
         default_factory=WebDatasetSection, description="Where source: webdataset finds its shards."
+    )
+    parquet: ParquetSection = Field(
+        default_factory=ParquetSection, description="Where source: parquet finds its columns."
     )
 
     @field_validator("group_pattern")

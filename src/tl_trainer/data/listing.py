@@ -18,7 +18,7 @@ from tl_trainer.ground.wording import listed, printable, unknown
 log = logging.getLogger(__name__)
 
 
-_NUMBER = re.compile(r"0|[1-9]\d*")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)")
 
 
 class ClassNames(NamedTuple):
@@ -93,14 +93,15 @@ class Listing:
             return listing.dataset(trained, "the train rows", fit)
         said = "numbers of names" if numbers else "names"
         log.info("%s: %d classes; labels are %s in %s", self.where, len(known.names), said, known.where)
-        if absent := [name for name in known.names if name not in {*trained}]:
+        dataset = listing.dataset(known.names, known.where, fit)
+        if absent := sorted({*known.names} - {*trained}):
             log.warning("%s: train has no row of %d classes: %s", self.where, len(absent), listed(absent))
-        return listing.dataset(known.names, known.where, fit)
+        return dataset
 
     def _numbered(self, known: ClassNames) -> Listing:
         most = len(known.names)
         for label, number in enumerate(self.names):
-            if int(number) >= most:
+            if not 0 <= int(number) < most:
                 row = int(np.flatnonzero(self.labels == label)[0])
                 raise DataError(
                     f"{printable(self.place(row))}: label {number} is not one of 0 to {most - 1}, the {most} names in "

@@ -42,6 +42,12 @@ def files_of(pattern: str | list[str], root: Path, download: bool) -> list[Path]
     return found
 
 
+def short_names(paths: list[Path]) -> list[str]:
+    """What images in the files are called after: their last parts, where all differ, else the whole paths."""
+    different = len({path.name for path in paths}) == len(paths)
+    return [path.name if different else path.as_posix() for path in paths]
+
+
 def braced(pattern: str) -> list[str]:
     """What a shell makes of braces: `a-{00..02}` is a-00, a-01, a-02, and `{a,b}` is a, b."""
     match = re.search(r"\{([^{}]*)\}", pattern)

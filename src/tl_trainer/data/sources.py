@@ -13,6 +13,7 @@ from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
+from tl_trainer.data.parquet import open_parquet
 from tl_trainer.data.skip import without
 from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.data.webdataset import open_webdataset
@@ -52,6 +53,8 @@ def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
         return dataset
     if data.source == "webdataset":
         return open_webdataset(data, classes, fit)
+    if data.source == "parquet":
+        return open_parquet(data, classes, fit)
     return open_torchvision(data.source, root, data.download, classes)
 
 

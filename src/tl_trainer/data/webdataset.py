@@ -12,7 +12,6 @@ import logging
 import re
 import zipfile
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -27,7 +26,7 @@ from tl_trainer.config.schema import DataSection, WebDatasetSection, expand
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.listing import ClassNames, Listing
-from tl_trainer.data.patterns import files_of
+from tl_trainer.data.patterns import files_of, short_names
 from tl_trainer.data.tar import Member, members
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.ground.files import cache_folder, write_atomically
@@ -114,9 +113,9 @@ def open_webdataset(data: DataSection, classes: list[str] | None, fit: Fit = "ex
     flat = [path for of_split in paths.values() for path in of_split]
     found = [index(path, section) for path in bar(flat, "reading shard headers", len(flat), unit="shard")]
     _judge_cut({path: of_shard for path, of_shard in zip(flat, found, strict=True) if of_shard.cut >= 0}, flat, data)
-    short = max(Counter(path.name for path in flat).values()) == 1
-    shards = [Shard(path, path.name if short else path.as_posix(), samples)
-              for path, (samples, _) in zip(flat, found, strict=True)]  # fmt: skip
+    shards = [
+        Shard(*of_shard) for of_shard in zip(flat, short_names(flat), (samples for samples, _ in found), strict=True)
+    ]
     sizes = [len(shard.samples) for shard in shards]
     of = np.repeat([number for number, of_split in enumerate(paths.values()) for _ in of_split], sizes)
     splits = {split: np.flatnonzero(of == number) for number, split in enumerate(paths)}
