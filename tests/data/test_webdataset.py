@@ -301,7 +301,7 @@ def test_it_is_verified_remembered_and_guarded_as_a_file_is(tmp_path: Path) -> N
     assert skipped == {"train-0.tar/x.png": skipped["train-0.tar/x.png"]}
     assert skipped["train-0.tar/x.png"].startswith(f"{tmp_path}/train-0.tar/x.png: not an image")
     recalled = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
-    assert recalled == dict(enumerate(good.hashes))
+    assert recalled == {index: (digest, (8, 8)) for index, digest in enumerate(good.hashes)}
     write_tar(tmp_path / "train-0.tar", samples(2, first=7))
     with pytest.raises(ImageError, match=r"train-0\.tar/0000\.png: has changed since it was read first"):
         good.open(0)
