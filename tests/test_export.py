@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,17 @@ SMALL: dict[str, Any] = {
     "features": {"cache": "off"},
 }
 
+SERVING = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("\n## Serving\n")[2]
+
 pytestmark = pytest.mark.usefixtures("own_logging")
+
+
+def served(blocks: int = 1) -> dict[str, Any]:
+    """The names that the first so many pieces of code in the README's section on serving define."""
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", SERVING.partition("\n## ")[0], re.DOTALL)[:blocks]:
+        exec(code, names)
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +109,39 @@ def test_onnx_takes_pixels_and_says_what_it_is(
     session = onnxruntime.InferenceSession("a.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": pixels(picture)})[0]
     assert found == pytest.approx(np.array([expected(model, picture)] * 3), abs=1e-4)
+    Path("a.onnx").rename("photos.onnx")
+    assert [*served()["classify"](picture.read_bytes()).values()] == pytest.approx(expected(model, picture), abs=1e-4)
+    Path("photos.onnx").rename("a.onnx")
+    of_input, of_output = session.get_inputs()[0], session.get_outputs()[0]
+    assert (of_input.name, of_input.type, of_input.shape[3]) == ("images", "tensor(uint8)", 3)
+    assert (of_output.name, of_output.type, len(of_output.shape)) == ("probabilities", "tensor(float)", 2)
+    assert 'name: "images", data_type: TYPE_UINT8, dims: [ -1, -1, -1, 3 ]' in SERVING  # what Triton is told
+    assert 'name: "probabilities", data_type: TYPE_FP32, dims: [ -1, -1 ]' in SERVING
     about = {entry.key: entry.value for entry in onnx.load("a.onnx").metadata_props}
     assert json.loads(about["labels"]) == NAMES
     assert json.loads(about["temperature"]) is None
     assert json.loads(Path("a.onnx.json").read_text())["agreement"] == 1
     assert sorted(path.name for path in Path().iterdir()) == ["a.onnx", "a.onnx.json"]
+
+
+def test_fastapi_serves_what_the_readme_says(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("fastapi.testclient")
+
+    class Session:
+        def __init__(self, path: str) -> None:
+            assert path == "photos.onnx"
+
+        def get_modelmeta(self) -> Any:
+            return SimpleNamespace(custom_metadata_map={"labels": json.dumps(NAMES)})
+
+        def run(self, _: None, inputs: dict[str, Any]) -> list[Any]:
+            assert inputs["images"].shape == (1, 43, 44, 3)
+            return [np.array([[0.25, 0.25, 0.5]], np.float32)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    client = testing.TestClient(served(blocks=2)["app"])
+    assert client.post("/", content=picture.read_bytes()).json() == {"blue": 0.25, "green": 0.25, "red": 0.5}
+    assert client.post("/", content=b"no image").status_code == 415
 
 
 def test_pt2_takes_what_the_network_takes_with_from_tensor(model: tl_trainer.Model, picture: Path) -> None:
