@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import io
@@ -31,6 +32,11 @@ PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "hymenoptera_data"
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector the modules and tests, which stay to the end: it would look through all of them again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,18 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     What it draws is for test_tracking.py and test_tensorboard.py.
     """
     monkeypatch.setattr("tl_trainer.tracking.Tracker._draw", lambda *_: None)
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a report in this process show one blank pixel for each figure: matplotlib takes a second for each.
+
+    What they show is for test_plots.py and test_report.py.
+    """
+    blank = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(blank, "PNG")
+    for module in ("evaluation", "outcome"):
+        monkeypatch.setattr(f"tl_trainer.{module}.png", lambda figure: blank.getvalue())
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tl_trainer.errors import DataError
 from tl_trainer.evaluation import Evaluation, evaluate_checkpoint
 from tl_trainer.tasks import SingleLabel
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
+pytestmark = pytest.mark.usefixtures("without_pictures", "without_figures")
 
 BEST = Path("runs/run-1/best.pth")
 

@@ -26,7 +26,7 @@ from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import export as tl_export
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
-from tl_trainer.cli.main import TTA, new_parser, run_command
+from tl_trainer.cli.main import TTA, _check_floors, new_parser, run_command
 from tl_trainer.config.load import load
 from tl_trainer.config.schema import Config
 from tl_trainer.data.transforms import tta_pipelines
@@ -368,6 +368,7 @@ def test_a_library_below_its_floor_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    _check_floors.cache_clear()
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: version if name == library else installed(name))
     assert COMMANDS[command].main(words) == 2
@@ -376,6 +377,7 @@ def test_a_library_below_its_floor_is_refused_in_one_line(
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.10.0+cpu", "2.11.0.dev20260101", "3.0"])
 def test_a_library_at_its_floor_or_above_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_floors.cache_clear()
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: version if name == "torch" else installed(name))
     assert run_command(new_parser("tl-x", "", ""), lambda args: 0, []) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -218,6 +219,7 @@ def _check_alone() -> None:
         )
 
 
+@functools.cache
 def _check_floors() -> None:
     """Refuse library versions below those that pyproject.toml asks for; the floors are there for security."""
     from packaging.requirements import Requirement
