@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"to_webdataset.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return error.exit_code if isinstance(error, TrainerError) else 1 if isinstance(error, OSError) else 130
     print(f"{args.out}: {sum(row[1] for row in rows):,} samples in {len(rows)} shards")
-    print(f"now run: {command(args.out, rows, dataset)}")
+    print(f"now run: tl-train {quote(str(args.out))}")
     return 0
 
 
@@ -126,13 +126,6 @@ def format_of(content: bytes, name: str) -> str:
             return str(image.format).lower()
     except OSError as error:
         raise DataError(f"{name}: neither its ending nor its content is that of an image") from error
-
-
-def command(out: Path, rows: list[tuple[str, int, int, str]], dataset: Dataset) -> str:
-    """How to train on the shards."""
-    words = ["tl-train", "--config", "default", "data.source=webdataset", "--data-dir", str(out)]
-    words += [f"data.webdataset.{split}={split}-*.tar" for split in ("val", "test") if split in dataset.splits]
-    return " ".join(map(quote, [*words, f"data.webdataset.classes={CLASSES}"]))
 
 
 if __name__ == "__main__":

@@ -460,6 +460,17 @@ def test_a_folder_or_a_csv_file_means_the_default_configuration_on_it(tmp_path: 
         load(f"{tmp_path}/photos/", [("train.epochs", 0)])
 
 
+def test_a_folder_of_shards_and_a_table_mean_themselves(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    for name in ("packed/shards.csv", "packed/train-0.tar", "packed/val-0.tar", "birds.parquet"):
+        (tmp_path / name).touch()
+    data = load(str(tmp_path / "packed")).config.data
+    assert (data.source, data.root, data.webdataset.classes) == ("webdataset", str(tmp_path / "packed"), "classes.txt")
+    assert (data.webdataset.train, data.webdataset.val, data.webdataset.test) == ("train-*.tar", "val-*.tar", None)
+    data = load(str(tmp_path / "birds.parquet")).config.data
+    assert (data.source, data.root, data.parquet.files) == ("parquet", str(tmp_path), "birds.parquet")
+
+
 @pytest.mark.parametrize("source", ["file", "mapping", "words"])
 def test_a_name_alone_stands_for_the_optimizer_and_the_schedule(tmp_path: Path, source: str) -> None:
     short = {"train": {"optimizer": "sgd", "schedule": "cosine"}}

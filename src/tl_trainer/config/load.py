@@ -80,12 +80,19 @@ def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], ove
 
 
 def data_at(path: Path) -> list[Override]:
-    """The settings for the data in a folder or a CSV file; none for another path."""
+    """The settings for the data in a folder (images, shards), a CSV or a Parquet file; none for another path."""
     with contextlib.suppress(OSError):  # such as a name that is too long for the system: `find` says so
+        if (path / "shards.csv").is_file():  # scripts/to_webdataset.py has packed it
+            keys: list[Override] = [("data.source", "webdataset"), ("data.root", str(path))]
+            splits = [split for split in ("val", "test") if any(path.glob(f"{split}-*.tar"))]
+            keys += [(f"data.webdataset.{split}", f"{split}-*.tar") for split in splits]
+            return [*keys, ("data.webdataset.classes", "classes.txt")]
         if path.is_dir():
             return [("data.source", "imagefolder"), ("data.root", str(path))]
         if path.suffix.lower() == ".csv" and path.is_file():
             return [("data.source", "csv"), ("data.root", str(path.parent)), ("data.csv.labels", path.name)]
+        if path.suffix.lower() == ".parquet" and path.is_file():
+            return [("data.source", "parquet"), ("data.root", str(path.parent)), ("data.parquet.files", path.name)]
     return []
 
 

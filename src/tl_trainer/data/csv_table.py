@@ -17,14 +17,13 @@ from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit
 from tl_trainer.data.images import ENDINGS
 from tl_trainer.data.listing import Listing
 from tl_trainer.errors import DataError
-from tl_trainer.ground.wording import listed, unknown
+from tl_trainer.ground.wording import unknown
 
 if TYPE_CHECKING:
     from _csv import Reader
 
 log = logging.getLogger(__name__)
 
-MOST_CLASSES, FEWEST_ROWS = 0.5, 20  # more labels than this share of so many rows are numbers or names, not classes
 SEVERAL = 0.1  # of the labels, above which those that are made of others are named
 SAMPLE = 20  # rows whose images are looked for before any is read
 
@@ -59,17 +58,13 @@ def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fi
     if classes is not None:
         return listing.dataset(classes, "the checkpoint", fit)
     classes = listing.train_labels()
-    _check_labels(classes, len(images), table, section.label_column)
+    listing.check_classes(classes, section.label_column, "data.csv.label_column")
+    _name_several(classes, table)
     return listing.dataset(classes, "the train rows", fit)
 
 
-def _check_labels(classes: list[str], rows: int, table: Path, column: str) -> None:
-    """Raise DataError for a column of other things than classes; say where labels look like several in one."""
-    if len(classes) > MOST_CLASSES * rows and rows >= FEWEST_ROWS:
-        raise DataError(
-            f"{table}: {len(classes):,} different labels in {rows:,} rows, such as {listed(classes, 3)}; is {column} "
-            "the column of the classes? set data.csv.label_column"
-        )
+def _name_several(classes: list[str], table: Path) -> None:
+    """Say where labels look like several in one."""
     for separator in "|;, ":
         parts = {label: [part.strip() for part in label.split(separator)] for label in classes if separator in label}
         known = {label for label in classes if label not in parts}

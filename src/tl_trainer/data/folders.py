@@ -132,6 +132,9 @@ def _has_images(folder: Path) -> bool:
 def _class_names(folder: Path) -> list[str]:
     names = _folders_in(folder)
     if not names:
+        for ending, source in ((".tar", "webdataset"), (".parquet", "parquet")):
+            if found := sorted(path.name for path in folder.glob(f"*{ending}")):
+                raise DataError(f"{folder}: no class folders in it, but {listed(found)}; set data.source={source}")
         raise DataError(f"{folder}: no class folders in it; put the images of each class into a folder with its name")
     return names
 

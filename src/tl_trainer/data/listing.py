@@ -18,6 +18,7 @@ from tl_trainer.ground.wording import listed, printable, unknown
 log = logging.getLogger(__name__)
 
 
+MOST_CLASSES, FEWEST_ROWS = 0.5, 20  # more labels than this share of so many rows are numbers or names, not classes
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)")
 
 
@@ -50,6 +51,15 @@ class Listing:
         if not rows:
             raise DataError(f"{self.where}: no row is in the train split")
         return sorted(self.names[label] for label in np.unique(self.labels[np.concatenate(rows)]))
+
+    def check_classes(self, classes: list[str], column: str, key: str) -> None:
+        """Raise DataError where a column holds other things than classes; `key` chooses another one."""
+        rows = len(self.labels)
+        if len(classes) > MOST_CLASSES * rows and rows >= FEWEST_ROWS:
+            raise DataError(
+                f"{self.where}: {len(classes):,} different labels in {rows:,} rows, such as {listed(classes, 3)}; is "
+                f"{column} the column of the classes? set {key}"
+            )
 
     def dataset(self, classes: list[str], fixed_by: str, fit: Fit = "exact") -> Dataset:
         """The dataset with these classes, in this order.

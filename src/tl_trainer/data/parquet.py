@@ -54,6 +54,8 @@ def open_parquet(data: DataSection, classes: list[str] | None, fit: Fit = "exact
     place: Callable[[int], str] = _Rows.of(tables, section).place
     rows = _by_column(splits, place) if section.split_column is not None else _by_file(tables, where)
     listing = Listing(images, labels.names, labels.codes, rows, where, place)
+    if classes is None:
+        listing.check_classes(listing.train_labels(), section.label_column, "data.parquet.label_column")
     remedy = "a column of names as data.parquet.label_column would name them"
     return listing.named(tables[0].class_names(section.label_column), remedy, classes, fit)
 
