@@ -59,6 +59,13 @@ def test_one_image_of_a_class(tl: Run) -> None:
     )
 
 
+def test_one_image(tl: Run) -> None:
+    draw_split(Path("photos"), 1, classes={"ants": COLOURS["red"]})
+    assert "has one class, 'ants', and a classifier needs two" in _refused(tl, "photos")[0]
+    Path("photos", "labels.csv").write_text("id,label\nants/00.jpg,ants\n")
+    assert "labels.csv has one class, 'ants', and a classifier needs two" in _refused(tl, "photos/labels.csv")[0]
+
+
 def test_images_in_no_class_folder(tl: Run) -> None:
     draw_split(Path("photos"), 2)
     for path in sorted(Path("photos").rglob("*.jpg")):
