@@ -217,7 +217,7 @@ def test_without_a_cache_nothing_is_kept_and_what_all_images_are_is_a_note(tl: R
     words = ("transforms.size=256", "features.dir=features", "features.cache=off", "train.precision=fp32")
     notes = last_json(tl("check", "photos", *words, "--json"))["notes"]
     assert notes == [
-        "a class is called like a split (Test): is it one?",
+        "a class has the name of a split (Test); if it is one, put a folder for each class into it",
         "15 of 15 images are tiny: too many to be mistakes, so they are not listed",
     ]
     assert not [*Path("features").glob("*/*.rows")]

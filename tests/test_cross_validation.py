@@ -146,7 +146,7 @@ def test_a_val_split_of_its_own_takes_no_part(
     caplog.set_level("INFO")
     result = tl_trainer.cross_validate(config, folds=4, data__root=str(colours))
     assert (result["images"], result["no_part"]) == (24, ["val"])
-    assert "the val images are a split of their own and take no part" in caplog.messages
+    assert "the source's own val images take no part in the cross-validation" in caplog.messages
 
 
 def test_the_command_tells_it(config: dict[str, Any], tl: Run, tmp_path: Path) -> None:

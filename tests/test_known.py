@@ -180,7 +180,7 @@ def test_sets_and_features_of_the_command(folder: Path, best: Path, tl: Run) -> 
     assert [json.loads(row["set"] or "null") for row in table] == [*(row["set"] for row in rows[:3]), None]
     assert tl(*words).stdout.splitlines()[0].endswith("  {" + ", ".join(first) + "}")
     assert tl(*words, "--tta", "flip").stderr.endswith(
-        "--coverage is kept for images as they are; leave --tta flip out\n"
+        "--coverage was calibrated without --tta; leave --tta flip out\n"
     )
     found = np.load("a.npz")
     assert found["path"].tolist() == [*map(str, paths[:3])]

@@ -132,10 +132,13 @@ def test_a_teacher_of_other_classes_is_refused_with_both_lists(taught: Path) -> 
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"search": "auto", "teacher": {"checkpoint": "x"}}, "train: a head that is found has no teacher; set search"),
+        (
+            {"search": "auto", "teacher": {"checkpoint": "x"}},
+            "train: the search finds a head without a teacher; set search",
+        ),
         (
             {"mixup": 0.2, "teacher": {"checkpoint": "x"}},
-            "train: a teacher knows images, not mixtures of two; leave out",
+            "train: the logits of a teacher are kept for single images, not for mixtures of two; leave out",
         ),
         ({"teacher": {"alpha": 0.9}}, "train.teacher: temperature and alpha are of a teacher, and there is none"),
         ({"teacher": {"checkpoint": "x", "alpha": 1.1}}, "train.teacher.alpha: should be 1 or less"),

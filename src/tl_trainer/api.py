@@ -192,7 +192,7 @@ class Model:
         saved, most = self._parts.saved, None
         if extras.coverage is not None:
             if tta is not None:
-                raise InputError(f"--coverage is kept for images as they are; leave --tta {tta} out")
+                raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
             most = conformal.threshold(saved.conformal if saved else None, extras.coverage)
         near = None
         if compared:

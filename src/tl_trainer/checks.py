@@ -302,7 +302,7 @@ def _notes(setup: Setup) -> list[str]:
     classes, found = setup.dataset.classes, []
     if like := [name for name in classes if name.lower() in SPLIT_OF]:
         found.append(
-            f"the name of a class is that of a split ({listed(like)}); if it is a split, put class folders into it"
+            f"a class has the name of a split ({listed(like)}); if it is one, put a folder for each class into it"
         )
     counts = torch.bincount(torch.tensor([t for split in setup.dataset.splits.values() for t in split.targets]))
     if few := [name for name, count in zip(classes, counts.tolist(), strict=False) if count < FOLDS]:

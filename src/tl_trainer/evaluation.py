@@ -106,7 +106,7 @@ def evaluate_checkpoint(
     if coverage is not None:
         conformal.threshold(saved.conformal, coverage)  # which may refuse, before any image is read
         if tta is not None:
-            raise InputError(f"--coverage is kept for images as they are; leave --tta {tta} out")
+            raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
     _say_what_was_left_out(config.data, saved)

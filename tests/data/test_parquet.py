@@ -126,9 +126,9 @@ def test_paths_are_files_below_the_root(tmp_path: Path, monkeypatch: pytest.Monk
             None,
             ["9", "10"],
             [1, 0],
-            "labels are numbers, and the classes are called so; a col",
+            "labels are numbers, which are taken as the names of the classes; a col",
         ),
-        (pa.array([1, 0]), {"info": {}}, ["0", "1"], [1, 0], "labels are numbers, and the classes are called so"),
+        (pa.array([1, 0]), {"info": {}}, ["0", "1"], [1, 0], "labels are numbers, which are taken as the names"),
         (pa.array(["b", "a"]).dictionary_encode(), None, ["a", "b"], [1, 0], "labels are names"),
     ],
 )

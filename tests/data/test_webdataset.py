@@ -107,7 +107,7 @@ def test_shards_of_the_same_name_keep_their_folders(tmp_path: Path) -> None:
             ["10", "9"],
             ["9", "10"],
             [1, 0],
-            "2 classes; labels are numbers, and the classes are called so; data.we",
+            "2 classes; labels are numbers, which are taken as the names of the classes; data.we",
         ),
         ("dog\ncat\n", "10", ["dog", "cat"], [1, 0], "2 classes; labels are numbers of names in "),
         ("dog\ncat", ["cat", "dog"], ["dog", "cat"], [1, 0], "2 classes; labels are names in "),

@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "trained)")  # fmt: skip
     add("--ignore-extra", action="store_true", help="leave out images of classes that the checkpoint does not have")
     add("--tta", choices=TTA, help=TTA_HELP)
-    add("--coverage", type=float, metavar="SHARE", help="measure sets of classes that are to hold the right one so "
-        "often, such as 0.9")  # fmt: skip
+    add("--coverage", type=float, metavar="SHARE", help="measure the sets of tl-predict "
+        "--coverage, such as 0.9")  # fmt: skip
     add("--report", type=given, metavar="DIR", help="write a page with pictures (report.html) and all figures into DIR")
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser

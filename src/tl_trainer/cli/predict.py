@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--explain", type=given, metavar="DIR", help="write a picture per image to DIR: Grad-CAM for its class")
     add("--neighbours", type=positive, default=0, metavar="K", help="name the K nearest training images in each row")
     add("--reject", action="store_true", help="say of each image whether it is like the training images at all")
-    add("--coverage", type=float, metavar="SHARE", help="name the set of classes that holds the right one so often, "
-        "such as 0.9")  # fmt: skip
+    add("--coverage", type=float, metavar="SHARE", help="add the set of classes that holds the "
+        "right one with this probability, such as 0.9")  # fmt: skip
     add("--embed", type=given, metavar="FILE", help="write path and features of each image to a .parquet or .npz file")
     add("--force", action="store_true", help="replace the file of --embed where it exists")
     add("--output", type=given, metavar="FILE", help="write the rows to this file instead of stdout")

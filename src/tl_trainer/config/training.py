@@ -260,14 +260,19 @@ class TrainSection(Section):
         if self.sampler == self.loss.class_weights == "balanced":
             raise ValueError("sampler and loss.class_weights are both balanced, which corrects twice; keep one of them")
         if self.teacher.checkpoint is not None and (self.mixup or self.cutmix):
-            raise ValueError("a teacher knows images, not mixtures of two; leave out mixup and cutmix, or teacher")
+            raise ValueError(
+                "the logits of a teacher are kept for single images, not for mixtures of two; leave out mixup and "
+                "cutmix, or teacher"
+            )
         trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "soup", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema, self.teacher)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         if self.search == "auto" and self.teacher.checkpoint is not None:
-            raise ValueError("a head that is found has no teacher; set search: off, or search in the first phase alone")
+            raise ValueError(
+                "the search finds a head without a teacher; set search: off, or search in the first phase alone"
+            )
         if self.refit and self.search == "off":
             raise ValueError(
                 "refit is for a head that is found: set search: auto, and leave out epochs, optimizer, schedule "

@@ -98,7 +98,7 @@ class Listing:
         trained = listing.train_labels()
         if known is None:
             trained = sorted(trained, key=int) if numbers else trained
-            said = f"numbers, and the classes are called so; {remedy}" if numbers else "names"
+            said = f"numbers, which are taken as the names of the classes; {remedy}" if numbers else "names"
             log.info("%s: %d classes; labels are %s", self.where, len(trained), said)
             return listing.dataset(trained, "the train rows", fit)
         said = "numbers of names" if numbers else "names"
