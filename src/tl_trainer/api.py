@@ -116,6 +116,18 @@ def cross_validate(
         return cross_validation.cross_validate(loaded, folds)
 
 
+def find_rate(config: Configuration = None, *, progress: bool = False, **overrides: Any) -> dict[str, Any]:
+    """The learning-rate range test of what `train` would train: one pass at rising rates, nothing kept but its curve.
+
+    What is returned has the `folder` with rates.csv and rates.png, the suggested `lr`, or None where the loss fell at
+    no rate, and the `words` that set it. config, progress, overrides: as for `train`. Raises a TrainerError.
+    """
+    from tl_trainer import range_test  # nobody else waits for it
+
+    with _called(progress), _started(config, False, overrides, hold=False) as (loaded, _):
+        return range_test.find_rate(loaded)
+
+
 def load(checkpoint: Location, *, progress: bool = False, **overrides: Any) -> Model:
     """The trained classifier in a checkpoint, in the best.pth of a run directory, or of the newest in a folder of runs.
 

@@ -110,6 +110,23 @@ def epochs_figure(epochs: Sequence[dict[str, float]], best: int) -> Figure:
     return figure
 
 
+def rates_figure(points: Sequence[tuple[float, float, float]], suggested: float | None) -> Figure:
+    """Loss against the learning rate, and its running mean. points: (rate, loss, mean loss), by rising rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    rates, losses, means = zip(*points, strict=True)
+    axes.semilogx(rates, losses, ".", markersize=4, color="lightgrey", label="a batch")
+    axes.semilogx(rates, means, "-", linewidth=1.2, label="running mean")
+    if suggested is not None:
+        axes.axvline(suggested, color="grey", linestyle="--", linewidth=1, label=f"suggested: {suggested:g}")
+    lowest, highest = min(means), max(means)
+    axes.set(xlabel="learning rate", ylabel="loss", ylim=(0.9 * lowest, 1.1 * highest))
+    axes.legend(fontsize=8)
+    return figure
+
+
 def forecast_figure(
     measured: dict[int, list[float]], law: Sequence[tuple[float, float]], interval: tuple[float, float]
 ) -> Figure:

@@ -42,7 +42,7 @@ COMMON = ["--debug", "--help", "--quiet", "--verbose", "--version", "-h", "-v"]
 FLAGS = {
     "train": [
         "--add-class", "--apply", "--batch-size", "--check", "--checkpoint", "--clear-cache", "--config", "--data-dir",
-        "--device", "--dry-run", "--epochs", "--folds", "--from", "--json", "--list", "--lr", "--output",
+        "--device", "--dry-run", "--epochs", "--find-lr", "--folds", "--from", "--json", "--list", "--lr", "--output",
         "--print-config", "--print-schema", "--resume", "--seed", "--workers", "-b", "-j", "words",
     ],
     "check": ["--config", "--data-dir", "--device", "--json", "--output", "--workers", "-j", "words"],

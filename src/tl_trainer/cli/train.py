@@ -87,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="look for what is wrong with the data, as tl-check does, and stop")
     add("--folds", type=int, metavar="N", help="measure instead of train: cross-validation of the head that would "
         "be found, on all images but the source's own val and test splits; writes predictions.csv")  # fmt: skip
+    add("--find-lr", action="store_true", help="try rising learning rates on one pass over the training images, "
+        "suggest one, and stop; writes the curve")  # fmt: skip
     add("--add-class", type=given, metavar="NAME", help="make a checkpoint that knows one more class, in seconds: the "
         "linear head is solved again on kept features and on the images in --from")  # fmt: skip
     add("--from", dest="folder", type=given, metavar="DIR", help="the images of the class that is added")
@@ -207,7 +209,11 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
             raise InputError("--folds trains no run; leave out --resume and --dry-run")
         result = api.cross_validate(args.config, folds=args.folds, progress=progress, **overrides)
         return json.dumps(result) if args.json else _folds_report(result)
-    if args.dry_run:
+    if args.find_lr:
+        if resume or args.dry_run:
+            raise InputError("--find-lr trains no run; leave out --resume and --dry-run")
+        result, in_words = api.find_rate(args.config, progress=progress, **overrides), _rate_report
+    elif args.dry_run:
         result, in_words = api.dry_run(args.config, resume=resume, progress=progress, **overrides), _dry_report
     else:
         stop = StopRequest((signal.SIGINT, signal.SIGTERM))
@@ -280,6 +286,15 @@ def _folds_report(result: dict[str, Any]) -> str:
     ]
     lines.append(f"predictions, each by a head that did not see the image: {result['predictions']}")
     return "\n".join([*lines, "no classifier was trained: the same command without --folds trains one"])
+
+
+def _rate_report(result: dict[str, Any]) -> str:
+    lines = [f"{result['batches']} batches at rising learning rates, {result['seconds']:.0f} s"]
+    lines.append(f"curve: {result['folder']}/rates.png")
+    if result["lr"] is None:
+        return "\n".join([*lines, "no rate made the loss fall, so none is suggested; look at the curve"])
+    return "\n".join([*lines, f"suggested: {result['words']}", "nothing was trained: the same command without --find-lr"
+        " and with these words does"])  # fmt: skip
 
 
 def _dry_report(result: dict[str, Any]) -> str:
