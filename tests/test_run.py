@@ -258,12 +258,6 @@ def test_a_run_logs_to_the_tracker_that_it_is_given(loaded: Loaded) -> None:
     assert [tracker.path for tracker in made] == [Path(result["run_dir"], "metrics.csv")]
 
 
-def test_a_dry_run_reads_images_and_writes_nothing(loaded: Loaded, tmp_path: Path) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    assert run.dry_run(loaded)["first_batch"] == [8, 3, 64, 64]
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_second_run_reads_no_image_that_it_need_not(
     loaded: Loaded, colours: Path, monkeypatch: pytest.MonkeyPatch, cache: str

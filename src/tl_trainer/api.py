@@ -78,8 +78,10 @@ def dry_run(
 
     `estimate` is of a run with an empty cache: seconds before the report, bytes of cached features and of memory.
     """
+    from tl_trainer.dry_run import dry_run  # nobody else waits for it
+
     with _called(progress), _started(config, resume, overrides, hold=False) as (loaded, _):
-        return run.dry_run(loaded)
+        return dry_run(loaded)
 
 
 def check(config: Configuration = None, *, progress: bool = False, **overrides: Any) -> dict[str, Any]:

@@ -121,8 +121,7 @@ def rates_figure(points: Sequence[tuple[float, float, float]], suggested: float 
     axes.semilogx(rates, means, "-", linewidth=1.2, label="running mean")
     if suggested is not None:
         axes.axvline(suggested, color="grey", linestyle="--", linewidth=1, label=f"suggested: {suggested:g}")
-    lowest, highest = min(means), max(means)
-    axes.set(xlabel="learning rate", ylabel="loss", ylim=(0.9 * lowest, 1.1 * highest))
+    axes.set(xlabel="learning rate", ylabel="loss", ylim=(0.9 * min(losses), 1.1 * max(means)))
     axes.legend(fontsize=8)
     return figure
 

@@ -24,20 +24,19 @@ from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
 from tl_trainer.config.schema import expand
 from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint, name_hashes
-from tl_trainer.data.loaders import Batch, ImageBatches, worker_count
+from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
 from tl_trainer.ground.locks import sole_use
-from tl_trainer.ground.machine import cores, peak_memory, threads_for
+from tl_trainer.ground.machine import cores, threads_for
 from tl_trainer.ground.sealed import seal_of
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.ground.wording import listed
 from tl_trainer.loop import Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Scores
-from tl_trainer.models.prefix import DTYPES
 from tl_trainer.optim import Soup, in_place
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
@@ -110,10 +109,8 @@ def train(
             with stop:
                 found = _phase(setup, number, feeds, tracker, saver, pause)
         if stop.signal is not None:  # it came while the last epoch was saved
-            remedy = REMEDY.format(run_dir)
-            raise Interrupted(
-                stop.signal, f"stopped after the last epoch; {run_dir / 'best.pth'} is complete; {remedy}"
-            )
+            said = f"stopped after the last epoch; {run_dir / 'best.pth'} is complete; {REMEDY.format(run_dir)}"
+            raise Interrupted(stop.signal, said)
         with _saying_what_is_saved(run_dir):
             return conclude(setup, feeds, tracker, saver, started, found)
 
@@ -182,53 +179,6 @@ def _trained(parts: Parts) -> int:
 def _close(feeds: dict[str, Feed]) -> None:
     for feed in feeds.values():
         feed.batches.close()
-
-
-def dry_run(loaded: Loaded) -> dict[str, Any]:
-    """Check everything up to the loss of the first batch, writing nothing; the batch's shape, the loss, an estimate."""
-    setup = set_up(loaded, dry=True)
-    cached, setup.parts.feeds.extractor = setup.parts.feeds.extractor is not None, None
-    log.info("%s", summary(setup))
-    feed = setup.parts.feeds.training(setup.dataset.split("train"), setup.train_pipeline)
-    training = new_training(setup, {"train": feed}, setup.new_state(len(feed.batches)), lambda: None)
-    batch = next(iter(feed.batches.epoch(0, training.device)))
-    loss = training.step.loss(batch).item()
-    return {
-        "first_batch": list(batch.inputs.shape),
-        "loss": loss,
-        "estimate": _estimate(setup, training, batch, cached),
-    }
-
-
-def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> dict[str, float]:
-    """What the run would take with an empty cache: seconds, bytes on disk and of memory, from a few images of it.
-
-    cached: whether the features are kept. Without the search of the head and the report.
-    """
-    network, splits, epochs = setup.parts.network, setup.dataset.splits, training.epochs
-    sample, pipeline = splits["train"].sample(8), setup.train_pipeline
-    reading = _seconds(network.device, lambda: [pipeline.image(sample.open(index)) for index in range(len(sample))])
-    row = network.features(batch.inputs)[0]  # the first batch on a GPU takes longer than all others
-    computing = _seconds(network.device, lambda: network.features(batch.inputs))
-    stepping = _seconds(network.device, lambda: training.step.loss(batch).backward())  # type: ignore[no-untyped-call]
-    of_one = max(reading / len(sample) / cores(), computing / len(batch.targets))
-    step = max(0.0, stepping - computing) / len(batch.targets)
-    images = setup.computed if cached else sum(map(len, splits.values())) * epochs
-    kept = setup.computed * row.numel() * DTYPES[network.precision].itemsize if cached else 0
-    return {
-        "seconds": round(images * of_one + len(splits["train"]) * epochs * step, 1),
-        "cache_bytes": kept,
-        "memory_bytes": peak_memory(network.device) + kept,
-    }
-
-
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """How long the work takes, with what it has a GPU do."""
-    started = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - started
 
 
 def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Callable[[], None]) -> Training:
