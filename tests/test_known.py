@@ -151,6 +151,22 @@ def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:
     assert tl(*words, "--tta", "fivecrop").stderr.endswith("take whole images; leave --tta fivecrop out\n")
 
 
+def test_what_the_run_left_out_is_left_out_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("list.csv").write_text("path,split\ntrain/red/03.jpg,train\nval/blue/01.jpg,val\n")
+    settings = {**SMALL, "data": {"workers": 0, "root": str(folder / "photos"), "skip": "list.csv"}}
+    best = Path(tl_trainer.train(settings, features__dir=str(folder / "cache"))["checkpoint"])
+    Path("list.csv").unlink()  # the run has its own
+    known = tl_trainer.load(best, features__dir=str(folder / "cache"))._known(reject=False)
+    assert (len(known.paths), "train/red/03.jpg" in known.paths, len(known.val)) == (23, False, 20)
+    added = tl_trainer.load(best).add_class("again", folder / "photos" / "train" / "red")
+    assert added["solved_on"] == {"old": 23, "new": 8}
+    assert "is gone" not in caplog.text
+    for name in (FILE, "skip.csv"):
+        best.with_name(name).unlink()
+    assert len(tl_trainer.load(best)._known(reject=False).paths) == 24
+    assert "the run left images out, and they are not left out here: runs/run-1/skip.csv is gone; name" in caplog.text
+
+
 def test_pictures_of_the_evidence_show_the_nearest_too(
     folder: Path, best: Path, tl: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

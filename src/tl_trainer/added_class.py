@@ -66,7 +66,7 @@ def add_class(parts: Parts, checkpoint: Path, name: str, folder: Path, output: P
     assert saved is not None
     _require_extensible(parts, name)
     make_folder(output, "--output")
-    new, (train, val) = _new_images(parts, name, folder), _old_images(parts)
+    new, (train, val) = _new_images(parts, name, folder), _old_images(parts, checkpoint)
     for what, split in (("train", train), ("val", val)):
         for sentence, _, _ in across({what: split, name: new}):
             log.warning("%s", sentence)
@@ -173,11 +173,11 @@ def _new_images(parts: Parts, name: str, folder: Path) -> Split:
     return new
 
 
-def _old_images(parts: Parts) -> tuple[Split, Split]:
+def _old_images(parts: Parts, checkpoint: Path) -> tuple[Split, Split]:
     """The train and the val split of the checkpoint's run."""
     data = parts.config.data
     try:
-        dataset = reopened(parts)
+        dataset = reopened(parts, checkpoint)
         splits = {what: dataset.split(what) for what in ("train", "val")}
     except InputError as error:
         raise InputError(

@@ -212,7 +212,7 @@ class Model:
         if compared:
             near = Near(self._known(extras.reject), extras.neighbours, extras.reject)
             if folder is not None and extras.neighbours:
-                near = replace(near, picture=training_pictures(self._parts))
+                near = replace(near, picture=training_pictures(self._parts, self._checkpoint))
         return Asked(folder, near, most, extras.embed is not None)
 
     def _known(self, reject: bool) -> Known:

@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 # To be raised with every change to how an image becomes features.
 CACHE_VERSION = 1
 
+SKIP_FILE = "skip.csv"  # in a run directory: what `data.skip` named
 MEMORY = "files.sqlite"  # what `data.verify` remembers, in the folder of the features
 
 
@@ -281,10 +282,23 @@ def _name_single(classes: list[str], train: Split, *, drawn: bool) -> None:
         log.warning("train has one image of %s; a class is learned from several", listed([*map(repr, single)]))
 
 
-def reopened(parts: Parts) -> Dataset:
-    """The dataset of a checkpoint with the val split of its run. Raises DataError where it is not there any more."""
+def reopened(parts: Parts, checkpoint: Path | None = None) -> Dataset:
+    """The dataset of a checkpoint with the val split of its run. Raises DataError where it is not there any more.
+
+    checkpoint: where it is, so that what its run left out is left out again, by the list beside it, unless `data.skip`
+    names another; it is said where that list is gone.
+    """
     assert parts.saved is not None
-    dataset = open_dataset(parts.config.data, parts.saved.classes, parts.decoding, "fewer")
+    data, left_out = parts.config.data, (parts.saved.config.get("data") or {}).get("skip") is not None
+    if checkpoint is not None and left_out and data.skip is None:
+        own = checkpoint.with_name(SKIP_FILE)
+        if own.exists():
+            data = data.model_copy(update={"skip": str(own)})
+        else:
+            log.warning(
+                "the run left images out, and they are not left out here: %s is gone; name one with data.skip", own
+            )
+    dataset = open_dataset(data, parts.saved.classes, parts.decoding, "fewer")
     return with_val(parts.config, dataset, parts.task, parts.saved)
 
 

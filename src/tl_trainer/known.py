@@ -132,10 +132,10 @@ def at_hand(checkpoint: Path) -> Known | None:
     return Known(**content) if content.pop("checkpoint") == seal_of(checkpoint) else None
 
 
-def training_pictures(parts: Parts) -> Callable[[str], Image.Image | None]:
+def training_pictures(parts: Parts, checkpoint: Path) -> Callable[[str], Image.Image | None]:
     """What opens a training image by its name in `Known.paths`, small; it gives None where it cannot, saying why."""
     try:
-        train = reopened(parts).split("train")
+        train = reopened(parts, checkpoint).split("train")
     except InputError as error:
         log.warning("the pictures show no training images: %s", error)
         return lambda _: None
@@ -177,7 +177,7 @@ def _ignored(parts: Parts, file: Path, kept: int) -> None:
 
 def _computed(parts: Parts, file: Path) -> Known:
     try:
-        dataset = reopened(parts)
+        dataset = reopened(parts, file)
         train, val = (dataset.split(name) for name in ("train", "val"))
     except InputError as error:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torchvision.transforms import v2
 
-from tl_trainer.assembly import Parts, Setup, set_up
+from tl_trainer.assembly import SKIP_FILE, Parts, Setup, set_up
 from tl_trainer.candidates import Found
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
@@ -29,7 +29,7 @@ from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
-from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_text
+from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import cores, threads_for
 from tl_trainer.ground.sealed import seal_of
@@ -339,6 +339,8 @@ def _learned(setup: Setup) -> dict[str, str]:
 def _describe(setup: Setup, config: str, run_dir: Path) -> None:
     write_text(run_dir / "config.yaml", config)
     write_text(run_dir / "classes.txt", "".join(f"{name}\n" for name in setup.dataset.classes))
+    if (skip := setup.parts.config.data.skip) is not None:
+        write_bytes(run_dir / SKIP_FILE, expand(skip).read_bytes())
     if setup.drawn:
         rows = ((name, split) for split, images in setup.dataset.splits.items() for name in images.names)
         write_text(run_dir / "split.csv", csv_text(("path", "split"), rows))
