@@ -94,6 +94,10 @@ def test_the_new_run_is_taken_by_every_command(folder: Path, best: Path, tl: Run
     model = tl_trainer.load("out")
     assert model.predict(Image.new("RGB", (40, 40), (225, 228, 230)))[0].predictions[0].label == "white"
     assert model.evaluate("val")["top1"] == result["old_classes"]["top1_after"]
+    again = next(iter(model.rows([folder / "more" / "white" / "03.jpg"], extras=tl_trainer.Extras(neighbours=1))))
+    assert [(one.label, Path(one.path).parent) for one in again.neighbours or ()] == [
+        ("white", folder / "more" / "white")
+    ]
     assert model.export("safetensors", "a.safetensors")["agreement"] == 1
     text = tl(*words, "--output", "out").stdout.splitlines()
     assert text[0].startswith("logistic regression, ")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tl_trainer.assembly import Parts, memory_of, reopened
+from tl_trainer.assembly import SKIP_FILE, Parts, memory_of, reopened
 from tl_trainer.candidates import Layers
 from tl_trainer.checkpoint import Checkpoint, save
 from tl_trainer.conformal import label_scores
@@ -29,9 +29,10 @@ from tl_trainer.data.folders import walk
 from tl_trainer.data.images import ENDINGS
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import InputError, RunError
-from tl_trainer.ground.files import make_folder, numbered_folder, write_text
+from tl_trainer.ground.files import make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.wording import listed, printable
+from tl_trainer.known import Known, keep, known_of, most_kept
 from tl_trainer.logistic import STRENGTHS, Axes, path, promising
 from tl_trainer.metrics import Scores
 from tl_trainer.runs import BEST, RESULT
@@ -108,12 +109,17 @@ def add_class(parts: Parts, checkpoint: Path, name: str, folder: Path, output: P
         "val": best.metrics,
         "seconds": round(time.perf_counter() - started, 3),
     }
+    near = _known(parts, table, [*train.names, *new.names], of_val.features)
     in_a_folder = re.sub(r"[^\w.-]+", "_", name)
-    return _written(numbered_folder(output, f"{checkpoint.resolve().parent.name}-{in_a_folder}"), best, result)
+    run_dir = numbered_folder(output, f"{checkpoint.resolve().parent.name}-{in_a_folder}")
+    if (skipped := checkpoint.with_name(SKIP_FILE)).exists():
+        write_bytes(run_dir / SKIP_FILE, skipped.read_bytes())
+    return _written(run_dir, best, near, result)
 
 
-def _written(run_dir: Path, best: Checkpoint, result: dict[str, Any]) -> dict[str, Any]:
+def _written(run_dir: Path, best: Checkpoint, near: Known, result: dict[str, Any]) -> dict[str, Any]:
     save(best, run_dir / BEST)
+    keep(near, run_dir / BEST)
     write_text(run_dir / "classes.txt", "".join(f"{name}\n" for name in best.classes))
     result = {"run_dir": str(run_dir), "checkpoint": str(run_dir / BEST), **result}
     write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
@@ -199,6 +205,14 @@ def _folds(split: Split) -> Tensor:
 def _table(parts: Parts, rows: Tensor, targets: Sequence[int]) -> Table:
     soft = parts.task.soft_targets(parts.config.train.loss, targets)
     return Table(rows, torch.tensor(targets), soft, torch.arange(len(rows)))
+
+
+def _known(parts: Parts, table: Table, names: Sequence[str], val: Tensor) -> Known:
+    """The training images for --neighbours and --reject: those of the new class are not where the others are."""
+    images = len(table.features)
+    number = min(images, most_kept(parts))
+    kept = [index * images // number for index in range(number)]
+    return known_of(table.features[kept], [names[row] for row in kept], table.targets[kept].tolist(), val)
 
 
 def _top1(logits: Tensor, targets: Tensor) -> float:

@@ -25,7 +25,7 @@ from tl_trainer.data.dataset import Split
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, ImageError, InputError, RunError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed, seal_of
-from tl_trainer.ground.wording import printable
+from tl_trainer.ground.wording import listed, printable
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,28 @@ def known(parts: Parts, checkpoint: Path) -> Known:
     if file.exists():
         log.info("%s belongs to an earlier %s and is made again", file, checkpoint.name)
     found = _computed(parts, file)
-    content = {name: getattr(found, name) for name in _KINDS}
     try:
-        save_sealed(file, {"checkpoint": seal_of(checkpoint), **content})
+        keep(found, checkpoint)
     except RunError as error:
         log.warning("%s; the features are computed again next time", error)
     return found
+
+
+def known_of(embedded: Tensor, names: Sequence[str], targets: Sequence[int], val: Tensor) -> Known:
+    """From what the head sees of the training images `names`, (N, features), and of the validation images."""
+    found = Known(functional.normalize(embedded).half(), [*names], [*targets], torch.empty(0))
+    return replace(found, val=found.similarities(val, NEAREST)[0][:, -1])
+
+
+def most_kept(parts: Parts) -> int:
+    """How many training images' features `output.neighbours_mb` holds."""
+    return max(1, int(parts.config.output.neighbours_mb * 1e6) // (2 * parts.features))
+
+
+def keep(found: Known, checkpoint: Path) -> None:
+    """Write the file beside the checkpoint."""
+    content = {name: getattr(found, name) for name in _KINDS}
+    save_sealed(checkpoint.with_name(FILE), {"checkpoint": seal_of(checkpoint), **content})
 
 
 def at_hand(checkpoint: Path) -> Known | None:
@@ -184,14 +200,13 @@ def _computed(parts: Parts, file: Path) -> Known:
             f"{error}\n--neighbours and --reject need the features of the training images, which are in no {file}; "
             "give the images with data.root=DIR once, or bring that file from where they are"
         ) from error
-    most = int(parts.config.output.neighbours_mb * 1e6) // (2 * parts.features)
-    if most < len(train):
+    if (most := most_kept(parts)) < len(train):
         log.info("output.neighbours_mb holds %d of the %d training images, evenly spread", most, len(train))
-        train = train.sample(max(1, most))
-    embedded = []
-    for name, split in (("train", train), ("val", val)):
-        split = verified(split, name, parts.config.data, memory_of(parts.config))
-        embedded.append(functional.normalize(parts.feeds.embed(split, parts.pipeline)))
-        train = split if name == "train" else train
-    found = Known(embedded[0].half(), train.names, [*train.targets], torch.empty(0))
-    return replace(found, val=found.similarities(embedded[1], NEAREST)[0][:, -1])
+        train = train.sample(most)
+    data, memory = parts.config.data, memory_of(parts.config)
+    train, val = verified(train, "train", data, memory), verified(val, "val", data, memory)
+    present = {*train.targets}
+    if absent := [name for label, name in enumerate(parts.task.classes) if label not in present]:
+        log.warning("no training image of %s is there, so what is like these is like nothing", listed(absent))
+    rows, others = (parts.feeds.embed(split, parts.pipeline) for split in (train, val))
+    return known_of(rows, train.names, train.targets, others)
