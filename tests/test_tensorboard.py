@@ -17,10 +17,12 @@ from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+import tl_trainer
 from browser import browser, rendered
-from conftest import COLOURS, Run, draw_split, last_json
+from conftest import COLOURS, draw_split
 from test_end_to_end import SMALL
 
 DIRECT = build_opener(ProxyHandler({}))  # past any proxy of the environment
@@ -39,12 +41,23 @@ setInterval(() => { document.title = `${points(document)} points` }, 100);
 </script>"""
 
 
-@pytest.fixture
-def served(tl: Run, colours: Path) -> Iterator[str]:
-    """The address of TensorBoard for one short run."""
-    draw_split(colours / "test", 3)
-    last_json(tl("train", "--data-dir", colours, "--epochs", 3, "--json", *SMALL))
-    words = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--host", "127.0.0.1", "--port", "0",
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one short run."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    for index, (split, count) in enumerate({"train": 8, "val": 4, "test": 3}.items()):
+        draw_split(folder / "colours" / split, count, size=40 + index)
+    folders = {"data.root": "colours", "output.dir": "runs", "features.dir": "features"}
+    keys = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SMALL)}
+    keys |= {key: str(folder / name) for key, name in folders.items()}
+    tl_trainer.train(None, train__epochs=3, **keys)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def served(runs: Path) -> Iterator[str]:
+    """The address of TensorBoard for that run."""
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--host", "127.0.0.1", "--port", "0",
              "--load_fast=false", "--reload_interval=0", "--reload_task=blocking"]  # fmt: skip
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         limit = threading.Timer(120, process.kill)
@@ -67,7 +80,7 @@ def asked(address: str, route: str, **query: object) -> bytes:
         return bytes(answer.read())
 
 
-def test_tensorboard_serves_what_a_run_logs(served: str) -> None:
+def test_tensorboard_serves_what_a_run_logs(served: str, runs: Path) -> None:
     def plugin(route: str, **query: object) -> Any:
         return json.loads(asked(served, f"plugin/{route}", **query))
 
@@ -77,7 +90,7 @@ def test_tensorboard_serves_what_a_run_logs(served: str) -> None:
 
     tags = plugin("scalars/tags")["run-1"]
     assert set(tags) == EVERY_EPOCH | FINAL | {f"f1/{name}" for name in COLOURS}
-    with Path("runs/run-1/metrics.csv").open(newline="") as file:
+    with (runs / "run-1" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     logged = plugin("scalars/scalars", run="run-1", tag="val/loss")
     assert {step: value for _, step, value in logged} == pytest.approx(

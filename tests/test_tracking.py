@@ -6,6 +6,7 @@ The event files are read back with TensorBoard's own reader.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -85,8 +86,14 @@ def scores(epoch: int, targets: Sequence[int] = TARGETS) -> Scores:
     return Scores(logits, torch.tensor(targets))
 
 
+@functools.cache
+def drawn(epoch: int) -> dict[str, bytes]:
+    """The pictures of an epoch's scores, which are the same for every test."""
+    return {name: png(figure) for name, figure in SingleLabel(CLASSES).pictures(scores(epoch))}
+
+
 def pictures(epoch: int) -> Callable[[], dict[str, bytes]]:
-    return lambda: {name: png(figure) for name, figure in SingleLabel(CLASSES).pictures(scores(epoch))}
+    return lambda: drawn(epoch)
 
 
 def steps(reader: Any, tag: str) -> list[int]:
