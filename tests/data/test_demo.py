@@ -14,16 +14,35 @@ from tl_trainer.data.drawing import scenes
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError
 
+FEW = dict.fromkeys(demo.PER_CLASS, 2)
+
 
 @pytest.fixture(autouse=True)
 def _few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PER_CLASS", dict.fromkeys(demo.PER_CLASS, 2))
+    monkeypatch.setattr(demo, "PER_CLASS", FEW)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that has the pictures, for the tests that only read them."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TL_CACHE", str(cache))
+        patch.setattr(demo, "PER_CLASS", FEW)
+        demo.demo_folder()
+    return cache
+
+
+@pytest.fixture
+def drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TL_CACHE", str(cache))
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_open_dataset_reads_it() -> None:
     dataset = open_dataset(DataSection(source="demo"))
     assert set(dataset.splits) == {"train", "val", "test"}
@@ -34,17 +53,20 @@ def test_open_dataset_reads_it() -> None:
         assert split.open(0).size == (demo.SIZE, demo.SIZE)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_splits_do_not_share_pictures() -> None:
     pictures = _bytes(demo.demo_folder())
     assert len(set(pictures.values())) == len(pictures)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_classes_of_a_checkpoint_are_enforced() -> None:
     classes = open_dataset(DataSection(source="demo")).classes
     with pytest.raises(DataError, match="has no class 'zebra'"):
         open_dataset(DataSection(source="demo"), [*classes, "zebra"])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_bytes_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _bytes(demo.demo_folder())
     monkeypatch.setenv("TL_CACHE", str(tmp_path / "another" / "cache"))
@@ -52,6 +74,7 @@ def test_the_same_bytes_in_any_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert _bytes(demo.demo_folder()) == first
 
 
+@pytest.mark.usefixtures("drawn")
 def test_it_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = demo.demo_folder()
 
