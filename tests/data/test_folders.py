@@ -356,3 +356,11 @@ def test_the_real_photographs(photos: Path, caplog: pytest.LogCaptureFixture) ->
     assert dataset.classes == ["ants", "bees"]
     assert _sizes(dataset) == {"train": 245, "val": 153}
     assert _warnings(caplog) == []
+
+
+@pytest.mark.parametrize(("name", "source"), [("train-0.tar", "webdataset"), ("train.parquet", "parquet")])
+def test_a_folder_of_shards_or_tables_names_their_source(tmp_path: Path, name: str, source: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError) as caught:
+        open_folders(tmp_path, None)
+    assert str(caught.value) == f"{tmp_path}: no class folders in it, but {name}; set data.source={source}"
