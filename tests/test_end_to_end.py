@@ -348,6 +348,7 @@ def test_an_image_that_would_become_huge_is_a_bad_image_to_every_command(tl: Run
     assert skipped["n"] == 12
     predicted = tl("predict", strip, colours / "val" / "blue" / "00.jpg", "--format", "jsonl")
     assert predicted.returncode == 1
+    assert "1 of 2 images could not be used" in predicted.stderr
     bad, good = map(json.loads, predicted.stdout.splitlines())
     assert bad["error"].startswith(complaint)
     assert good["error"] is None
