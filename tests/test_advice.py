@@ -36,6 +36,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         {"val": val(0.55)}, "val top-1 is 55.0%, and always saying the most frequent class gives 52.0%",
         "tl-train --config c 'model={backbone: convnext_tiny}'", {"val": val(0.6)},
     ),
+    "not_searched": (
+        {"searchable": True, "losses": (0.3,) * 10, "best_epoch": 4}, "the head was trained for 10 epochs",
+        "tl-train --config c train.search=auto", {"losses": (0.3,) * 10, "best_epoch": 4},
+    ),
     "memorised": (
         {"train": 0.996, "val": val(0.862), "losses": (0.5, 0.6), "best_epoch": 1},
         "train top-1 is 99.6%, val top-1 86.2%: the head has memorised the training images",
@@ -50,10 +54,6 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         {"losses": (0.5, 0.4, 0.3), "best_epoch": 3},
         "epoch 3, the last, is the best; its val loss is 0.3000, before it 0.4000",
         "tl-train --resume r --epochs 6", {"losses": (0.5, 0.3, 0.299), "best_epoch": 3},
-    ),
-    "not_searched": (
-        {"searchable": True, "losses": (0.3,) * 10, "best_epoch": 4}, "the head was trained for 10 epochs",
-        "tl-train --config c train.search=auto", {"losses": (0.3,) * 10, "best_epoch": 4},
     ),
     "few_validation_images": (
         {"val": val(0.9, 30), "val_fraction": 0.2}, "30 val images: the 95% interval of top-1 is 74.4% to 96.5%",

@@ -151,5 +151,5 @@ def _folds(facts: Facts) -> int:
 
 
 RULES: tuple[Callable[[Facts], Advice | None], ...] = (
-    near_baseline, memorised, imbalanced, improving, not_searched, few_validation_images,
+    near_baseline, not_searched, memorised, imbalanced, improving, few_validation_images,
 )  # fmt: skip
