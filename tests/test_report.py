@@ -74,7 +74,10 @@ def test_tl_train_writes_a_report_on_its_best_checkpoint(tl: Run, colours: Path)
     assert page == Path("runs/run-1/report/report.html")
     assert {path.name for path in page.parent.iterdir()} == FILES | {"epochs.png"}
     text = page.read_text()
-    assert f"The weights are those of epoch {result['best_epoch']}, the best by top-1" in text
+    assert (
+        f"The weights are those of epoch {result['best_epoch']}, the best by top-1, then loss on the validation images."
+        in text
+    )
     assert re.search(r"<tr><td>blue</td>\s*<td>8</td><td>4</td></tr>", text)
     assert re.search(r"<tr><td>all 3 classes</td>\s*<td>24</td><td>12</td></tr>", text)
     assert "Image sizes in pixels: 40 x 40 (smallest), 42 x 41 (median), 47 x 40 (largest)." in text

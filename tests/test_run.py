@@ -103,7 +103,8 @@ def test_the_mean_of_the_best_epochs_is_kept_where_it_is_no_worse(
     """Here it is made to be the best epoch itself, or that with the sign of its weights changed."""
     monkeypatch.setattr(Soup, "mean", lambda soup: {key: sign * value for key, value in soup.kept[0][2].items()})
     caplog.set_level("INFO", logger="tl_trainer.run")
-    words = [("data.root", str(colours)), *WORDS, ("train", {"epochs": 4, "soup": 2, "batch_size": 8})]
+    train = {"epochs": 4, "soup": 2, "batch_size": 8, "best": "loss"}
+    words = [("data.root", str(colours)), *WORDS, ("train", train), ("output.report", True)]
     result = run.train(load(None, words), None, StopRequest())
     last = checkpoint.load(Path(result["run_dir"], "last.pth"))
     assert last.resume is not None
@@ -113,6 +114,10 @@ def test_the_mean_of_the_best_epochs_is_kept_where_it_is_no_worse(
     assert best.metrics == figures
     assert result.get("soup") == (sorted([first, second]) if sign == 1 else None)
     assert (best.epoch, result["best_epoch"]) == ((4, 4) if sign == 1 else (first, first))
+    earlier, later = sorted([first, second])
+    weights = f"those of epoch {first}" if sign == -1 else f"the mean of those of epochs {earlier}, {later}"
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert f"The weights are {weights}, the best by loss on the validation images." in page
     said = "better, and best.pth" if sign == 1 else f"no better than epoch {first}, which is best.pth"
     assert any(line.startswith("mean of the weights of epochs ") and line.endswith(said) for line in caplog.messages)
 

@@ -35,11 +35,13 @@ from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.forecast import Forecast, forecast
 from tl_trainer.ground.files import make_folder, write_text
+from tl_trainer.ground.wording import listed
 from tl_trainer.known import Known, Neighbour
 from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figure
 from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.runs import RESULT
 from tl_trainer.saver import Progress, Saver
+from tl_trainer.tasks import Task
 from tl_trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -90,13 +92,13 @@ def conclude(
         if found:
             facts = replace(facts, foldable=found.best.method == LINEAR and not parts.config.train.phases)
         else:
-            facts = replace(facts, **_of_epochs(setup, feeds, tracker))
+            facts = replace(facts, **_of_epochs(setup, feeds, tracker, progress))
         if _head_alone(setup, feeds):
             result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
             facts = replace(facts, train=result["train"]["top1"])
         result["advice"] = [{"evidence": evidence, "try": remedy} for evidence, remedy in advise(facts)]
         if parts.config.output.report:
-            about = _found(setup, feeds, found) if found else _trained(tracker, progress.best_epoch)
+            about = _found(setup, feeds, found) if found else _trained(tracker, progress, parts.task)
             about |= {"overview": overview, "advice": result["advice"]}
             result["report"] = str(_report(setup, feeds, run_dir, evaluations, about))
         if parts.config.output.tensorboard:
@@ -142,12 +144,13 @@ def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> 
     )
 
 
-def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker) -> dict[str, Any]:
+def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, progress: Progress) -> dict[str, Any]:
     """What more is known of a head that was trained."""
     rows, head, phased = tracker.history(), setup.parts.config.model.head, bool(setup.parts.config.train.phases)
     return {
         "phased": phased,
         "losses": tuple(row["val_loss"] for row in rows),
+        **({"best_epoch": 0} if progress.soup else {}),  # it is none of the epochs
         "searchable": _head_alone(setup, feeds) and not (phased or head.hidden or head.dropout),
     }
 
@@ -194,9 +197,14 @@ def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]
     return {"search": {**found.summary(), **table}, "forecast": told, "pictures": pictures}
 
 
-def _trained(tracker: Tracker, best_epoch: int) -> dict[str, Any]:
+def _trained(tracker: Tracker, progress: Progress, task: Task) -> dict[str, Any]:
     """What the report tells of a head that was trained for epochs."""
-    return {"best_epoch": best_epoch, "pictures": {"epochs": png(epochs_figure(tracker.history(), best_epoch))}}
+    by = f"by {task.best_in_words} on the validation images"
+    if progress.soup:
+        best, weights = None, f"the mean of those of epochs {listed([*map(str, progress.soup)])}, the best {by}"
+    else:
+        best, weights = progress.best_epoch, f"those of epoch {progress.best_epoch}, the best {by}"
+    return {"weights": weights, "pictures": {"epochs": png(epochs_figure(tracker.history(), best))}}
 
 
 def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:

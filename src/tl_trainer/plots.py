@@ -90,8 +90,8 @@ def strengths_figure(curves: dict[str, list[tuple[float, float, float]]]) -> Fig
     return figure
 
 
-def epochs_figure(epochs: Sequence[dict[str, float]], best: int) -> Figure:
-    """Loss and top-1 against the epoch, with the best one marked. epochs: the rows of metrics.csv."""
+def epochs_figure(epochs: Sequence[dict[str, float]], best: int | None) -> Figure:
+    """Loss and top-1 against the epoch, with the best one marked, if any. epochs: the rows of metrics.csv."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -103,7 +103,8 @@ def epochs_figure(epochs: Sequence[dict[str, float]], best: int) -> Figure:
     top1 = [100 * row["val_top1"] for row in epochs]
     right.plot(numbers, top1, ".-", linewidth=1.2, markersize=4, color="tab:orange", label="val")
     for axes, name in ((left, "loss"), (right, "top-1 in %")):
-        axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
+        if best is not None:
+            axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)

@@ -41,8 +41,9 @@ def write_report(
     """Write every file of the report into `folder`, which is there; the path of its page.
 
     about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`. Of a run
-    also its `overview`, `advice` and PNG files by name under `pictures`, and of a head that was found `search` (what
-    `search.Found.summary` gives, and the rows `shown`) and `forecast` (`sentence` and `how`), of another `best_epoch`.
+    also its `overview`, `advice` and PNG files by name under `pictures`, of a head that was found `search` (what
+    `search.Found.summary` gives, and the rows `shown`) and `forecast` (`sentence` and `how`), of another which its
+    `weights` are.
     `nearest`: what gives the NEIGHBOURS nearest training images of each image of a split, where features are at hand.
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """

@@ -223,6 +223,12 @@ class SingleLabel:
         gain = (figures[by] - best[by]) * (1 if HIGHER[by] else -1)
         return gain > least or (gain == least == 0 and figures["loss"] < best["loss"])
 
+    @property
+    def best_in_words(self) -> str:
+        """The figure by which an epoch is the best, and what decides between equal ones."""
+        words = {"top1": "top-1", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+        return f"{words[self.best]}, then loss" if self.best in words else self.best
+
     def in_words(self, figures: Figures) -> str:
         """The figures on one line, without the loss; of five classes the first five are always right."""
         words = {"balanced_accuracy": "balanced", "macro_f1": "macro F1"}
