@@ -2,18 +2,24 @@
 """finetune.yaml against the best frozen head and against other trainers' fine-tuning, all from the same weights.
 
     scripts/bench_finetune.py PHOTOS [PHOTOS ...] [--seeds 3] [--epochs 8]
+    scripts/bench_finetune.py PHOTOS --cached
 
 PHOTOS: folders with train and val, a folder in each for every class. A row per folder and method: top-1 on val in per
 cent, the mean over the seeds with the lowest and the highest, and the seconds of a run. timm's recipe is that of its
 train.py for fine-tuning (RandAugment, AdamW, cosine with warm-up, a new random head); fastai's is `fine_tune`, where
 fastai is installed.
+
+--cached: the seconds of an epoch that trains the last block and the head, in fp32, with the output of the frozen stages
+kept and computed anew, and the ratio of both. Each is the median of the epochs after the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +39,7 @@ import tl_trainer
 from tl_trainer.models import embedded
 
 BATCH = 32
+LAST_BLOCK = "blocks.6"  # of the backbone that comes with tl-trainer
 
 
 def ours(config: str, photos: Path, seed: int, epochs: int, **words: Any) -> float:
@@ -109,6 +116,30 @@ def fastais(photos: Path, seed: int, epochs: int) -> float:
     return float(learner.validate()[1])
 
 
+def epoch_seconds(photos: Path, cache: str, epochs: int = 4) -> float:
+    """Of an epoch that trains the last block and the head; cache: as `features.cache`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = tl_trainer.train(
+            "default.yaml", data__root=str(photos), transforms__train="eval", output__dir=folder,
+            features__dir=f"{folder}/features", features__cache=cache, output__report=False, output__tensorboard=False,
+            model__trainable=LAST_BLOCK, train__search="off", train__epochs=epochs, train__precision="fp32",
+            train__batch_size=BATCH,
+        )  # fmt: skip
+        with Path(result["run_dir"], "metrics.csv").open(newline="") as file:
+            return statistics.median(float(row["seconds"]) for row in [*csv.DictReader(file)][1:])
+
+
+def cached(folders: list[Path]) -> None:
+    """Print what an epoch costs with and without the kept output of what is frozen."""
+    rows = []
+    print(f"{'photographs':20}  {'kept':>7}  {'computed':>8}  {'ratio':>5}")
+    for photos in folders:
+        kept, computed = (epoch_seconds(photos, cache) for cache in ("auto", "off"))
+        print(f"{photos.name:20}  {kept:7.2f}  {computed:8.2f}  {kept / computed:5.2f}", flush=True)
+        rows.append({"photographs": photos.name, "kept": kept, "computed": computed, "ratio": kept / computed})
+    print(json.dumps(rows))
+
+
 METHODS: dict[str, Callable[[Path, int, int], float]] = {
     "frozen": frozen, "finetune.yaml": finetuned, "timm": timms, "fastai": fastais
 }  # fmt: skip
@@ -120,7 +151,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cached", action="store_true")
     args = parser.parse_args()
+    if args.cached:
+        cached(args.photos)
+        return
     methods = [name for name in args.methods if name != "fastai" or importlib.util.find_spec("fastai")]
     rows = []
     print(f"{'photographs':20}  {'method':14}  {'top-1':>6}  {'from':>6}  {'to':>6}  {'seconds':>7}")

@@ -106,6 +106,18 @@ def test_the_cache_changes_no_loss(tl: Run, pictures: Path, case: str, precision
     assert cached["val"]["top1"] == plain["val"]["top1"] or precision == "bf16"
 
 
+def test_the_cache_changes_no_loss_of_a_phase_that_trains_the_last_block(tl: Run, pictures: Path) -> None:
+    phases = "train.phases=[{trainable: head, epochs: 1}, {trainable: stage4.3, epochs: 2}]"
+    # Adam, and BatchNorm over batches of one pixel each, would make large what differs in the last digit.
+    steady = ("train.optimizer.name=sgd", "train.optimizer.lr=1", "train.freeze_batchnorm=true")
+    words = ("model.tap=penultimate", "train.precision=fp32", *steady, phases)
+    cached, said = train(tl, pictures, *words)
+    plain, said_plain = train(tl, pictures, *words, "features.cache=off")
+    assert said.count("features of train: 24 computed") == 2 and computed(said_plain) == {}
+    assert losses(cached).shape == (3, 2) and losses(cached)[1, 0] != losses(cached)[2, 0]
+    torch.testing.assert_close(losses(cached), losses(plain), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", ["head with dropout", "last stage"])
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_a_warm_run_repeats_the_cold_one_bit_for_bit(tl: Run, pictures: Path, case: str, precision: str) -> None:
