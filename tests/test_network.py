@@ -84,3 +84,41 @@ def test_what_trains_on_a_gpu_is_laid_out_channels_last(
     weight = net.classifier.backbone.model.conv1[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == last
     assert all(torch.equal(value, before[key]) for key, value in net.classifier.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "setting", "trains_in"),
+    [
+        ("cuda", "stage2", "auto", torch.bfloat16),
+        ("cuda", "head", "auto", None),
+        ("cuda", "stage2", "fp16", torch.float16),
+        ("cuda", "all", "fp32", None),
+        ("cpu", "stage2", "bf16", torch.bfloat16),
+        ("cpu", "stage2", "auto", None),
+    ],
+)
+def test_what_trains_is_in_lower_precision_on_a_gpu_and_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, kind: str, trainable: str, setting: str, trains_in: torch.dtype | None
+) -> None:
+    move = Classifier.to
+    here = lambda self, *device, **layout: self if device else move(self, **layout)  # noqa: E731
+    monkeypatch.setattr(Classifier, "to", here)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    net = Network(network_of(trainable).classifier, torch.device(kind), setting)
+    assert net.autocast == trains_in
+    seen: list[torch.dtype] = []
+    net.classifier.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    entered: list[tuple[str, torch.dtype | None, bool]] = []
+    autocast = torch.autocast
+
+    def note(device: str, dtype: torch.dtype | None, *, enabled: bool) -> torch.autocast:
+        entered.append((device, dtype, enabled))
+        return autocast("cpu", dtype, enabled=enabled and dtype is torch.bfloat16)
+
+    monkeypatch.setattr(torch, "autocast", note)
+    size = {"stage2": (24, 8, 8), "head": (24, 8, 8), "all": (3, 32, 32)}[trainable]
+    logits = net.logits(torch.randn(2, *size))
+    assert logits.dtype == torch.float32
+    assert entered == [(kind, trains_in, trains_in is not None)]
+    assert seen == [torch.bfloat16 if trains_in is torch.bfloat16 else torch.float32]
