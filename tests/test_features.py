@@ -338,6 +338,13 @@ def test_processes_draw_what_one_thread_draws_and_open_each_image_once(
     assert len({process for _, process in lines} - {str(os.getpid())}) == 2
 
 
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few images are drawn by processes."""
+    monkeypatch.setattr(module_under_test, "READ_AT_ONCE", COUNT)
+
+
+@pytest.mark.usefixtures("short_blocks")
 def test_views_are_the_same_with_any_number_of_processes(cache: Cache, split: Split, tmp_path: Path) -> None:
     _, alone = cache.run(split, RANDOM, views=2)
     extractor = Extractor(Prefixes(), IDENTITY, tmp_path / "another", cache.limit, CPU, workers=2)
@@ -346,6 +353,7 @@ def test_views_are_the_same_with_any_number_of_processes(cache: Cache, split: Sp
     assert all(torch.equal(rows_of(found, view), rows_of(alone, view)) for view in (0, 1))
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_an_image_that_changed_is_named_by_the_process_that_reads_it(
     cache: Cache, split: Split, tmp_path: Path
 ) -> None:
@@ -357,6 +365,7 @@ def test_an_image_that_changed_is_named_by_the_process_that_reads_it(
 
 
 @forks
+@pytest.mark.usefixtures("short_blocks")
 def test_a_process_that_is_killed_is_a_sentence(
     cache: Cache, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -649,7 +649,7 @@ def test_a_database_that_may_only_be_read_is_used_and_kept(
     open_read_only(monkeypatch)
     assert hashes(split) == expected(split)
     assert reads.taken() == ["3.jpg"]
-    assert "memory.sqlite cannot be written (attempt to write a readonly database); what was read" in caplog.text
+    assert "memory.sqlite cannot be written (attempt to write a readonly database); the next" in caplog.text
     assert Path("memory.sqlite").read_bytes() == before
 
 
