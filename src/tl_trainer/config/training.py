@@ -298,6 +298,8 @@ class TrainSection(Section):
             "mixup": self.mixup,
             "cutmix": self.cutmix,
             "soup": self.soup,
+            "clip_norm": self.clip_norm,
+            "accumulate": self.accumulate > 1,
         }
         if names := [name for name, value in asked.items() if value]:
             raise ValueError(
