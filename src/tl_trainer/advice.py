@@ -36,7 +36,7 @@ class Facts:
     recalls: list[float | None]
     val: Figures
     baseline: float
-    backbone: str = "convnext_tiny"  # another than that of the run
+    backbone: str = "convnext_tiny"  # another than that of the run, or, where heads are found, a list of both
     train: float | None = None
     best_epoch: int = 0
     losses: tuple[float, ...] = ()

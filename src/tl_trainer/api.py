@@ -68,7 +68,12 @@ def train(
         if resumption and resumption.result:
             log.info("%s is complete; nothing was left to do", resumption.run_dir)
             return resumption.result
-        return run.train(loaded, resumption, stop or StopRequest())
+        stop = stop or StopRequest()
+        if loaded.lists:
+            from tl_trainer.probe import probe  # nobody else waits for it
+
+            loaded = probe(loaded, stop)
+        return run.train(loaded, resumption, stop)
 
 
 def dry_run(

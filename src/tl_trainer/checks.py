@@ -40,7 +40,7 @@ from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import check_finite
 from tl_trainer.models.backbones import resolve_weights
-from tl_trainer.settings import located
+from tl_trainer.settings import check_one, located
 from tl_trainer.suspects import Confused
 from tl_trainer.tables import FOLDS
 
@@ -161,6 +161,7 @@ def _for_checking(loaded: Loaded) -> Loaded:
     """The configuration with a backbone that only computes features, and with bad images and copies to be reported."""
     config = loaded.config
     with located(loaded):
+        check_one(loaded)
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = (
         config.model.model_copy(update={"trainable": "head", "extra": [], "head": HeadSection()}),

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from tl_trainer.assembly import Setup, set_up
 from tl_trainer.config.load import Loaded
 from tl_trainer.data.loaders import Batch
-from tl_trainer.ground.machine import cores, peak_memory
+from tl_trainer.ground.machine import cores, peak_memory, seconds_of
 from tl_trainer.loop import Training
 from tl_trainer.models.prefix import DTYPES
 from tl_trainer.run import new_training, summary
@@ -43,10 +39,10 @@ def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> d
     """
     network, splits, epochs = setup.parts.network, setup.dataset.splits, training.epochs
     sample, pipeline = splits["train"].sample(8), setup.train_pipeline
-    reading = _seconds(network.device, lambda: [pipeline.image(sample.open(index)) for index in range(len(sample))])
+    reading = seconds_of(network.device, lambda: [pipeline.image(sample.open(index)) for index in range(len(sample))])
     row = network.features(batch.inputs)[0]  # the first batch on a GPU takes longer than all others
-    computing = _seconds(network.device, lambda: network.features(batch.inputs))
-    stepping = _seconds(network.device, lambda: training.step.loss(batch).backward())  # type: ignore[no-untyped-call]
+    computing = seconds_of(network.device, lambda: network.features(batch.inputs))
+    stepping = seconds_of(network.device, lambda: training.step.loss(batch).backward())  # type: ignore[no-untyped-call]
     of_one = max(reading / len(sample) / cores(), computing / len(batch.targets))
     step = max(0.0, stepping - computing) / len(batch.targets)
     images = setup.computed if cached else sum(map(len, splits.values())) * epochs
@@ -56,12 +52,3 @@ def _estimate(setup: Setup, training: Training, batch: Batch, cached: bool) -> d
         "cache_bytes": kept,
         "memory_bytes": peak_memory(network.device) + kept,
     }
-
-
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """How long the work takes, with what it has a GPU do."""
-    started = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - started

@@ -26,7 +26,7 @@ from tl_trainer.advice import Facts, advise
 from tl_trainer.assembly import Setup
 from tl_trainer.candidates import LINEAR, Found
 from tl_trainer.config.load import to_yaml
-from tl_trainer.config.schema import flat
+from tl_trainer.config.schema import Config, flat
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import TrainerError
@@ -67,6 +67,7 @@ def conclude(
         "run_dir": str(run_dir),
         "checkpoint": str(best),
         "report": None,
+        **({"probed": parts.loaded.probed} if parts.loaded.probed else {}),
         **({"search": found.summary()} if found else _epochs_of(progress)),
         "val": progress.best,
         **({"test": parts.task.figures(scores["test"])} if "test" in scores else {}),
@@ -90,7 +91,7 @@ def conclude(
         overview = Overview.of(setup.dataset)
         facts = _facts(setup, evaluations["val"], overview, run_dir)
         if found:
-            facts = replace(facts, foldable=found.best.method == LINEAR and not parts.config.train.phases)
+            facts = replace(facts, **_of_search(parts.config, found, facts.backbone))
         else:
             facts = replace(facts, **_of_epochs(setup, feeds, tracker, progress))
         if _head_alone(setup, feeds):
@@ -142,6 +143,13 @@ def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> 
         augmented=not setup.train_pipeline.deterministic,
         val_fraction=config.data.val_fraction if setup.drawn else None,
     )
+
+
+def _of_search(config: Config, found: Found, another: str) -> dict[str, Any]:
+    """What more is known of a head that was found: another backbone can be compared with that of the run."""
+    if config.train.phases:
+        return {}
+    return {"foldable": found.best.method == LINEAR, "backbone": f"[{config.model.backbone}, {another}]"}
 
 
 def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, progress: Progress) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tl_trainer.errors import CheckpointError, DataError, InputError
 from tl_trainer.ground.files import previous, remove_unfinished
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import is_out_of_memory
-from tl_trainer.runs import RESULT
+from tl_trainer.runs import PROBED, RESULT
 from tl_trainer.saver import Progress, State
 from tl_trainer.tasks import Task, task_of
 
@@ -124,9 +124,14 @@ def _read(
     for figures in (progress.best, progress.of_best.best, progress.of_stop.best):
         _check_figures(figures, task, path, "resume.progress")
     loaded = from_checkpoint(configured, path, overrides) if config is None else load(config, overrides)
+    chosen = begun.config.model
+    for one in loaded.each:  # of a list the entry that the run began with
+        if (one.model.backbone, one.model.weights) == (chosen.backbone, chosen.weights):
+            loaded = loaded.taking(one)
+    loaded = replace(loaded, lists={}, probed=_json(path.with_name(PROBED)) or [])
     _compare(loaded, begun, path)
     if progress.passed >= loaded.config.train.epochs:
-        result = _result(path.with_name(RESULT))
+        result = _json(path.with_name(RESULT))
         if result and named and loaded.config.train.phases:
             raise InputError(f"{path.parent}: all phases of the run are done; start a new run to train others")
         if result and named and progress.found is not None:
@@ -140,15 +145,15 @@ def _read(
     return loaded, Resumption(path.parent, last, progress, _load_best(path.with_name("best.pth"), last, task), result)
 
 
-def _result(path: Path) -> dict[str, Any] | None:
-    """What a complete run's result.json holds; None where it is missing."""
+def _json(path: Path) -> Any:
+    """What a file of the run holds, such as its result; None where it is missing."""
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not found or not isinstance(found, dict):
+    if not found or not isinstance(found, (dict, list)):
         raise InputError(f"{path}: damaged; remove it, and --resume writes it again")
     return found
 
@@ -172,11 +177,11 @@ def _check_figures(figures: Any, task: Task, path: Path, key: str) -> None:
 
 
 def _newest(loaded: Loaded) -> Path:
-    output, wanted = expand(loaded.config.output.dir), to_yaml(loaded.config)
+    output, wanted = expand(loaded.config.output.dir), [to_yaml(config) for config in loaded.each]
     newest = sorted(output.glob("*/last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest:
         description = path.with_name("config.yaml")
-        if description.is_file() and description.read_text("utf-8", "surrogateescape") == wanted:
+        if description.is_file() and description.read_text("utf-8", "surrogateescape") in wanted:
             return path
     others = ", ".join(str(path.parent) for path in newest[:3])
     hint = f"\nThe newest runs there are {others}; to go on with one, give it: --resume RUN" if others else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -40,7 +41,7 @@ from tl_trainer.metrics import Scores
 from tl_trainer.optim import Soup, in_place
 from tl_trainer.outcome import REMEDY, conclude
 from tl_trainer.resume import Resumption
-from tl_trainer.runs import RESULT, best_of
+from tl_trainer.runs import PROBED, RESULT, best_of
 from tl_trainer.saver import EpochDone, Progress, Saver, State
 from tl_trainer.search import search
 from tl_trainer.teacher import teacher_of
@@ -337,6 +338,8 @@ def _learned(setup: Setup) -> dict[str, str]:
 
 
 def _describe(setup: Setup, config: str, run_dir: Path) -> None:
+    if probed := setup.parts.loaded.probed:
+        write_text(run_dir / PROBED, json.dumps(probed, indent=2) + "\n")
     write_text(run_dir / "config.yaml", config)
     write_text(run_dir / "classes.txt", "".join(f"{name}\n" for name in setup.dataset.classes))
     if (skip := setup.parts.config.data.skip) is not None:

@@ -17,6 +17,7 @@ from tl_trainer.ground.wording import printable
 log = logging.getLogger(__name__)
 
 BEST, RESULT = "best.pth", "result.json"  # the latter is written last of all: where it is missing, so is more
+PROBED = "probed.json"  # the backbones that were compared, if any, before the run began
 
 
 class Run(NamedTuple):

@@ -42,36 +42,47 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
     pause: called after every candidate, and of an MLP after every batch; it may end the search by an exception. Raises
     RunError for features that are not finite, and where train.refit asks for a search that is not possible.
     """
+    section = setup.parts.config.train
+    try:
+        found = find_head(setup, feeds, pause)
+    except NotSearchable as obstacle:
+        if section.refit:
+            raise RunError(f"train.refit needs a head that is found, and this one is not: {obstacle}") from None
+        log.info("the head is trained for %d epochs instead of being searched for: %s", section.epochs, obstacle)
+        return None
+    log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(found.lines()))
+    if remark := found.remark():
+        log.info("%s", remark)
+    return found
+
+
+class NotSearchable(Exception):
+    """Why a head has to be trained for epochs, in words."""
+
+
+def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found:
+    """The best head for the features; pause: as for `search`. Raises NotSearchable, and RunError as `search` does."""
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
-    section, obstacle, head = parts.config.train, None, parts.config.model.head
+    head = parts.config.model.head
     if parts.network.classifier.trained:
-        obstacle = "stages of the backbone train too"
-    elif not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
-        obstacle = (
+        raise NotSearchable("stages of the backbone train too")
+    if not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
+        raise NotSearchable(
             "its features are not kept (features.cache is off, or there are no features.views of a random transform)"
         )
-    elif head.dropout and not head.hidden:
-        obstacle = "it has dropout"
-    elif not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
-        obstacle = "its features take too much memory"
-    else:
-        tables = table_of(parts, train.features, views), table_of(parts, val.features)
-        for name, table in zip(("train", "val"), tables, strict=True):
-            if not table.features.norm().isfinite():
-                what = f"the features of the {name} images are not finite or too large"
-                raise RunError(f"{what}; set train.precision=fp32")
-        if views < len(train.features.keys):
-            log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
-        with threads_for(tables[0].features.numel() * len(parts.task.classes)):
-            found = _found(tables, head, setup, pause)
-        log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(found.lines()))
-        if remark := found.remark():
-            log.info("%s", remark)
-        return found
-    if section.refit:
-        raise RunError(f"train.refit needs a head that is found, and this one is not: {obstacle}")
-    log.info("the head is trained for %d epochs instead of being searched for: %s", section.epochs, obstacle)
-    return None
+    if head.dropout and not head.hidden:
+        raise NotSearchable("it has dropout")
+    if not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
+        raise NotSearchable("its features take too much memory")
+    tables = table_of(parts, train.features, views), table_of(parts, val.features)
+    for name, table in zip(("train", "val"), tables, strict=True):
+        if not table.features.norm().isfinite():
+            what = f"the features of the {name} images are not finite or too large"
+            raise RunError(f"{what}; set train.precision=fp32")
+    if views < len(train.features.keys):
+        log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
+    with threads_for(tables[0].features.numel() * len(parts.task.classes)):
+        return _found(tables, head, setup, pause)
 
 
 def _grouped(setup: Setup, *names: str) -> Tensor | None:

@@ -58,6 +58,7 @@ def check_settings(loaded: Loaded) -> None:
     """What only torchvision can say about a configuration, all of it at once."""
     config, problems = loaded.config, []
     checks: list[Callable[[], object]] = [
+        lambda: check_one(loaded),
         lambda: transforms.check(config.transforms.train, "transforms.train"),
         lambda: transforms.check(config.transforms.eval, "transforms.eval"),
         lambda: resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from),
@@ -73,6 +74,14 @@ def check_settings(loaded: Loaded) -> None:
             problems.append(error)
     if problems:
         raise loaded.located(problems)
+
+
+def check_one(loaded: Loaded) -> None:
+    """Raise SettingError for a list of backbones or weights, which `probe` replaces by one of its entries."""
+    for key in loaded.lists:
+        raise SettingError(
+            f"model.{key}", "is a list, and only a run that trains compares its entries; give one of them here"
+        )
 
 
 def check_asked_root(loaded: Loaded) -> None:

@@ -186,7 +186,7 @@ def _configuration(args: argparse.Namespace, overrides: dict[str, Any]) -> Itera
 def _configured(loaded: Loaded) -> str:
     from tl_trainer.config.load import to_yaml
 
-    return to_yaml(loaded.config)
+    return to_yaml(loaded.config, loaded.lists)
 
 
 def _cleared(loaded: Loaded) -> str:
@@ -253,6 +253,9 @@ def _report(result: dict[str, Any]) -> str:
     if found := result.get("search"):
         how = f"{found['method']}, {found['settings']}"
         lines = [f"best of {found['candidates']} heads: {how}; {result['seconds']:.0f} s"]
+        if probed := result.get("probed"):
+            [taken] = [row for row in probed if row["taken"]]
+            lines.insert(0, f"of {len(probed)} that were compared: {taken['backbone']} ({taken['weights']})")
     else:
         best = f"best epoch {result['best_epoch']}"
         if "soup" in result:

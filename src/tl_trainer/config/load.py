@@ -6,10 +6,11 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +25,7 @@ from tl_trainer.ground.wording import shown, unknown
 MAX_BYTES = 100_000
 COMMAND_LINE, UNNAMED = "the command line", "run"
 BY_NAME = (("train", "optimizer"), ("train", "schedule"))  # sections for which their name may stand alone
+COMPARED = ("backbone", "weights")  # keys of `model` that may be lists, whose entries are compared before a run begins
 
 Override = tuple[str, Any]
 Overrides = Iterable[Override]
@@ -31,11 +33,28 @@ Overrides = Iterable[Override]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid configuration, its name, and where each key was set ("demo.yaml:12", "the command line")."""
+    """A valid configuration, its name, and where each key was set ("demo.yaml:12", "the command line").
+
+    lists: the one of COMPARED that is a list, if any, of which `config` has the first entry. probed: after the entries
+    were compared, a row for each, as in result.json.
+    """
 
     config: Config
     name: str
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
+    lists: Mapping[str, list[str]] = field(default_factory=dict)
+    probed: Sequence[dict[str, Any]] = ()
+
+    @property
+    def each(self) -> list[Config]:
+        """The configuration with each entry of the list in place of it; where there is none, as it is."""
+        model = self.config.model
+        models = [model.model_copy(update={key: entry}) for key, list_ in self.lists.items() for entry in list_]
+        return [self.config.model_copy(update={"model": one}) for one in models or [model]]
+
+    def taking(self, config: Config) -> Loaded:
+        """With this configuration, which has one backbone."""
+        return replace(self, config=config, lists={})
 
     def located(self, errors: Iterable[SettingError]) -> ConfigError:
         """The complaints of the rooms that only know a key, with the file and the line in front."""
@@ -66,17 +85,52 @@ def load(name: str | Mapping[str, Any] | None, overrides: Overrides = ()) -> Loa
 
 def from_checkpoint(data: dict[str, Any], path: Path, overrides: Overrides = ()) -> Loaded:
     """The configuration that a checkpoint carries, with dotted-key overrides; ConfigError as in `load`."""
-    return _validated(copy.deepcopy(data), path.parent.name, {(): str(path)}, overrides)
+    return _validated(copy.deepcopy(data), path.parent.name, {(): str(path)}, overrides, lists=False)
 
 
-def _validated(data: dict[str, Any], name: str, origins: dict[KeyPath, str], overrides: Overrides) -> Loaded:
+def _validated(
+    data: dict[str, Any], name: str, origins: dict[KeyPath, str], overrides: Overrides, *, lists: bool = True
+) -> Loaded:
+    """lists: whether one of COMPARED may be a list."""
     _fill_empty_sections(data, Config)
     for key, value in overrides:
         _set(data, key, value, origins)
+    compared, wrong = _without_lists(data) if lists else ({}, [])
     try:
-        return Loaded(Config.model_validate(data), name, origins)
+        config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(in_lines(origins, problems(error))) from None
+        wrong += problems(error)
+    if wrong:
+        raise ConfigError(in_lines(origins, wrong))
+    return Loaded(config, name, origins, compared)
+
+
+def _without_lists(data: dict[str, Any]) -> tuple[dict[str, list[str]], list[tuple[KeyPath, str]]]:
+    """Put the first entry in place of a list; the lists by their keys, and what is wrong with them."""
+    model, wrong = data.get("model"), list[tuple[KeyPath, str]]()
+    if not isinstance(model, dict):
+        return {}, wrong
+    lists = {key: model[key] for key in COMPARED if isinstance(model.get(key), list)}
+    for key, entries in lists.items():
+        first, *others = lists
+        reason = _wrong_list(entries)
+        if key in others:
+            reason = f"is a list, and so is model.{first}; compare one of them at a time"
+        if reason is None:
+            model[key] = entries[0]
+        else:
+            wrong.append((("model", key), reason))
+            del model[key]
+    return lists, wrong
+
+
+def _wrong_list(entries: list[Any]) -> str | None:
+    if not all(isinstance(entry, str) for entry in entries):
+        return f"should be a name, or a list of names to compare, not {shown(entries)}"
+    if len(entries) < 2:
+        return "is a list of names to compare, and has fewer than two; add one, or give a name without a list"
+    twice = next((entry for number, entry in enumerate(entries) if entry in entries[:number]), None)
+    return None if twice is None else f"names {shown(twice)} twice; leave one of them out"
 
 
 def data_at(path: Path) -> list[Override]:
@@ -137,9 +191,10 @@ def parse_override(word: str, example: str = "train.epochs=5") -> tuple[str, Any
         raise InputError(f"{shown(word)}: the value is not valid YAML: {refusal.reason}") from None
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the schema."""
-    return text.write(config.model_dump())
+def to_yaml(config: Config, lists: Mapping[str, list[str]] = MappingProxyType({})) -> str:
+    """The resolved configuration as YAML, in the order of the schema; lists: as of `Loaded`."""
+    dumped = config.model_dump()
+    return text.write({**dumped, "model": {**dumped["model"], **lists}})
 
 
 def to_json_schema(names: Mapping[str, list[str]]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from tl_trainer.config.section import Section
 from tl_trainer.config.training import PhaseSection, TrainSection
@@ -251,15 +251,23 @@ class ExtraSection(Section):
         return self
 
 
+# A list is taken apart where the file is read: a `Config` has one backbone.
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True}
+OneOrList = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, _NAMES]})]
+
+
 class ModelSection(Section):
-    backbone: str = Field(
+    backbone: OneOrList = Field(
         "efficientnet_lite0",
-        description="efficientnet_lite0 (its weights come with tl-trainer), a torchvision model, or timm/<name>.",
+        description="efficientnet_lite0 (its weights come with tl-trainer), a torchvision model, or timm/<name>. A "
+        "list of these is compared by the heads that are found on their features, and the best is taken, or one that "
+        "cannot be told from it and is twice as fast.",
     )
-    weights: str = Field(
+    weights: OneOrList = Field(
         "DEFAULT",
         description="DEFAULT (the best), none (random), a torchvision weights name, a tag of timm's, a file (.pth, "
-        ".safetensors), or the checkpoint or directory of a run, whose preprocessing and head are taken too.",
+        ".safetensors), or the checkpoint or directory of a run, whose preprocessing and head are taken too. A list of "
+        "these is compared, as for backbone.",
     )
     weights_from: str | None = Field(
         None,

@@ -7,7 +7,8 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,17 @@ def peak_memory(device: torch.device) -> int:
         return 0
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
+
+
+def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
+    """How long the work takes, with what it has a GPU do."""
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        import torch
+
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
 
 
 def cores() -> int:
