@@ -106,6 +106,19 @@ def test_the_new_run_is_taken_by_every_command(folder: Path, best: Path, tl: Run
     assert text[3] == "checkpoint: out/run-1-white-2/best.pth"
 
 
+def test_a_second_class_needs_the_images_of_the_first_or_would_unlearn_it(folder: Path, best: Path) -> None:
+    shutil.copytree(folder / "photos", "photos")
+    draw_split(Path("more"), 4, classes={"black": (20, 20, 20)})
+    first = tl_trainer.load(best, data__root="photos").add_class("white", folder / "more" / "white")["checkpoint"]
+    with pytest.raises(tl_trainer.InputError, match=r"^photos: no training image of 'white', and the new head would "):
+        tl_trainer.load(first, data__root="photos").add_class("black", "more/black")
+    shutil.copytree(folder / "more" / "white", "photos/train/white")
+    second = tl_trainer.load(first, data__root="photos").add_class("black", "more/black")
+    assert second["solved_on"] == {"old": 32, "new": 4}
+    rows = tl_trainer.load(second["checkpoint"]).predict([folder / "more/white/01.jpg", "more/black/01.jpg"])
+    assert [row.predictions[0].label for row in rows] == ["white", "black"]
+
+
 def test_images_that_are_there_already_are_named(folder: Path, best: Path, caplog: pytest.LogCaptureFixture) -> None:
     tl_trainer.load(best).add_class("rosso", folder / "photos" / "val" / "red")
     assert "4 of 12 val images are in rosso too, 4 of them under another label, e.g. val/red/00.jpg is" in caplog.text

@@ -61,7 +61,7 @@ def add_class(parts: Parts, checkpoint: Path, name: str, folder: Path, output: P
     """Write a run into `output` whose best.pth also knows the class `name`; what its result.json holds.
 
     folder: images of the class. parts: restored from the checkpoint, and changed here. Raises InputError for a head or
-    a class that cannot be added to, and where the images of the old classes are gone.
+    a class that cannot be added to, and where the images of an old class are gone.
     """
     started, saved, config = time.perf_counter(), parts.saved, parts.config
     assert saved is not None
@@ -190,6 +190,12 @@ def _old_images(parts: Parts, checkpoint: Path) -> tuple[Split, Split]:
             f"{error}\n--add-class solves the head on the images of the old classes too; say where they are with "
             "data.root=DIR"
         ) from error
+    present = {*splits["train"].targets}
+    if absent := [repr(name) for label, name in enumerate(parts.task.classes) if label not in present]:
+        raise InputError(
+            f"{dataset.where}: no training image of {listed(absent)}, and the new head would forget what has none; add "
+            "them there, such as a folder of that name, also those of a class that was added before"
+        )
     splits = {what: verified(split, what, data, memory_of(parts.config)) for what, split in splits.items()}
     splits, _ = unrepeated(splits, data)
     return splits["train"], splits["val"]
