@@ -73,14 +73,36 @@ def test_a_damaged_header_ends_it_and_says_where(tmp_path: Path) -> None:
         last.content()
 
 
-def test_a_forged_size_does_not_go_round_for_ever(tmp_path: Path) -> None:
+def _header(kind: bytes, size: int) -> bytes:
+    """A header whose size is in base 256, so that it may be any number."""
+    data = bytearray(tarfile.TarInfo("b.png").tobuf(tarfile.USTAR_FORMAT))
+    data[156:157], data[124:136], data[148:156] = kind, (size % 256**12 | 1 << 95).to_bytes(12, "big"), b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        _header(tarfile.REGTYPE, -1),  # tarfile would go back, without an end
+        _header(tarfile.REGTYPE, 1 << 62),
+        _header(tarfile.XHDTYPE, 1 << 34),  # for which tarfile would take as much memory
+        _header(tarfile.GNUTYPE_LONGNAME, 1 << 62),
+        _header(tarfile.XHDTYPE, 512) + b"20 size=-5120000000\n".ljust(512, b"\0") + _header(tarfile.REGTYPE, 512),
+        (_header(tarfile.GNUTYPE_LONGNAME, 1) + bytes(512)) * 2000,
+    ],
+)
+def test_a_forged_size_is_where_the_archive_ends(tmp_path: Path, forged: bytes) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.png": b"x"})
-    data = bytearray(path.read_bytes())
-    data[124:136] = b"\xff" * 12  # -1 in base 256
-    data[148:156] = b" " * 8
-    data[148:156] = b"%06o\0 " % sum(data[:512])
-    path.write_bytes(data)
-    assert [member.size for member in _members(path)] == [-1]
+    path.write_bytes(path.read_bytes()[:1024] + forged + bytes(1024))
+    first, last = _members(path)
+    assert (first.content(), last.size) == (b"x", -1)
+    assert 1024 <= last.offset <= path.stat().st_size
+    path.write_bytes(forged + bytes(1024))
+    try:
+        assert [member.size for member in _members(path)] == [-1]
+    except DataError as error:
+        assert str(error).startswith(f"{path}: not a tar archive, or one cut at byte ")
 
 
 def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:

@@ -197,9 +197,10 @@ def test_mistakes(tmp_path: Path, members: dict[str, bytes | str], section: dict
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_twice_in_a_shard(tmp_path: Path) -> None:
-    members = {"1.png": b"x", "1.cls": "a", "2.png": b"y", "2.cls": "b"}
-    first = write_tar(tmp_path / "a", members).read_bytes()[:4096]
+@pytest.mark.parametrize("keys", ["12", "1"])  # the second time after another sample, and at once
+def test_a_key_twice_in_a_shard(tmp_path: Path, keys: str) -> None:
+    members = {f"{key}.{ending}": value for key in keys for ending, value in (("png", b"x"), ("cls", "a"))}
+    first = write_tar(tmp_path / "a", members).read_bytes()[: 2048 * len(keys)]
     (tmp_path / "train-0.tar").write_bytes(first + (tmp_path / "a").read_bytes())
     with pytest.raises(
         DataError, match=r"train-0\.tar: 1\.png is in it twice; write the shard again with a key for each"

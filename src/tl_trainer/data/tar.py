@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tl_trainer.data import images
 from tl_trainer.errors import DataError, ImageError
@@ -16,6 +16,8 @@ from tl_trainer.ground.wording import printable
 log = logging.getLogger(__name__)
 
 REST = "(the rest)"
+NO_SENSE = (tarfile.TarError, ValueError, OverflowError, RecursionError)  # what tarfile says of headers without any
+LONGEST_HEADER = 1 << 20  # bytes of a name or of pax records: of a forged size nothing is read
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,18 @@ class Member:
         return data
 
 
+class _Headers:
+    """An open archive for tarfile, which would take memory for as many bytes as a header says that it has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._read(size)
+
+
 def members(file: IO[bytes], archive: Path) -> Iterator[Member]:
     """The files in an open tar archive, in order, by their headers; who takes them may move `file`.
 
@@ -52,25 +66,28 @@ def members(file: IO[bytes], archive: Path) -> Iterator[Member]:
     length = file.seek(0, 2)
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            try:
-                while (entry := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep each
-                    if entry.size < 0:  # of a forged header; tarfile would go back, without an end
-                        break
-                    if entry.offset_data + entry.size > length:
-                        yield Member(archive, entry.name, length, -1)
-                        return
-                    if entry.isreg() and not entry.issparse():
-                        yield Member(archive, entry.name, entry.offset_data, entry.size)
-            except (tarfile.TarError, ValueError, OverflowError):  # a header that makes no sense
-                log.debug("%s: damaged at byte %d", archive, tar.offset)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what an archive ends with
-                yield Member(archive, REST, min(tar.offset, length), -1)
-    except tarfile.ReadError as error:  # of the first header
+        headers: Any = _Headers(file)  # which has all that is asked for
+        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  (closed below)
+    except NO_SENSE as error:  # of the first header
         reason = "compressed; unpack it, since images are read by seeking" if _is_compressed(file) else str(error)
         raise DataError(f"{archive}: not a tar archive, or one cut at byte {length:,}: {reason}") from None
+    with tar:
+        try:
+            while (entry := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep each
+                if entry.size < 0:  # of a forged header; tarfile would go back, without an end
+                    yield Member(archive, REST, entry.offset, -1)
+                    return
+                if entry.offset_data + entry.size > length:
+                    yield Member(archive, entry.name, length, -1)
+                    return
+                if entry.isreg() and not entry.issparse():
+                    yield Member(archive, entry.name, entry.offset_data, entry.size)
+        except NO_SENSE:
+            log.debug("%s: damaged at byte %d", archive, tar.offset)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what an archive ends with
+            yield Member(archive, REST, min(tar.offset, length), -1)
 
 
 def _is_compressed(file: IO[bytes]) -> bool:

@@ -35,7 +35,7 @@ from tl_trainer.ground.wording import listed, printable, shown, unknown
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is kept of a shard
+VERSION = 2  # of what is kept of a shard
 LONGEST_LABEL, LONGEST_JSON = 1_000, 1 << 20  # characters, bytes
 _PARTS = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # of a member's name: the sample's key, the ending
 
@@ -209,7 +209,10 @@ def _read(path: Path, section: WebDatasetSection) -> Index:
                     yield match[1], match[2].lower(), member
 
         for key, group in groupby(parts(), itemgetter(0)):
-            sample = {name: member for _, name, member in group}
+            endings = [(name, member) for _, name, member in group]
+            sample = dict(endings)
+            if len(sample) < len(endings):
+                raise _twice(path, next(member.name for name, member in endings if sample[name] is not member))
             image = next((sample[one] for one in section.image.lower().split(";") if one in sample), None)
             if image is None or ending not in sample:
                 if cut >= 0:  # this is the last sample, and what it lacks is missing
@@ -224,9 +227,12 @@ def _read(path: Path, section: WebDatasetSection) -> Index:
     samples = np.array(rows, [("offset", "<i8"), ("size", "<i8"), ("member", f"S{member}"), ("label", f"S{label}")])
     names, times = np.unique(samples["member"], return_counts=True)
     if len(names) < len(samples):
-        twice = printable(_text(names[times.argmax()]))
-        raise DataError(f"{path}: {twice} is in it twice; write the shard again with a key for each sample")
+        raise _twice(path, _text(names[times.argmax()]))
     return Index(samples, cut)
+
+
+def _twice(path: Path, name: str) -> DataError:
+    return DataError(f"{path}: {printable(name)} is in it twice; write the shard again with a key for each sample")
 
 
 def _label(member: Member, file: IO[bytes], field: str) -> str:
