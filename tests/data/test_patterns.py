@@ -43,6 +43,20 @@ def test_files_in_order(tmp_path: Path) -> None:
         files_of(["a-*.tar", "a-0.tar"], tmp_path, False)
 
 
+@pytest.mark.parametrize("name", ["a[1].parquet", "a{b}.parquet"])
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert files_of(name, tmp_path, False) == [tmp_path / name]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a-0.tar").touch()
+    (tmp_path / "a-1.tar").mkdir()
+    assert files_of("a-*.tar", tmp_path, False) == [tmp_path / "a-0.tar"]
+    with pytest.raises(DataError, match=r"a-1\*: nothing matches; "):
+        files_of("a-1*", tmp_path, False)
+
+
 @pytest.mark.parametrize(
     ("pattern", "complaint"),
     [
@@ -79,6 +93,16 @@ def test_addresses_are_downloaded_once_and_checked(file_server: tuple[str, Path]
     assert files_of(f"{url}/a-1.tar", Path(), True)[0].read_bytes() == b"a-1.tar"
     (folder / "a-0.tar").unlink()
     assert files_of(f"{url}/a-0.tar", Path(), False) == [path]
+
+
+def test_a_question_tells_files_apart_unless_the_path_names_one(file_server: tuple[str, Path]) -> None:
+    url, folder = file_server
+    (folder / "get").write_bytes(b"first")
+    (first,) = files_of(f"{url}/get?id=1", Path(), True)
+    (folder / "get").write_bytes(b"second")
+    both = files_of([f"{url}/get?id={number}" for number in (1, 2)], Path(), True)
+    assert both[0] == first
+    assert [path.read_bytes() for path in both] == [b"first", b"second"]
 
 
 def test_an_address_that_is_not_there(

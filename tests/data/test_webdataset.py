@@ -321,6 +321,8 @@ def test_it_is_verified_remembered_and_guarded_as_a_file_is(tmp_path: Path) -> N
         ),
         ({"val": ["s3://bucket/0.tar"]}, "s3:// cannot be read; download the files, and give paths or http"),
         ({"test": "https://host/*.tar"}, "a server lists no files; write braces instead of"),
+        ({"test": "https://host/shards/?a=b"}, "an address ends with the name of a file"),
+        ({"test": "https://host/.."}, "an address ends with the name of a file"),
         ({"train": []}, "names no file"),
         ({"val": ""}, "names no file"),
         ({"label": "json"}, None),

@@ -54,6 +54,8 @@ def _check_patterns(patterns: str | list[str]) -> str | list[str]:
             raise ValueError(f"{scheme[0]} cannot be read; download the files, and give paths or http(s) addresses")
         if scheme and "*" in pattern:
             raise ValueError("a server lists no files; write braces instead of *, such as {000000..000036}")
+        if scheme and pattern.partition("?")[0].rpartition("/")[2] in ("", ".", ".."):
+            raise ValueError("an address ends with the name of a file")
     if not named or not all(named):
         raise ValueError("names no file; give a path with braces or *")
     return patterns

@@ -20,25 +20,29 @@ log = logging.getLogger(__name__)
 
 CHECKSUMS = "shards.csv"  # beside the files: the columns name, samples, bytes, sha256
 MOST_FILES = 1_000_000
+FILES = (".tar", ".parquet")
 
 
 def files_of(pattern: str | list[str], root: Path, download: bool) -> list[Path]:
     """The files that a pattern names, those of a server downloaded. DataError, with what is there, for none."""
     found: list[Path] = []
-    for name in (name for one in ([pattern] if isinstance(pattern, str) else pattern) for name in braced(one)):
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    for name in (name for one in patterns for name in ([one] if (root / one).is_file() else braced(one))):
+        path = root / name
         if name.startswith(("http://", "https://")):
             found.append(_fetched(name, download))
-        elif glob.has_magic(name):
-            matches = sorted(glob.glob(name, root_dir=root, recursive=True))  # noqa: PTH207
-            if not matches:
-                raise DataError(f"{root / name}: nothing matches; {_there(root / name)}")
-            found += [root / match for match in matches]
+        elif path.is_file():  # its name may have brackets
+            found.append(path)
+        elif not glob.has_magic(name):
+            raise DataError(f"{path}: no such file; {_there(path)}")
         else:
-            if not (root / name).is_file():
-                raise DataError(f"{root / name}: no such file; {_there(root / name)}")
-            found.append(root / name)
+            matches = [root / match for match in sorted(glob.glob(name, root_dir=root, recursive=True))]  # noqa: PTH207
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise DataError(f"{path}: nothing matches; {_there(path)}")
+            found += files
     if twice := [path for path, times in Counter(found).items() if times > 1]:
-        raise DataError(f"{twice[0]}: named twice by {listed([pattern] if isinstance(pattern, str) else pattern)}")
+        raise DataError(f"{twice[0]}: named twice by {listed(patterns)}")
     return found
 
 
@@ -71,9 +75,13 @@ def _there(path: Path) -> str:
 
 
 def _fetched(url: str, download: bool) -> Path:
-    """The file at an address: in the cache, checked by its size, and its SHA-256 where CHECKSUMS is beside it."""
+    """The file at an address: in the cache, checked by its size, and its SHA-256 where CHECKSUMS is beside it.
+
+    What follows ? is a token where a file is named before it; else it says which file is meant.
+    """
     base, _, name = url.partition("?")[0].rpartition("/")
-    folder = cache_folder() / "shards" / hashlib.sha256(base.encode()).hexdigest()[:16]
+    place = base if name.endswith(FILES) else url
+    folder = cache_folder() / "shards" / hashlib.sha256(place.encode()).hexdigest()[:16]
     path = folder / name
     if path.is_file():
         return path
