@@ -88,6 +88,12 @@ def test_a_file_that_changed_is_not_read_from_memory(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"a\.parquet/1: has changed since it was read first"):
         images.load(1, digest)
     assert images.stamp(1) != before
+    _write(path, {"image": _structs(1), "label": ["a"]})
+    with pytest.raises(ImageError, match=r"a\.parquet: has changed, and has fewer rows; put it back, or start again"):
+        images.load(1)
+    _write(path, {"other": _structs(2)})
+    with pytest.raises(ImageError, match=r"a\.parquet: row group 0 cannot be read: .*; fetch or write it again"):
+        images.load(1)
     path.unlink()
     with pytest.raises(ImageError, match=r"a\.parquet: row group 0 cannot be read: .*; fetch or write it again"):
         images.load(1)
@@ -189,6 +195,8 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"image": [b"x"], "label": [["a"]]}, {}, ": the column label holds list"),
     ({"image": [b"x", b"y", b"z"], "label": ["a", "b", None]}, {}, "/2: no label in this row"),
+    ({"image": [b"x", b"y"], "label": ["a", " "]}, {}, "/1: '' in label is no name on one line; correct it"),
+    ({"image": [b"x", b"y"], "label": ["a", "b\nc"]}, {}, "/1: 'b\\nc' in label is no name on one line; correct it"),
     ({"image": ["x", None], "label": ["a", "b"]}, {}, "/1: no image in this row"),
     ({"image": ["x", "y", "x"], "label": ["a", "b", "a"]}, {}, ": x is in two rows of image; keep one of the two"),
     (
@@ -241,11 +249,23 @@ def test_what_is_no_parquet_file(tmp_path: Path, content: bytes) -> None:
         _opened(tmp_path)
 
 
-def test_damaged_metadata_and_damaged_pages(tmp_path: Path) -> None:
-    columns = {"image": _structs(2), "label": ["a", "b"]}
-    _write(tmp_path / "a.parquet", columns, huggingface="{")
-    with pytest.raises(DataError, match="its huggingface metadata is damaged; write the file again"):
+@pytest.mark.parametrize("names", [["dog", "dog"], ["dog", 1], ["dog", ["cat"]], ["dog", "c\nat"], "dc", None])
+def test_damaged_metadata(tmp_path: Path, names: Any) -> None:
+    kept = "{" if names is None else {"info": {"features": {"label": {"names": names}}}}
+    _write(tmp_path / "a.parquet", {"image": _structs(2), "label": [0, 1]}, huggingface=kept)
+    with pytest.raises(DataError, match=r"a\.parquet: its huggingface metadata is damaged; write the file again"):
         _opened(tmp_path)
+
+
+def test_two_columns_of_a_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])], ["image", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns called label; set data\.parquet\.image_column, "):
+        _opened(tmp_path)
+
+
+def test_damaged_pages(tmp_path: Path) -> None:
+    columns = {"image": _structs(2), "label": ["a", "b"]}
     path = _write(tmp_path / "a.parquet", columns)
     data = bytearray(path.read_bytes())
     data[4:60] = b"\xff" * 56

@@ -17,9 +17,14 @@ from tl_trainer.ground.wording import listed, printable, unknown
 
 log = logging.getLogger(__name__)
 
-
+LONGEST_LABEL = 1_000  # characters
 MOST_CLASSES, FEWEST_ROWS = 0.5, 20  # more labels than this share of so many rows are numbers or names, not classes
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)")
+
+
+def is_label(text: str) -> bool:
+    """Whether it can be the name of a class, which stands on one line."""
+    return bool(text) and "\n" not in text and len(text) <= LONGEST_LABEL
 
 
 class ClassNames(NamedTuple):

@@ -19,12 +19,12 @@ from PIL import Image
 from tl_trainer.config.schema import DataSection, ParquetSection, expand
 from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit, Images, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
-from tl_trainer.data.listing import ClassNames, Listing
+from tl_trainer.data.listing import ClassNames, Listing, is_label
 from tl_trainer.data.patterns import files_of, short_names
 from tl_trainer.errors import DataError, ImageError, RunError, SettingError
 from tl_trainer.ground.files import cache_folder, write_atomically
 from tl_trainer.ground.progress import bar
-from tl_trainer.ground.wording import listed, printable, unknown
+from tl_trainer.ground.wording import listed, printable, shown, unknown
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,9 @@ class _Table:
         except (OSError, arrow.ArrowException) as error:
             raise DataError(f"{path}: damaged, or not a Parquet file: {str(error).splitlines()[0]}") from error
         for column in filter(None, (section.image_column, section.label_column, section.split_column)):
-            if column not in self.schema.names:
-                raise DataError(f"{path}: {unknown('column', column, self.schema.names)}; {COLUMNS}")
+            if (times := self.schema.names.count(column)) != 1:
+                fault = f"{times} columns called {column}" if times else unknown("column", column, self.schema.names)
+                raise DataError(f"{path}: {fault}; {COLUMNS}")
         self.groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.rows = sum(self.groups)
         self.image = self._kind(section.image_column)
@@ -121,9 +122,13 @@ class _Table:
         try:
             kept = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
             names = kept.get("info", {}).get("features", {}).get(column, {}).get("names")
-        except (ValueError, AttributeError) as error:
+            if names is None:
+                return None
+            if not isinstance(names, list) or len({*filter(is_label, names)}) < len(names):
+                raise ValueError("no list of different names")
+        except (ValueError, AttributeError, TypeError) as error:
             raise DataError(f"{self.path}: its huggingface metadata is damaged; write the file again") from error
-        return ClassNames(names, f"the schema of {self.path}") if isinstance(names, list) else None
+        return ClassNames(names, f"the schema of {self.path}")
 
 
 class _Codes:
@@ -143,9 +148,13 @@ class _Codes:
                 f"{table.path}: the column {self.column} holds {kind}, and not names or whole numbers; {COLUMNS}"
             )
         encoded = table.column(self.column).dictionary_encode()
-        names = [str(value) for value in encoded.dictionary.to_pylist()]
+        names = [str(value).strip() for value in encoded.dictionary.to_pylist()]
+        of_row = encoded.indices.to_numpy()
+        if wrong := [number for number, name in enumerate(names) if not is_label(name)]:
+            row, name = int(np.flatnonzero(of_row == wrong[0])[0]), names[wrong[0]]
+            raise DataError(f"{table.path}/{row}: {shown(name)} in {self.column} is no name on one line; correct it")
         codes = np.array([self.number.setdefault(name, len(self.number)) for name in names], np.int32)
-        self.parts.append(codes[encoded.indices.to_numpy()] if names else np.zeros(0, np.int32))
+        self.parts.append(codes[of_row] if names else np.zeros(0, np.int32))
 
     @property
     def names(self) -> list[str]:
@@ -160,7 +169,7 @@ def _by_column(splits: _Codes, place: Callable[[int], str]) -> dict[str, np.ndar
     rows: dict[str, list[np.ndarray]] = {}
     codes = splits.codes
     for code, name in enumerate(splits.names):
-        found, split = np.flatnonzero(codes == code), SPLIT_OF.get(name.strip().lower())
+        found, split = np.flatnonzero(codes == code), SPLIT_OF.get(name.lower())
         if split is None:
             raise DataError(f"{place(int(found[0]))}: {unknown('split', name, SPLIT_OF)}")
         rows.setdefault(split, []).append(found)
@@ -258,7 +267,10 @@ class _Rows:
         stamp = stamp_of(self.paths[file])
         with _reading:
             values = _group(self.paths[file], group, self.column, stamp)
-        value: bytes | None = values[index - (int(self.ends[number - 1]) if number else 0)].as_py()
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        if row >= len(values):
+            raise ImageError(f"{self.paths[file]}: has changed, and has fewer rows; put it back, or start again")
+        value: bytes | None = values[row].as_py()
         if not value:
             raise ImageError(f"{printable(self.place(index))}: no image in this row; replace or remove it")
         return value
@@ -283,7 +295,7 @@ def _group(path: Path, group: int, column: str, stamp: Stamp | None) -> Any:
     try:
         with arrow.parquet.ParquetFile(path, memory_map=True) as file:
             found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-    except (OSError, arrow.ArrowException) as error:
+    except (OSError, IndexError, arrow.ArrowException) as error:  # IndexError: the file has no such column any more
         reason = str(error).splitlines()[0]
         raise ImageError(f"{path}: row group {group} cannot be read: {reason}; fetch or write it again") from error
     return arrow.compute.struct_field(found, "bytes") if arrow.types.is_struct(found.type) else found

@@ -25,7 +25,7 @@ from PIL import Image
 from tl_trainer.config.schema import DataSection, WebDatasetSection, expand
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
-from tl_trainer.data.listing import ClassNames, Listing
+from tl_trainer.data.listing import LONGEST_LABEL, ClassNames, Listing, is_label
 from tl_trainer.data.patterns import files_of, short_names
 from tl_trainer.data.tar import Member, members
 from tl_trainer.errors import DataError, RunError
@@ -36,7 +36,7 @@ from tl_trainer.ground.wording import listed, printable, shown, unknown
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of what is kept of a shard
-LONGEST_LABEL, LONGEST_JSON = 1_000, 1 << 20  # characters, bytes
+LONGEST_JSON = 1 << 20  # bytes
 _PARTS = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # of a member's name: the sample's key, the ending
 
 
@@ -251,7 +251,7 @@ def _label(member: Member, file: IO[bytes], field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise DataError(f"{place}: {shown(value)} in {field} is no label; it must be a name or a whole number")
     label = str(value).strip()
-    if not label or "\n" in label or len(label) > LONGEST_LABEL:
+    if not is_label(label):
         raise DataError(f"{place}: {shown(label)} is no label; it must be a name or a whole number, on one line")
     return label
 
