@@ -20,7 +20,7 @@ from tl_trainer import range_test
 from tl_trainer.assembly import Parts
 from tl_trainer.config.schema import Config
 from tl_trainer.loop import Training
-from tl_trainer.range_test import Point, curve, find_rate, suggested, words
+from tl_trainer.range_test import FEWEST, Point, curve, find_rate, suggested, words
 from tl_trainer.saver import State
 
 
@@ -44,10 +44,11 @@ def training(losses: Callable[[int], float]) -> tuple[Training, list[list[float]
 def test_the_rates_rise_exponentially_and_keep_their_ratio() -> None:
     of, seen = training(lambda number: 1.0)
     points = curve(of, 0.5)
-    wanted = [1e-7 * 1e8 ** (number / (STEPS - 1)) for number in range(STEPS)]
+    wanted = [1e-7 * 1e8 ** (number / (FEWEST - 1)) for number in range(FEWEST)]
     assert [point.rate for point in points] == pytest.approx(wanted)
     assert [rate for rates in seen for rate in rates] == pytest.approx([r * s for r in wanted for s in (1.0, 0.2)])
-    assert of.state.progress.batch == STEPS  # from which a mixture and an accumulated gradient go on
+    passed = of.state.progress.epoch, of.state.progress.batch  # by which batches are mixed and gradients gathered
+    assert passed == (FEWEST // STEPS - 1, STEPS)
 
 
 def test_it_ends_where_the_mean_loss_is_four_times_the_lowest() -> None:
@@ -62,11 +63,13 @@ def test_it_ends_where_the_mean_loss_is_four_times_the_lowest() -> None:
     assert len(curve(training([1.0, math.nan, 1.0, 1.0].__getitem__)[0], 0.5)) == 1
 
 
-def test_a_tenth_of_the_rate_of_the_lowest_loss_is_suggested() -> None:
-    points = [Point(1e-3, 2.0, 2.0), Point(1.234e-2, 1.0, 1.0), Point(1e-1, 1.5, 1.5)]
+def test_the_decade_over_which_the_mean_loss_falls_most_begins_with_the_suggestion() -> None:
+    means = [2.0, 1.9, 1.8, 1.2, 0.6, 0.5, 0.45, 0.4]  # a head that knows its images by heart diverges nowhere
+    points = [Point(1.234e-4 * 10 ** (number / 2), 9.0, mean) for number, mean in enumerate(means)]
     assert suggested(points) == 1.2e-3
-    assert suggested(points[::2]) == 1e-2
-    assert suggested([points[1], points[0]]) is None
+    assert suggested(points[:1]) is None
+    assert suggested(points[:2]) is None
+    assert suggested([point._replace(mean=1 + point.rate) for point in points]) is None
 
 
 def test_the_words_set_the_rate_of_the_last_phase() -> None:
@@ -84,7 +87,7 @@ def test_the_command_writes_its_curve_and_no_run(tl: Run, colours: Path) -> None
     done = tl("train", "--data-dir", colours, "--find-lr", *more)
     assert done.returncode == 0, done.stderr
     first, curve_line, suggestion, *_ = done.stdout.splitlines()
-    assert first.startswith("3 batches at rising learning rates, ")
+    assert first.startswith(f"{FEWEST} batches at rising learning rates, ")
     assert [path.name for path in Path("runs").iterdir()] == ["run-lr-1"]
     assert sorted(path.name for path in Path("runs/run-lr-1").iterdir()) == ["rates.csv", "rates.png"]
     assert curve_line == "curve: runs/run-lr-1/rates.png"

@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional
 
 from conftest import draw_split
-from tl_trainer import api, checkpoint
+from tl_trainer import api, checkpoint, range_test
 from tl_trainer.assembly import restore, set_up
 from tl_trainer.config.load import load
 from tl_trainer.errors import ConfigError, DataError
+from tl_trainer.loop import Training
+from tl_trainer.range_test import Point
 from tl_trainer.run import new_training
 from tl_trainer.teacher import Teacher, teacher_of
 
@@ -86,6 +88,19 @@ def test_it_sees_each_image_in_its_own_preprocessing_once_and_its_features_are_k
     logits = feeds["train"].logits(batch.inputs)
     hard = functional.cross_entropy(logits, batch.targets)
     assert training.step.loss(batch).item() == teacher(hard, logits, batch.indices).item() != hard.item()
+
+
+def test_the_range_test_is_of_the_loss_that_the_teacher_makes(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def of_step(training: Training, lr: float) -> list[Point]:
+        seen.append(training.step.teach)
+        return [Point(lr, 2.0, 2.0)]
+
+    monkeypatch.setattr(range_test, "curve", of_step)
+    words = {**student(taught), "data.root": str(taught.parent / "colours")}
+    range_test.find_rate(load(None, words.items()))
+    assert [type(teach) for teach in seen] == [Teacher]
 
 
 def test_the_columns_are_in_the_students_order(taught: Path) -> None:

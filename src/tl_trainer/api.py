@@ -124,7 +124,7 @@ def cross_validate(
 
 
 def find_rate(config: Configuration = None, *, progress: bool = False, **overrides: Any) -> dict[str, Any]:
-    """The learning-rate range test of what `train` would train: one pass at rising rates, nothing kept but its curve.
+    """The learning-rate range test of what `train` would train: batches at rising rates, nothing kept but its curve.
 
     What is returned has the `folder` with rates.csv and rates.png, the suggested `lr`, or None where the loss fell at
     no rate, and the `words` that set it. config, progress, overrides: as for `train`. Raises a TrainerError.

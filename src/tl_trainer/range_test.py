@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tl_trainer.assembly import Setup, set_up
 from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config, expand
+from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import InputError, RunError
-from tl_trainer.feeds import Feed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.progress import bar
 from tl_trainer.loop import Training
 from tl_trainer.plots import png, rates_figure
-from tl_trainer.run import new_training, summary
+from tl_trainer.run import close, new_training, summary
 from tl_trainer.search import search
+from tl_trainer.teacher import teacher_of
 
 log = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 1e-7, 10.0  # rates
-MOST = 200  # batches
+FEWEST, MOST = 100, 200  # batches: a pass, but with fewer the rates would rise faster than the running mean follows
 KEPT = 0.9  # of the running mean of the loss with each batch
 DIVERGED = 4  # times the lowest mean loss, above which the test ends
-BELOW = 10  # times the rate of the lowest mean loss, where it is close to diverging, is the suggested one smaller
 
 
 class Point(NamedTuple):
@@ -37,7 +38,7 @@ class Point(NamedTuple):
 
 
 def find_rate(loaded: Loaded) -> dict[str, Any]:
-    """Train one pass at rising rates and write the losses as rates.csv and rates.png into a new folder in output.dir.
+    """Train batches at rising rates; the losses are in rates.csv and rates.png in a new folder in output.dir.
 
     What is returned has the `folder`, and the suggested `lr` with the `words` that set it, or null where no rate made
     the loss fall. A head that the first phase finds is found first. Raises a TrainerError.
@@ -52,13 +53,14 @@ def find_rate(loaded: Loaded) -> dict[str, Any]:
     make_folder(output, "--output")
     setup = set_up(loaded)
     log.info("%s", summary(setup))
+    setup.teach = teacher_of(setup)
     _find_head(setup)
     feeds = setup.feeds()
     try:
         state = setup.new_state(len(feeds["train"].batches))
         points = curve(new_training(setup, feeds, state, lambda: None), config.phases[-1].optimizer.lr)
     finally:
-        _close(feeds)
+        close(feeds)
     folder = numbered_folder(output, f"{loaded.name}-lr")
     write_text(folder / "rates.csv", csv_text(("rate", "loss", "mean_loss"), points))
     write_bytes(folder / "rates.png", png(rates_figure(points, rate := suggested(points))))
@@ -73,12 +75,11 @@ def find_rate(loaded: Loaded) -> dict[str, Any]:
 
 def curve(training: Training, lr: float) -> list[Point]:
     """The loss at exponentially rising rates in place of `lr`, to which all other rates keep their ratio."""
-    state, batches, points, mean = training.state, training.feed.batches, list[Point](), 0.0
+    state, points, mean = training.state, list[Point](), 0.0
     shares = [group["lr"] / lr for group in state.optimizer.param_groups]
-    steps = min(MOST, len(batches))
+    steps = min(MOST, max(FEWEST, len(training.feed.batches)))
     state.classifier.train()
-    shown = bar(batches.epoch(0, training.device), "learning rates", steps)
-    for number, batch in zip(range(steps), shown, strict=False):
+    for number, batch in zip(range(steps), bar(_passes(training), "learning rates", steps), strict=False):
         rate = LOWEST * (HIGHEST / LOWEST) ** (number / max(1, steps - 1))
         for group, share in zip(state.optimizer.param_groups, shares, strict=True):
             group["lr"] = rate * share
@@ -95,10 +96,23 @@ def curve(training: Training, lr: float) -> list[Point]:
     return points
 
 
+def _passes(training: Training) -> Iterator[Batch]:
+    """The batches of one pass after the other, counted as in a run, which mixing and accumulating go by."""
+    progress = training.state.progress
+    while True:
+        yield from training.feed.batches.epoch(progress.epoch, training.device)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
 def suggested(points: list[Point]) -> float | None:
-    """A rate with two digits that learns fast and is far from diverging; None where no rate made the loss fall."""
-    best = min(points, key=lambda point: point.mean)
-    return float(f"{best.rate / BELOW:.1e}") if best.mean < points[0].mean else None
+    """Where the decade of rates begins over which the mean loss falls most; None where it falls over none.
+
+    Not a tenth of the rate of the lowest loss: a head that memorises its few images has that just before it diverges.
+    """
+    decade = sum(point.rate < 10 * points[0].rate for point in points)
+    falls = [(after.mean - before.mean, before.rate) for before, after in zip(points, points[decade:], strict=False)]
+    fall, rate = min(falls, default=(0.0, 0.0))
+    return float(f"{rate:.1e}") if fall < 0 else None
 
 
 def words(config: Config, rate: float) -> str:
@@ -123,11 +137,6 @@ def _find_head(setup: Setup) -> None:
     if first.search == "auto":
         feeds = setup.feeds(0)
         found = search(setup, feeds, lambda: None)
-        _close(feeds)
+        close(feeds)
         if found is not None:
             setup.parts.take_head(found.layers, unit=found.unit)
-
-
-def _close(feeds: dict[str, Feed]) -> None:
-    for feed in feeds.values():
-        feed.batches.close()

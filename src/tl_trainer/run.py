@@ -84,7 +84,7 @@ def train(
     feeds = setup.feeds(begun)
     state = setup.new_state(len(feeds["train"].batches), begun, progress)
     with contextlib.ExitStack() as stack:
-        stack.callback(_close, feeds)
+        stack.callback(close, feeds)
         if resumption:  # its folder is held since before last.pth was read
             run_dir = resumption.run_dir
             resumption.go_on(state)
@@ -103,9 +103,9 @@ def train(
         for number in range(begun, len(phases)):
             if number > begun:
                 pause()
-                _close(feeds)
+                close(feeds)
                 feeds = setup.feeds(number)  # outside of `stop`, which lets Ctrl-C wait for the next batch
-                stack.callback(_close, feeds)
+                stack.callback(close, feeds)
                 saver.state = setup.new_state(len(feeds["train"].batches), number, saver.state.progress)
             with stop:
                 found = _phase(setup, number, feeds, tracker, saver, pause)
@@ -177,7 +177,8 @@ def _trained(parts: Parts) -> int:
     return sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
 
 
-def _close(feeds: dict[str, Feed]) -> None:
+def close(feeds: dict[str, Feed]) -> None:
+    """End what the feeds share among their epochs, such as processes."""
     for feed in feeds.values():
         feed.batches.close()
 

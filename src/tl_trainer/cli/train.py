@@ -87,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="look for what is wrong with the data, as tl-check does, and stop")
     add("--folds", type=int, metavar="N", help="measure instead of train: cross-validation of the head that would "
         "be found, on all images but the source's own val and test splits; writes predictions.csv")  # fmt: skip
-    add("--find-lr", action="store_true", help="try rising learning rates on one pass over the training images, "
-        "suggest one, and stop; writes the curve")  # fmt: skip
+    add("--find-lr", action="store_true", help="train 100 to 200 batches at rising learning rates, suggest one, "
+        "and stop; writes the curve")  # fmt: skip
     add("--add-class", type=given, metavar="NAME", help="make a checkpoint that knows one more class, in seconds: the "
         "linear head is solved again on kept features and on the images in --from")  # fmt: skip
     add("--from", dest="folder", type=given, metavar="DIR", help="the images of the class that is added")
