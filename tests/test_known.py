@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 import tl_trainer
 from conftest import Run, draw_split
 from tl_trainer import known as module_under_test
-from tl_trainer.ground.sealed import save_sealed
+from tl_trainer.ground.sealed import load_plain, save_sealed
 from tl_trainer.known import FILE, NEAREST, Known
 
 SMALL: dict[str, Any] = {
@@ -131,6 +131,22 @@ def test_a_sealed_file_of_other_things_is_refused(best: Path, wrong: Any) -> Non
     save_sealed(best.with_name(FILE), wrong)
     with pytest.raises(tl_trainer.CheckpointError, match=r"neighbours\.pth: not a file of .*features; remove it"):
         tl_trainer.load(best)._known(reject=False)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"targets": [3] * 24}, {"targets": [-1] * 24}, {"targets": ["red"] * 24}, {"paths": [b"a"] * 24},
+        {"features": torch.zeros(24, 3).half()}, {"val": torch.zeros(21, dtype=torch.int64)},
+    ],
+)  # fmt: skip
+def test_a_forged_file_is_refused(best: Path, forged: dict[str, Any]) -> None:
+    model = tl_trainer.load(best)
+    model._known(reject=False)
+    file = best.with_name(FILE)
+    save_sealed(file, {**load_plain(file, mapped=False), **forged})
+    with pytest.raises(tl_trainer.CheckpointError, match=r"neighbours\.pth: does not fit .*best\.pth; remove it"):
+        model._known(reject=False)
 
 
 def test_the_rows_of_the_command(folder: Path, best: Path, tl: Run) -> None:

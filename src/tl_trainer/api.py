@@ -253,7 +253,7 @@ class Model:
             if folder is None:
                 return evaluation.headline
             loaded = self._parts.loaded
-            known = at_hand(self._checkpoint)
+            known = at_hand(self._parts, self._checkpoint)
             nearest = None if known is None else partial(known.nearest_in, self._parts, count=NEIGHBOURS)
             about: dict[str, Any] = {"nearest": nearest}
             about |= {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}

@@ -105,7 +105,7 @@ def known(parts: Parts, checkpoint: Path) -> Known:
     remedy, where there is no file and the images are gone.
     """
     file = checkpoint.with_name(FILE)
-    if (kept := at_hand(checkpoint)) is not None:
+    if (kept := at_hand(parts, checkpoint)) is not None:
         _ignored(parts, file, len(kept.paths))
         return kept
     if file.exists():
@@ -135,8 +135,11 @@ def keep(found: Known, checkpoint: Path) -> None:
     save_sealed(checkpoint.with_name(FILE), {"checkpoint": seal_of(checkpoint), **content})
 
 
-def at_hand(checkpoint: Path) -> Known | None:
-    """What the file beside the checkpoint says of it; None where there is none, or that of an earlier checkpoint."""
+def at_hand(parts: Parts, checkpoint: Path) -> Known | None:
+    """What the file beside the checkpoint says of it; None where there is none, or that of an earlier checkpoint.
+
+    Raises CheckpointError for a file that is damaged or another's.
+    """
     file = checkpoint.with_name(FILE)
     if not file.exists():
         return None
@@ -145,7 +148,11 @@ def at_hand(checkpoint: Path) -> Known | None:
     content = load_plain(file, mapped=False)  # Windows replaces no file that is mapped
     if not _is_ours(content):
         raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
-    return Known(**content) if content.pop("checkpoint") == seal_of(checkpoint) else None
+    if content.pop("checkpoint") != seal_of(checkpoint):
+        return None
+    if not _fits(kept := Known(**content), parts.features, len(parts.task.classes)):
+        raise CheckpointError(f"{file}: does not fit {checkpoint}; remove it, and it is made again")
+    return kept
 
 
 def training_pictures(parts: Parts, checkpoint: Path) -> Callable[[str], Image.Image | None]:
@@ -179,6 +186,14 @@ def _is_ours(content: Any) -> bool:
         return False
     features, val = content["features"], content["val"]
     return (features.ndim, val.ndim) == (2, 1) and len(features) == len(content["paths"]) == len(content["targets"])
+
+
+def _fits(kept: Known, width: int, classes: int) -> bool:
+    """Whether the features are as wide as those of the checkpoint, and each has a name and one of its classes."""
+    named = all(isinstance(path, str) for path in kept.paths)
+    labelled = all(isinstance(target, int) and 0 <= target < classes for target in kept.targets)
+    floats = kept.features.is_floating_point() and kept.val.is_floating_point()
+    return kept.features.shape[1] == width and floats and named and labelled
 
 
 def _ignored(parts: Parts, file: Path, kept: int) -> None:
