@@ -69,6 +69,9 @@ def test_what_cannot_be_written_is_refused_first(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match=r"^--embed a\.npz exists; choose another name, or replace it with --force$"):
         embeddings.check(Path("a.npz"), force=False)
     embeddings.check(Path("a.npz"), force=True)
+    Path("b.parquet").mkdir()
+    with pytest.raises(InputError, match=r"^--embed b\.parquet exists; choose another name$"):
+        embeddings.check(Path("b.parquet"), force=True)
     monkeypatch.setattr(embeddings, "find_spec", lambda _: None)
     embeddings.check(Path("b.npz"), force=False)
     with pytest.raises(InputError, match=r"needs pyarrow for \.parquet; run: pip install pyarrow, or write \.npz$"):

@@ -27,8 +27,9 @@ def check(out: Path, *, force: bool) -> None:
         raise InputError(f"--embed {out}: the name must end with {' or '.join(WRITERS)}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError("--embed needs pyarrow for .parquet; run: pip install pyarrow, or write .npz")
-    if out.exists() and not force:
-        raise InputError(f"--embed {out} exists; choose another name, or replace it with --force")
+    if out.is_dir() or (out.exists() and not force):
+        more = "" if out.is_dir() else ", or replace it with --force"
+        raise InputError(f"--embed {out} exists; choose another name{more}")
     make_folder(out.parent, "--embed")
 
 
