@@ -89,6 +89,16 @@ def test_a_bare_resume_of_a_complete_run_gives_its_result(tl: Run, colours: Path
     assert tl("train", *words, "--resume", "--print-config").returncode == 0
 
 
+def test_a_run_that_train_stop_ended_says_so(tl: Run, colours: Path) -> None:
+    stop = '{"metric": "loss", "patience": 1, "min_delta": 9}'
+    last_json(tl("train", "--data-dir", colours, "--epochs", 9, "--json", *SMALL, f"train.stop={stop}"))
+    for more in ((), ("--epochs", 5)):
+        done = tl("train", "--resume", RUN, *more)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (
+            2, f"tl-train: {RUN}: train.stop ended the run after 2 epochs; start a new run to train longer"
+        )  # fmt: skip
+
+
 def test_the_newest_run_decides_though_an_older_one_is_unfinished(tl: Run, colours: Path) -> None:
     words = ("train", "--data-dir", colours, "--epochs", 1, *SMALL)
     for _ in range(2):

@@ -138,6 +138,10 @@ def _read(
             raise InputError(
                 f"{path.parent}: the run is complete, its head was found by the search; start a new run to train one"
             )
+        if result and named and progress.skipped:
+            raise InputError(
+                f"{path.parent}: train.stop ended the run after {last.epoch} epochs; start a new run to train longer"
+            )
         if result and named:
             raise InputError(f"{path.parent}: all {last.epoch} epochs are done; set train.epochs higher to go on")
         if not result:
