@@ -7,7 +7,6 @@ weights and the classes come from, and share all the rest.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
+from tl_trainer.data.overview import name_scarce
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.data.verify import Memory, verified
@@ -36,7 +36,6 @@ from tl_trainer.features import Extractor, FeatureBatches, features_folder
 from tl_trainer.feeds import Feed, Feeds, views_kept
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
-from tl_trainer.ground.wording import listed
 from tl_trainer.metrics import Scores
 from tl_trainer.models.backbones import check_tensors, library_versions, resolve_weights
 from tl_trainer.models.build import new_classifier, saved_classifier
@@ -217,7 +216,7 @@ def set_up(
         }
         dark.warn(f"{sum(map(len, splits.values()))} images")
         splits, duplicates = unrepeated(splits, config.data)
-        _name_single(dataset.classes, splits["train"], drawn=drawn)
+        name_scarce(dataset, splits["train"], drawn=drawn)
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _classifier(config, weights, dataset.classes, image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:
@@ -272,14 +271,6 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
     feeds = _feeds(config, network, saved.backbone)
     task = task_of(config.train, saved.classes)
     return Parts(loaded, task, network, pipeline, saved.backbone, saved.features, feeds, saved)
-
-
-def _name_single(classes: list[str], train: Split, *, drawn: bool) -> None:
-    """Say which classes have to be learned from one image, where the val split is the dataset's own."""
-    counts = Counter(train.targets)
-    single = [name for label, name in enumerate(classes) if counts[label] == 1]
-    if single and not drawn:
-        log.warning("train has one image of %s; a class is learned from several", listed([*map(repr, single)]))
 
 
 def reopened(parts: Parts, checkpoint: Path | None = None) -> Dataset:

@@ -102,8 +102,11 @@ def test_without_a_network_the_whole_command_is_given_that_works(
 def test_classes_of_one_training_image_are_named(tl: Run, colours: Path) -> None:
     for path in sorted((colours / "train" / "red").iterdir())[1:]:
         path.unlink()
-    said = "train has one image of 'red'; a class is learned from several"
-    assert said in tl("train", "--data-dir", colours, "--dry-run", *SMALL).stderr
+    words = ("train", "--data-dir", colours, "--dry-run", *SMALL)
+    assert "train has one image of 'red'; a class is learned from several" in tl(*words).stderr
+    (colours / "train" / "red" / "00.jpg").write_bytes(b"x")
+    said = "train has no image of 'red' left, and what was never seen is not predicted; replace them or remove it"
+    assert said in tl(*words, "data.on_bad_image=skip").stderr
 
 
 @pytest.mark.parametrize(("backbone", "room"), [("timm/test_vit", timm_models), ("alexnet", torchvision_models)])

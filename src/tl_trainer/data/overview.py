@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
-from tl_trainer.data.dataset import Dataset
-from tl_trainer.ground.wording import printable
+from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.ground.wording import listed, printable
+
+log = logging.getLogger(__name__)
 
 WHOLE = 20  # classes up to which all are shown
 WIDTH = 80
@@ -91,3 +94,16 @@ def _extremes(sizes: Counter[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     up_to = [*accumulate(sizes[size] for size in ordered)]
     return ordered[0], ordered[bisect_right(up_to, (up_to[-1] - 1) // 2)], ordered[-1]
+
+
+def name_scarce(dataset: Dataset, train: Split, *, drawn: bool) -> None:
+    """Say which classes have to be learned from one image, where the val split is the dataset's own, and which have
+    lost all theirs."""
+    counts = Counter(train.targets)
+    single = [repr(name) for label, name in enumerate(dataset.classes) if counts[label] == 1]
+    lost = [repr(dataset.classes[label]) for label in sorted({*dataset.split("train").targets} - {*counts})]
+    if single and not drawn:
+        log.warning("train has one image of %s; a class is learned from several", listed(single))
+    if lost:
+        what = "train has no image of %s left, and what was never seen is not predicted; replace them or remove it"
+        log.warning(what, listed(lost))
