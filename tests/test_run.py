@@ -118,7 +118,7 @@ def test_the_mean_of_the_best_epochs_is_kept_where_it_is_no_worse(
     weights = f"those of epoch {first}" if sign == -1 else f"the mean of those of epochs {earlier}, {later}"
     page = Path(result["report"]).read_text(encoding="utf-8")
     assert f"The weights are {weights}, the best by loss on the validation images." in page
-    said = "better, and best.pth" if sign == 1 else f"no better than epoch {first}, which is best.pth"
+    said = "no worse, so it is best.pth" if sign == 1 else f"no better than epoch {first}, which is best.pth"
     assert any(line.startswith("mean of the weights of epochs ") and line.endswith(said) for line in caplog.messages)
 
 

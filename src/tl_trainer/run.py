@@ -139,7 +139,7 @@ def _phase(
 
 
 def _taste(parts: Parts, val: Feed, soup: Soup, saver: Saver) -> None:
-    """Evaluate the mean of the best epochs' weights, and make it best.pth where it is better; both is said."""
+    """Evaluate the mean of the best epochs' weights, and make it best.pth unless it is worse; both is said."""
     task, state, progress = parts.task, saver.state, saver.state.progress
     if progress.soup and progress.best_epoch == progress.epoch:  # an earlier session has
         return
@@ -151,7 +151,7 @@ def _taste(parts: Parts, val: Feed, soup: Soup, saver: Saver) -> None:
         if better:
             progress.take_soup(epochs, figures)
             saver.improved(scores, state.classifier.trained_state())
-    said = "better, and best.pth" if better else f"no better than epoch {progress.best_epoch}, which is best.pth"
+    said = "no worse, so it is best.pth" if better else f"no better than epoch {progress.best_epoch}, which is best.pth"
     mean = f"mean of the weights of epochs {listed([*map(str, epochs)])}"
     log.info("%s: val %.4f  %s, %s", mean, figures["loss"], task.in_words(figures), said)
     saver.finish()

@@ -104,7 +104,7 @@ def test_their_batch_norm_learns_where_that_of_pretrained_stages_is_kept() -> No
         ({"model.extra": [{"conv": {"channels": 3, "kernel": 2}}]}, r"model\.extra\[0\]\.conv\.kernel: should be odd"),
         ({"model.extra": [{"residual": {}}]}, r"model\.extra\[0\]\.residual\.channels: has no value; give one"),
         ({"model.trainable": "extra.1"}, r"model\.trainable: unknown stage 'extra\.1' \(valid: all, conv1, conv1\.0"),
-        ({"train.search": "auto"}, "train.search finds a head alone, and model.extra trains with it; set train.se"),
+        ({"train.search": "auto"}, "^train.search finds a head alone, and model.extra trains with it; set train.se"),
         ({"train.phases": [{"trainable": "head", "search": "auto"}, {"trainable": "stage2"}]}, "finds a head alone"),
         ({"train.batch_size": 1}, r"train\.batch_size: 1 is too few: BatchNorm trains here"),
     ],

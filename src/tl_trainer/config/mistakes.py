@@ -98,12 +98,12 @@ def parsed_key(key: str) -> KeyPath:
 
 
 def in_lines(origins: Mapping[KeyPath, str], found: Iterable[tuple[KeyPath, str]]) -> str:
-    """One line per problem: where the key was set, its dotted path, and what is wrong with it."""
+    """One line per problem: where the key was set and its dotted path, where they are known, and what is wrong."""
     rows = []
     for path, message in found:
         known = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in origins), None)
-        where = origins[known] if known is not None else "the defaults"
+        where = origins[known] if known is not None else "the defaults" if path else ""  # keys that do not go together
         dotted = ".".join(str(part) for part in path).replace(".[", "[")
         dotted = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", dotted)
-        rows.append(f"{where}: {dotted}: {message}")
+        rows.append(": ".join(filter(None, (where, dotted, message))))
     return "\n".join(rows)

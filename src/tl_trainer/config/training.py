@@ -220,7 +220,7 @@ class TrainSection(Section):
         None,
         ge=2,
         description="How many of the best epochs of the last phase have their weights averaged when it ends; the mean "
-        "becomes best.pth where it is better than all of them. null averages none.",
+        "becomes best.pth unless it is worse than the best. null averages none.",
     )
     freeze_batchnorm: bool = Field(
         False,
