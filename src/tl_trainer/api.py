@@ -79,9 +79,10 @@ def train(
 def dry_run(
     config: Configuration = None, *, resume: Location | bool = False, progress: bool = False, **overrides: Any
 ) -> dict[str, Any]:
-    """Check all that `train` needs, up to the first batch, writing and downloading nothing; its shape and `loss`.
+    """Check all that `train` needs, up to the first batch, without a run; the batch's shape and `loss`.
 
-    `estimate` is of a run with an empty cache: seconds before the report, bytes of cached features and of memory.
+    Weights that are not here stay where they are; data is fetched, and kept in the cache as for a run. `estimate` is of
+    a run with an empty cache: seconds before the report, bytes of cached features and of memory.
     """
     from tl_trainer.dry_run import dry_run  # nobody else waits for it
 

@@ -184,9 +184,9 @@ def set_up(
 ) -> Setup:
     """Everything a run needs, naming every wrong setting at once with its file and line.
 
-    resumed: the checkpoint of the run to go on with, whose classes and val split are kept. dry: write nothing on disk,
-    neither what was read of the images nor weights that would have to be downloaded. inspect: sees the dataset before
-    its images are read, and whether val was drawn; it may refuse them.
+    resumed: the checkpoint of the run to go on with, whose classes and val split are kept. dry: keep nothing of the
+    run, neither what was read of the images nor weights that would have to be downloaded. inspect: sees the dataset
+    before its images are read, and whether val was drawn; it may refuse them.
     """
     config = loaded.config
     with located(loaded):

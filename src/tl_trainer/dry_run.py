@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(loaded: Loaded) -> dict[str, Any]:
-    """Check everything up to the loss of the first batch, writing nothing; the batch's shape, the loss, an estimate."""
+    """Check everything up to the loss of the first batch, without a run; the batch's shape, the loss, an estimate."""
     setup = set_up(loaded, dry=True)
     cached, setup.parts.feeds.extractor = setup.parts.feeds.extractor is not None, None
     log.info("%s", summary(setup))

@@ -141,3 +141,14 @@ def test_an_estimate_is_in_a_unit_that_is_read_at_once(seconds: float, words: st
     needs = {"seconds": seconds, "cache_bytes": 0, "memory_bytes": 0}
     report = _dry_report({"first_batch": [1], "loss": 0.1, "estimate": needs})
     assert f"a run takes about {words} before the report" in report
+
+
+def test_the_cache_is_cleared_of_features_and_what_was_downloaded_is_named(tl: Run, tmp_path: Path) -> None:
+    said = f"removed 0.0 MB of cached features: {tmp_path / 'cache' / 'features'}\n"
+    assert tl("train", "--clear-cache").stdout == said
+    shards = tmp_path / "cache" / "shards"
+    (shards / "0123").mkdir(parents=True)
+    (shards / "0123" / "a.tar").write_bytes(bytes(300_000))
+    kept = f"kept 0.3 MB of downloaded shards and of where their images are: {shards}\n"
+    assert tl("train", "--clear-cache").stdout == said + kept
+    assert (shards / "0123" / "a.tar").exists()

@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "linear head is solved again on kept features and on the images in --from")  # fmt: skip
     add("--from", dest="folder", type=given, metavar="DIR", help="the images of the class that is added")
     add("--checkpoint", type=given, metavar="FILE", help="what --add-class starts from; " + CHECKPOINT_HELP)
-    add("--dry-run", action="store_true", help="check everything up to the first batch, write nothing")
+    add("--dry-run", action="store_true", help="check everything up to the first batch, but write no run")
     add("--print-config", action="store_true", help="print the resolved configuration and stop")
     add("--print-schema", action="store_true", help="print a JSON Schema of the configuration and stop")
     add("--clear-cache", action="store_true", help="remove the cached features (features.dir) and stop")
@@ -190,11 +190,15 @@ def _configured(loaded: Loaded) -> str:
 
 
 def _cleared(loaded: Loaded) -> str:
-    from tl_trainer.feature_store import clear
+    from tl_trainer.feature_store import clear, folder_size
     from tl_trainer.features import features_folder
+    from tl_trainer.ground.files import cache_folder
 
-    folder = features_folder(loaded.config.features)
-    return f"removed {clear(folder) / 1e6:.1f} MB of cached features: {folder}\n"
+    folder, kept = features_folder(loaded.config.features), cache_folder() / "shards"
+    said = f"removed {clear(folder) / 1e6:.1f} MB of cached features: {folder}\n"
+    if size := folder_size(kept):
+        said += f"kept {size / 1e6:.1f} MB of downloaded shards and of where their images are: {kept}\n"
+    return said
 
 
 def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
@@ -304,7 +308,7 @@ def _dry_report(result: dict[str, Any]) -> str:
     shape = " x ".join(map(str, result["first_batch"]))
     needs = result["estimate"]
     return (
-        f"the first batch is {shape}, its loss {result['loss']:.4f}; nothing was written\n"
+        f"the first batch is {shape}, its loss {result['loss']:.4f}; no run was written\n"
         f"a run takes about {_duration(needs['seconds'])} before the report, "
         f"{needs['cache_bytes'] / 1e6:,.1f} MB of cache, {needs['memory_bytes'] / 1e9:.1f} GB of memory"
     )
