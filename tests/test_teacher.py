@@ -144,6 +144,12 @@ def test_a_teacher_of_other_classes_is_refused_with_both_lists(taught: Path) -> 
         set_up(load(None, {**student(taught), "data.root": "others"}.items()))
 
 
+def test_a_teacher_that_is_not_there_is_named_with_its_key(taught: Path) -> None:
+    words = {**student(taught), "data.root": str(taught.parent / "colours"), "train.teacher.checkpoint": "gone"}
+    with pytest.raises(ConfigError, match=r": train\.teacher\.checkpoint: gone: cannot be read: No such file"):
+        set_up(load(None, words.items()))
+
+
 @pytest.mark.parametrize(
     ("train", "said"),
     [

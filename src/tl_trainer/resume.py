@@ -97,7 +97,7 @@ def resume(
         loaded = load(config, overrides)
         path = _newest(loaded)
     else:
-        path = Path(target).expanduser()
+        path = expand(target)
         path = path / "last.pth" if path.is_dir() else path
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")

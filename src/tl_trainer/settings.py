@@ -13,7 +13,7 @@ from tl_trainer.config.schema import Config, FeaturesSection, expand, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.sources import check_root
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.errors import SettingError
+from tl_trainer.errors import InputError, SettingError
 from tl_trainer.ground.wording import listed
 from tl_trainer.models.backbones import empty_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
@@ -139,10 +139,13 @@ def _check_stages(config: Config) -> None:
 
 
 def check_teacher(path: str | None, classes: Sequence[str]) -> None:
-    """Raise SettingError for a teacher of other classes than those that are learned."""
+    """Raise SettingError for a teacher that is not there, or of other classes than those that are learned."""
     if path is None:
         return
-    known = checkpoint.load(best_of(expand(path))).classes
+    try:
+        known = checkpoint.load(best_of(expand(path))).classes
+    except InputError as error:
+        raise SettingError("train.teacher.checkpoint", str(error)) from error
     if {*known} != {*classes}:
         raise SettingError(
             "train.teacher.checkpoint",

@@ -127,6 +127,7 @@ def test_weights_by_name_by_path_and_none(tmp_path: Path) -> None:
         ("IMAGENET1K_FEATURES", "unknown weights of alexnet"),  # those are VGG16's
         ("missing.pth", "no such file: missing.pth"),
         ("~/no/such", "no such file: ~/no/such"),
+        ("~nobody-is-called-so/x", "no such file: ~nobody-is-called-so/x"),
     ],
 )
 def test_unknown_weights_name_the_key_and_the_choices(weights: str, expected: str) -> None:

@@ -18,7 +18,7 @@ from tl_trainer.config.schema import ExtraSection
 from tl_trainer.deployed import Deployed
 from tl_trainer.errors import ConfigError
 from tl_trainer.explain import GradCam
-from tl_trainer.models.backbones import build_backbone, resolve_weights
+from tl_trainer.models.backbones import build_backbone, empty_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.extra import extend, spatial_shape
 
@@ -39,6 +39,12 @@ WORDS: dict[str, Any] = {
 def data() -> None:
     draw_split(Path("colours", "train"), 3)
     draw_split(Path("colours", "val"), 2, size=41)
+
+
+def test_they_take_no_memory_where_the_backbone_has_none() -> None:
+    backbone = empty_backbone("shufflenet_v2_x0_5", False, "stage2", 32)
+    extend(backbone, [ExtraSection.model_validate({"conv": {"channels": 10**9}})], spatial_shape(backbone, 32))
+    assert all(parameter.is_meta for parameter in backbone.parameters())
 
 
 def test_they_compute_what_they_say() -> None:

@@ -152,8 +152,9 @@ def overrides_of(args: argparse.Namespace, flags: Mapping[str, str], example: st
 def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
     """The keys that the words and flags of tl-train and tl-check set; data without --config becomes `args.config`."""
     from tl_trainer.config.load import data_at
+    from tl_trainer.config.schema import expand
 
-    data = [word for word in args.words if data_at(Path(word).expanduser())]
+    data = [word for word in args.words if data_at(expand(word))]
     args.overrides = [word for word in args.words if word not in data]
     if strange := [word for word in args.overrides if "=" not in word]:
         if strange[0].endswith((".yaml", ".yml")):
@@ -163,9 +164,9 @@ def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str,
         raise InputError(f"two datasets: {' and '.join([*data, *filter(None, [args.data_dir])][:2])}; give one")
     overrides = overrides_of(args, flags, "train.epochs=5")
     if data and args.config is None:
-        args.config = str(Path(data[0]).expanduser().absolute())  # no bundled configuration that is called so
+        args.config = str(expand(data[0]).absolute())  # no bundled configuration that is called so
     elif data:
-        overrides = {**dict(data_at(Path(data[0]).expanduser())), **overrides}
+        overrides = {**dict(data_at(expand(data[0]))), **overrides}
     return overrides
 
 

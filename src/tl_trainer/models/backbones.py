@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.schema import expand
 from tl_trainer.data.transforms import Pipeline, preprocessing_of
 from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.sealed import check_seal
@@ -120,7 +121,7 @@ def library_versions(name: str) -> list[str]:
 
 def _run_checkpoint(weights: str) -> Path | None:
     """The checkpoint of a run that `model.weights` names by itself or by its directory."""
-    path = Path(weights).expanduser()
+    path = expand(weights)
     path = path / BEST if path.is_dir() else path
     return path if path.is_file() and check_seal(path) else None
 

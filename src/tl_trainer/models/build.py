@@ -29,8 +29,7 @@ def new_classifier(
         empty = empty_backbone(model.backbone, weights.pretrained, model.tap, weights.preset.crop)
         shape = spatial_shape(empty, weights.preset.crop)
         extend(backbone, model.extra, shape)
-        with next(empty.parameters()).device:
-            extend(empty, model.extra, shape)
+        extend(empty, model.extra, shape)
         size = output_size(empty, image)
     else:
         size = feature_size(backbone, model.backbone, weights, model.tap, image)

@@ -18,9 +18,10 @@ def extend(backbone: Backbone, extra: Sequence[ExtraSection], shape: Sequence[in
     """Put the stages behind those of the backbone. shape: that of its last output, (N, C, H, W)."""
     if extra:
         channels, stages = shape[1], list[nn.Module]()
-        for item in extra:
-            stage, channels = _stage(item, channels)
-            stages.append(stage)
+        with next(backbone.parameters()).device:  # which may be one without memory
+            for item in extra:
+                stage, channels = _stage(item, channels)
+                stages.append(stage)
         backbone.append(nn.Sequential(*stages).eval())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.schema import expand
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.wording import unknown
@@ -82,7 +83,7 @@ class Weights:
 
 def given_file(weights: str) -> Path | None:
     """The file that `model.weights` names; None where it is no path. SettingError for a path without a file."""
-    path = Path(weights).expanduser()
+    path = expand(weights)
     if path.is_file():
         return path
     if path.is_dir() and "/" in weights:
