@@ -126,6 +126,32 @@ def test_a_soup_is_the_mean_of_the_best_epochs() -> None:
     assert soup.mean()["weight"].tolist() == [3.0, 3.0]
     assert soup.mean()["count"] == 2
 
+    again = Soup(3)
+    again.restore(soup.kept, range(1, 6), weights)
+    assert again.kept == soup.kept
+    (number, figures, tensors), *others = soup.kept
+    for wrong, said in [
+        (
+            (number, figures, {**tensors, "weight": torch.zeros(3)}),
+            r"weight of a part of the mean is \(3,\), and \(2,\)",
+        ),
+        ((number, figures, {"weight": torch.zeros(2)}), r"count of a part of the mean is None, and \(\) is needed"),
+        ((6, figures, tensors), "the weights kept for their mean are those of epochs .* of 5"),
+        (others[0], "the weights kept for their mean are those of epochs .* of 5"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            again.restore([wrong, *others], range(1, 6), weights)
+    with pytest.raises(ValueError, match="the weights kept for their mean"):
+        again.restore([], range(1, 6), weights)
+
+
+def test_an_average_of_other_tensors_is_refused() -> None:
+    average = Average({"weight": torch.ones(2)}, 0.5)
+    with pytest.raises(ValueError, match=r"weight of the average is \(\), and \(2,\) is needed"):
+        average.restore(1, {"weight": torch.tensor(3.0)})  # which copying would spread
+    average.restore(4, {"weight": torch.tensor([3.0, 4.0])})
+    assert (average.updates, average.tensors["weight"].tolist()) == (4, [3.0, 4.0])
+
 
 def test_the_names_are_those_of_the_schema() -> None:
     assert OPTIMIZERS.keys() == set(typing.get_args(OptimizerName))

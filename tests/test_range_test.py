@@ -15,6 +15,7 @@ from torch import nn
 
 from conftest import Run
 from test_run import WORDS, phased
+from test_tracking import events, points
 from tiny import STEPS, TinyBatches, tiny_state
 from tl_trainer import range_test
 from tl_trainer.assembly import Parts
@@ -83,17 +84,23 @@ def test_the_words_set_the_rate_of_the_last_phase() -> None:
 
 
 def test_the_command_writes_its_curve_and_no_run(tl: Run, colours: Path) -> None:
-    more = [f"{key}={json.dumps(value)}" for key, value in WORDS]
+    more = [f"{key}={json.dumps(value)}" for key, value in {**dict(WORDS), "output.tensorboard": True}.items()]
     done = tl("train", "--data-dir", colours, "--find-lr", *more)
     assert done.returncode == 0, done.stderr
     first, curve_line, suggestion, *_ = done.stdout.splitlines()
     assert first.startswith(f"{FEWEST} batches at rising learning rates, ")
     assert [path.name for path in Path("runs").iterdir()] == ["run-lr-1"]
-    assert sorted(path.name for path in Path("runs/run-lr-1").iterdir()) == ["rates.csv", "rates.png"]
+    logged, *names = sorted(path.name for path in Path("runs/run-lr-1").iterdir())
+    assert logged.startswith("events.out.tfevents.")
+    assert names == ["rates.csv", "rates.png"]
     assert curve_line == "curve: runs/run-lr-1/rates.png"
     with Path("runs/run-lr-1/rates.csv").open(newline="") as file:
         rows = [Point(*map(float, row.values())) for row in csv.DictReader(file)]
-    rate = suggested(rows)
+    rate, reader = suggested(rows), events(Path("runs/run-lr-1"))
+    for tag, column in (("rates/rate", "rate"), ("rates/loss", "loss"), ("rates/mean_loss", "mean")):
+        assert points(reader, tag) == pytest.approx(dict(enumerate(getattr(row, column) for row in rows)))
+    [picture] = reader.Images("rates")
+    assert picture.encoded_image_string == Path("runs/run-lr-1/rates.png").read_bytes()
     assert suggestion == (
         f"suggested: train.optimizer.lr={rate:g}" if rate else "no rate made the loss fall, so none is suggested; look "
         "at the curve"

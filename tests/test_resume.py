@@ -313,6 +313,20 @@ def test_a_forged_schedule_is_refused(tl: Run, colours: Path, plateau: Any) -> N
     assert "epochs: 1" in (RUN / "config.yaml").read_text()
 
 
+def test_a_forged_mean_of_epochs_is_refused(tl: Run, colours: Path) -> None:
+    last_json(tl("train", "--data-dir", colours, "--epochs", 2, "train.soup=2", "--json", *SMALL))
+    content = torch.load(RUN / "last.pth", weights_only=True)
+    assert [len(entry) for entry in content["resume"]["soup"]] == [3, 3]
+    damaged = "damaged checkpoint: resume.soup is missing or of the wrong kind"
+    other = "does not fit this run: ValueError: the weights kept for their mean are those of epochs [] of 2"
+    for forged, said in ((None, damaged), ([[1, {"loss": "low"}, {}]], damaged), ([], other)):
+        content["resume"]["soup"] = forged
+        save_sealed(RUN / "last.pth", content)
+        refused = tl("train", "--resume", RUN, "--epochs", 3)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].endswith(said)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_other_images_under_the_same_names_are_refused(tl: Run, colours: Path, split: str) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL))

@@ -88,6 +88,14 @@ class Average:
         self.tensors = {key: value.detach().clone() for key, value in self.changing.items()}
 
     @torch.no_grad()
+    def restore(self, updates: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with a saved average. Raises ValueError where it is not one of such tensors."""
+        _require_like(tensors, self.tensors, "the average")
+        self.updates = updates
+        for key, value in self.tensors.items():
+            value.copy_(tensors[key])
+
+    @torch.no_grad()
     def update(self) -> None:
         """Take in the tensors as they are now."""
         self.updates += 1
@@ -119,6 +127,17 @@ class Soup:
             self.kept.insert(place, (epoch, figures, copies))
             del self.kept[self.size :]
 
+    def restore(
+        self, kept: Sequence[tuple[int, dict[str, float], dict[str, Tensor]]], epochs: range, like: Mapping[str, Tensor]
+    ) -> None:
+        """Go on with what was saved after these epochs. Raises ValueError where it is not of them, or unlike these."""
+        numbers = {epoch for epoch, _, _ in kept}
+        if len(kept) != min(self.size, len(epochs)) or len(numbers) < len(kept) or not numbers <= {*epochs}:
+            raise ValueError(f"the weights kept for their mean are those of epochs {[*numbers]} of {len(epochs)}")
+        for _, _, tensors in kept:
+            _require_like(tensors, like, "a part of the mean")
+        self.kept = [(epoch, figures, tensors) for epoch, figures, tensors in kept]
+
     def mean(self) -> dict[str, Tensor]:
         """The mean of the weights; tensors of integers are those of the best epoch."""
         first, *others = [tensors for _, _, tensors in self.kept]
@@ -128,6 +147,14 @@ class Soup:
             else value
             for key, value in first.items()
         }
+
+
+def _require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError for other names or shapes, which copying would only find out later, or never."""
+    shapes, wanted = ({key: tuple(value.shape) for key, value in of.items()} for of in (tensors, like))
+    for key in wanted.keys() | shapes.keys():
+        if shapes.get(key) != wanted.get(key):
+            raise ValueError(f"{key} of {what} is {shapes.get(key)}, and {wanted.get(key)} is needed")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from tl_trainer.plots import png, rates_figure
 from tl_trainer.run import close, new_training, summary
 from tl_trainer.search import search
 from tl_trainer.teacher import teacher_of
+from tl_trainer.tracking import log_rates
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class Point(NamedTuple):
 
 def find_rate(loaded: Loaded) -> dict[str, Any]:
     """Train batches at rising rates; the losses are in rates.csv and rates.png in a new folder in output.dir.
+    """Train one pass at rising rates and write the losses into a new folder in output.dir: as rates.csv, as rates.png,
+    and for TensorBoard.
 
     What is returned has the `folder`, and the suggested `lr` with the `words` that set it, or null where no rate made
     the loss fall. A head that the first phase finds is found first. Raises a TrainerError.
@@ -63,7 +66,10 @@ def find_rate(loaded: Loaded) -> dict[str, Any]:
         close(feeds)
     folder = numbered_folder(output, f"{loaded.name}-lr")
     write_text(folder / "rates.csv", csv_text(("rate", "loss", "mean_loss"), points))
-    write_bytes(folder / "rates.png", png(rates_figure(points, rate := suggested(points))))
+    picture = png(rates_figure(points, rate := suggested(points)))
+    write_bytes(folder / "rates.png", picture)
+    if config.output.tensorboard:
+        log_rates(folder, points, picture)
     return {
         "folder": str(folder),
         "batches": len(points),

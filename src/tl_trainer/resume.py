@@ -123,6 +123,8 @@ def _read(
     task, result = task_of(begun.config.train, last.classes), None
     for figures in (progress.best, progress.of_best.best, progress.of_stop.best):
         _check_figures(figures, task, path, "resume.progress")
+    for figures in _soup_figures(last.resume.get("soup", [])):
+        _check_figures(figures, task, path, "resume.soup")
     loaded = from_checkpoint(configured, path, overrides) if config is None else load(config, overrides)
     chosen = begun.config.model
     for one in loaded.each:  # of a list the entry that the run began with
@@ -170,6 +172,12 @@ def _checked_progress(last: Checkpoint, path: Path) -> Progress:
     except ValueError as error:  # pydantic's are
         raise CheckpointError(f"{path}: damaged checkpoint: resume.progress is missing or of the wrong kind") from error
     return progress
+
+
+def _soup_figures(kept: Any) -> list[Any]:
+    """The figures of each epoch whose weights are kept for a mean; {} for what is no such epoch."""
+    entries = kept if isinstance(kept, list) else [kept]
+    return [(entry[1] if isinstance(entry, list) and len(entry) == 3 else None) or {} for entry in entries]
 
 
 def _check_figures(figures: Any, task: Task, path: Path, key: str) -> None:

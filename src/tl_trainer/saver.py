@@ -184,11 +184,10 @@ class State:
         self.schedule.plateau = factor
         self.scaler.load_state_dict(resume["scaler"])
         if self.average:
-            self.average.updates, tensors = resume["average"]
-            for key, value in self.average.tensors.items():
-                value.copy_(tensors[key])
+            self.average.restore(*resume["average"])
         if self.soup:
-            self.soup.kept = [(epoch, figures, tensors) for epoch, figures, tensors in resume["soup"]]
+            epochs = range(self.begun + 1, self.progress.epoch + 1)
+            self.soup.restore(resume["soup"], epochs, self.classifier.trained_state())
         if self.progress.gathered:
             for weight, gradient in zip(weights_of(self.optimizer), resume["gradients"], strict=True):
                 weight.grad = None if gradient is None else gradient.to(weight.device)

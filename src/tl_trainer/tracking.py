@@ -99,7 +99,7 @@ class Tracker:
         """Log a grid of captioned pictures. batch: (N, 3, H, W) float in [0, 1]."""
         buffer = io.BytesIO()
         picture_grid(batch, captions).save(buffer, "PNG", compress_level=1)  # more makes photographs hardly smaller
-        self._add_png(tag, buffer.getvalue(), epoch)
+        _add_png(self.writer, tag, buffer.getvalue(), epoch)
 
     def epoch(self, done: EpochDone, val: Figures, lr: float | None) -> None:
         """Log an epoch, its validation figures, and the rate of its last step; None where the head was found.
@@ -204,17 +204,10 @@ class Tracker:
 
     def _draw(self, epoch: int, scores: Scores, pictures: Pictures) -> None:
         for name, data in pictures().items():
-            self._add_png(f"val/{name}", data, epoch)
+            _add_png(self.writer, f"val/{name}", data, epoch)
         for name, labels, shares in self.task.precision_recall(scores):
             self.writer.add_pr_curve(f"precision_recall/{printable(name)}", labels, shares, epoch)
         self._drawn_at, self._drawn_epoch = time.monotonic(), epoch
-
-    def _add_png(self, tag: str, data: bytes, epoch: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        width, height = Image.open(io.BytesIO(data)).size
-        image = Summary.Image(width=width, height=height, encoded_image_string=data)
-        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
     @_on_tensorboard
     def flush(self) -> None:
@@ -243,6 +236,20 @@ class Tracker:
             raise RunError(f"cannot write {self.path}: {error.strerror}") from error
 
 
+def log_rates(folder: Path, points: Iterable[tuple[float, float, float]], picture: bytes) -> None:
+    """Log a learning-rate range test: its picture, and rate, loss and mean loss of each batch, which is a step.
+
+    The rates rise by the same factor with every step, so the curves look as they do over the logarithm of the rate.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for step, values in enumerate(points):
+            for tag, value in zip(("rate", "loss", "mean_loss"), values, strict=True):
+                writer.add_scalar(f"rates/{tag}", value, step)
+        _add_png(writer, "rates", picture, 0)
+
+
 def graph_of(stages: Iterable[tuple[str, nn.Module]], *, trained: bool) -> Graph:
     """(name, what it is, whether it trains) of each stage, for `Tracker.start`."""
     return [(name, f"{type(module).__name__}({module.extra_repr()})", trained) for name, module in stages]
@@ -267,6 +274,14 @@ def _rows(path: Path) -> list[list[str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))[1:]
+
+
+def _add_png(writer: Any, tag: str, data: bytes, epoch: int) -> None:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = Image.open(io.BytesIO(data)).size
+    image = Summary.Image(width=width, height=height, encoded_image_string=data)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
 
 def _add_graph(writer: Any, graph: Graph) -> None:
