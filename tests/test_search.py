@@ -245,6 +245,36 @@ def test_a_search_that_was_killed_is_resumed_to_the_same_head(
         assert torch.equal(value, second[name])
 
 
+@pytest.mark.parametrize("hidden", [[], [4]])
+def test_a_search_that_was_killed_amid_its_candidates_is_resumed_to_the_same_bytes(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: list[int]
+) -> None:
+    monkeypatch.setattr(mlp, "STEPS", 1)
+    config["model"]["head"] = {"hidden": hidden}
+    config["features"]["dir"] = str(tmp_path / "cache")
+    pause, calls = run._pause, iter(range(7))
+
+    def killing(*arguments: Any) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        pause(*arguments)
+
+    for name in ("whole", "killed"):
+        Path(name).mkdir()
+    monkeypatch.chdir("whole")
+    whole = train(config)
+    monkeypatch.chdir("../killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_pause", killing)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert next(calls, "all") == "all"
+    assert not Path("runs/run-1/search.csv").exists()
+    assert train(config, resume=True)["search"] == whole["search"]
+    for name in ("best.pth", "search.csv", "config.yaml"):
+        assert Path("runs/run-1", name).read_bytes() == Path("../whole/runs/run-1", name).read_bytes()
+
+
 def test_the_command_prints_what_was_found(tl: Run, tmp_path: Path) -> None:
     draw_split(tmp_path / "photos", 6)
     words = ("model.backbone=timm/test_resnet", "model.weights=none", "transforms.eval=[{Resize: [64, 64]}]")
