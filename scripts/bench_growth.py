@@ -27,7 +27,7 @@ from PIL import Image
 
 from bench_report import report
 from tl_trainer import features
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.folders import open_folders

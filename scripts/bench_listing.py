@@ -24,7 +24,7 @@ import pyarrow
 from pyarrow import parquet
 
 from bench_report import report
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.sources import open_dataset
 
 GROUP = 100_000  # rows

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench_report import report
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.verify import verified

@@ -60,7 +60,10 @@ def content_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
 
 
 def older(content: dict[str, Any], version: int) -> dict[str, Any]:
-    """The content of a file of version 2, 3 or 4."""
+    """The content of a file of version 2 to 5."""
+    content = {key: value for key, value in content.items() if key != "thresholds"}
+    if version == 5:
+        return content | {"version": 5}
     if version == 4:
         return {key: value for key, value in content.items() if key != "conformal"} | {"version": 4}
     missing = {"val_split", "conformal", *(["features"] if version == 2 else [])}
@@ -87,7 +90,7 @@ def test_what_may_be_absent_comes_back_as_none(path: Path, name: str) -> None:
 def test_a_checkpoint_says_what_it_is_and_what_wrote_it(path: Path) -> None:
     content = content_of(example(), path)
     assert content["format"] == "tl-trainer checkpoint"
-    assert content["version"] == 5
+    assert content["version"] == 6
     assert content["libraries"] == library_versions()
     assert content["libraries"]["tl-trainer"] == tl_trainer.__version__
     assert content["libraries"]["torch"] == torch.__version__
@@ -104,15 +107,15 @@ def test_the_file_of_another_program(path: Path, content: Any) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("version", [1, 6])
+@pytest.mark.parametrize("version", [1, 7])
 def test_another_version_says_what_wrote_it(path: Path, version: int) -> None:
     content = content_of(example(), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "9.8.7"}})
-    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 to 5; .*9\.8\.7"):
+    with pytest.raises(CheckpointError, match=rf"best\.pth: format version {version}, .* reads 2 to 6; .*9\.8\.7"):
         load(path)
 
 
-@pytest.mark.parametrize("version", [2, 3, 4, 5])
+@pytest.mark.parametrize("version", [2, 3, 4, 5, 6])
 def test_a_backbone_that_was_removed_says_what_wrote_the_file(path: Path, version: int) -> None:
     content = content_of(replace(example(), backbone={**example().backbone, "name": "tiny_resnet"}), path)
     save_sealed(path, {**content, "version": version, "libraries": {"tl-trainer": "0.1.2"}})
@@ -233,7 +236,7 @@ def test_torch_itself_reads_a_checkpoint(path: Path) -> None:
 def test_a_newer_version_may_say_anything_about_what_wrote_it(path: Path, libraries: Any) -> None:
     save_sealed(path, {**content_of(example(), path), "version": "4" * 9999, "libraries": libraries})
     with pytest.raises(
-        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 to 5"
+        CheckpointError, match=r"best\.pth: format version '4+\.\.\.4+', this tl-trainer reads 2 to 6"
     ) as caught:
         load(path)
     assert len(str(caught.value)) < 500 + len(str(path))

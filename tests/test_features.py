@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from tiny import FakeDevice, files_of, paths_of
 from tl_trainer import features as module_under_test
-from tl_trainer.config.schema import DataSection, FeaturesSection
+from tl_trainer.config.data import DataSection
+from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Files, Pictures, Split
 from tl_trainer.data.loaders import ImageBatches
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out

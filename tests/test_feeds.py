@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tl_trainer import assembly
 from tl_trainer import network as module_under_test
 from tl_trainer.assembly import _feeds
-from tl_trainer.config.schema import Config, DataSection, FeaturesSection
+from tl_trainer.config.data import DataSection
+from tl_trainer.config.schema import Config, FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.loaders import ImageBatches

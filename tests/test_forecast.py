@@ -16,7 +16,7 @@ from torch.nn import functional
 from conftest import draw_split
 from tl_trainer import forecast, logistic
 from tl_trainer.candidates import Row
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.forecast import Curve, Forecast, fitted, forecast_of, measured

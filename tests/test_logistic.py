@@ -104,3 +104,43 @@ def test_a_column_without_information_and_two_rows_are_no_problem() -> None:
 )
 def test_a_path_ends_where_all_losses_are_hopeless(losses: list[list[float]], count: int) -> None:
     assert len(list(promising(losses, torch.tensor))) == count
+
+
+def test_labels_that_do_not_exclude_each_other_are_solved_as_scikit_learn_solves_each_of_them() -> None:
+    features, _ = noisy(150, 10)
+    generator = torch.Generator().manual_seed(1)
+    wanted = features @ torch.randn(10, 3, generator=generator) / 20
+    labels = (wanted + torch.randn(150, 3, generator=generator) > wanted.mean(dim=0)).long()
+    labels[:30, 0] = -1  # nobody says
+    soft = torch.stack([(labels == 0).float(), 2.0 * (labels == 1)], dim=2)
+    shares = torch.ones(2, 150)
+    shares[0, 100:] = 0
+    for solution in path(Axes.of(features), soft, shares, STRENGTHS):
+        assert solution.converged.all()
+        for problem, rows in enumerate((range(100), range(150))):
+            expected = []
+            for label in range(3):
+                kept = [row for row in rows if labels[row, label] >= 0]
+                had = labels[kept, label].numpy()
+                weights = 1.0 + had
+                c = 1 / (solution.strength * weights.sum())
+                reference = LogisticRegression(C=c, solver="newton-cg", max_iter=10_000, tol=1e-8)
+                reference.fit(features[kept].double().numpy(), had, sample_weight=weights)
+                expected.append(torch.from_numpy(reference.predict_proba(features.double().numpy())[:, 1]).float())
+            found = logits(solution, features, problem)
+            torch.testing.assert_close(solution.logits[problem], found, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(found.sigmoid(), torch.stack(expected, dim=1), atol=0.02, rtol=0)
+
+
+def test_a_label_that_no_image_has_or_of_which_nobody_says_does_not_disturb_the_others() -> None:
+    features, targets = noisy(80, 6)
+    labels = functional.one_hot(targets, 3)
+    alone = torch.stack([(1 - labels).float(), labels.float()], dim=2)
+    absent = torch.stack([torch.tensor([1.0, 0.0]).repeat(80, 1), torch.zeros(80, 2)], dim=1)
+    for one, both in zip(
+        solutions(features, alone), solutions(features, torch.cat([alone, absent], dim=1)), strict=True
+    ):
+        assert both.converged.all()
+        torch.testing.assert_close(both.logits[..., :3], one.logits, atol=1e-3, rtol=1e-3)
+        assert (both.logits[..., 3] < -3).all()
+        assert (both.logits[..., 4] == 0).all()

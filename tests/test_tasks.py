@@ -28,12 +28,12 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.nn import functional
 
-from tl_trainer import metrics, tasks
+from tl_trainer import metrics
 from tl_trainer.config.training import Figure, LossSection
 from tl_trainer.errors import DataError, RunError
-from tl_trainer.metrics import FEWEST, Figures, Scores
+from tl_trainer.metrics import CURVES, FEWEST, HIGHER, Figures, Prediction, Scores
 from tl_trainer.plots import confusion_figure, png, reliability_figure
-from tl_trainer.tasks import HIGHER, Prediction, SingleLabel
+from tl_trainer.tasks import SingleLabel
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
 TASK = SingleLabel(CLASSES)
@@ -228,9 +228,9 @@ def test_figures_in_words() -> None:
 
 
 def test_too_few_images_have_no_temperature() -> None:
-    assert TASK.temperature(noise(FEWEST - 1, 3)) is None
+    assert TASK.calibration(noise(FEWEST - 1, 3)) is None
     scores = noise(FEWEST, 3)
-    found = TASK.temperature(Scores(8 * scores.logits, scores.targets))
+    found = TASK.calibration(Scores(8 * scores.logits, scores.targets))
     assert found is not None
     assert found > 4
 
@@ -343,7 +343,7 @@ def test_precision_and_recall_are_of_each_class_against_all_others() -> None:
 @pytest.mark.parametrize(("classes", "there"), [(200, True), (201, False)])
 def test_above_so_many_classes_there_are_no_curves_of_each(classes: int, there: bool) -> None:
     task, scores = named(classes), noise(2 * classes, classes)
-    assert classes - (not there) == tasks.CURVES
+    assert classes - (not there) == CURVES
     assert (len(task.curves(scores)), len(list(task.precision_recall(scores)))) == ((classes,) * 2 if there else (0, 0))
 
 

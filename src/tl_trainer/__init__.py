@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         TrainerError,
     )
     from tl_trainer.ground.signals import StopRequest
+    from tl_trainer.metrics import Prediction
     from tl_trainer.predict import Extras, Row
-    from tl_trainer.tasks import Prediction
 
 __version__ = "0.3.0"
 
@@ -39,7 +39,7 @@ _ORIGINS = {
     ),
     "tl_trainer.ground.signals": ("StopRequest",),
     "tl_trainer.predict": ("Extras", "Row"),
-    "tl_trainer.tasks": ("Prediction",),
+    "tl_trainer.metrics": ("Prediction",),
 }  # fmt: skip
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Extras", "ImageError", "InputError", "Interrupted", "Model",

@@ -85,7 +85,7 @@ def add_class(parts: Parts, checkpoint: Path, name: str, folder: Path, output: P
     parts.take_head(head.layers, unit=unit)
     targets = torch.tensor(new.targets)
     scores = Scores(torch.cat([head.val, head.new]), torch.cat([of_val.targets, targets]))
-    temperature = parts.task.temperature(scores)
+    temperature = parts.task.calibration(scores)
     best = replace(
         saved,
         classes=parts.task.classes,
@@ -154,6 +154,8 @@ def solved(train: Table, val: Table, fold: Tensor, scalings: Sequence[str]) -> H
 def _require_extensible(parts: Parts, name: str) -> None:
     saved = parts.saved
     assert saved is not None
+    if parts.task.kind != "single":
+        raise InputError("--add-class adds a class to those of which an image has one, and here it may have several")
     if name in saved.classes:
         raise InputError(f"--add-class {name}: the checkpoint has this class already; it has {listed(saved.classes)}")
     if parts.config.model.head.hidden:

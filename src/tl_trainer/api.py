@@ -23,12 +23,12 @@ from torch import Tensor
 from tl_trainer import conformal, embeddings, run
 from tl_trainer import resume as resuming
 from tl_trainer.assembly import Parts, restore
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded, Override, data_at, to_yaml
 from tl_trainer.config.load import load as load_config
-from tl_trainer.config.schema import expand
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import InputError
-from tl_trainer.evaluation import evaluate_checkpoint
+from tl_trainer.evaluation import evaluate_checkpoint, require_one_label
 from tl_trainer.ground.failures import in_sentences
 from tl_trainer.ground.files import make_folder, numbered_folder
 from tl_trainer.ground.progress import bars
@@ -159,6 +159,11 @@ class Model:
         return list(self._parts.task.classes)
 
     @property
+    def task(self) -> str:
+        """What an image has, as `data.task`: single (one class), or multilabel."""
+        return self._parts.task.kind
+
+    @property
     def temperature(self) -> float | None:
         """What calibrates the probabilities; None where they are as the head gives them, and often too high."""
         return self._parts.saved.temperature if self._parts.saved else None
@@ -211,6 +216,7 @@ class Model:
             raise InputError(f"--neighbours, --reject and --embed take whole images; leave --tta {tta} out")
         saved, most = self._parts.saved, None
         if extras.coverage is not None:
+            require_one_label(self._parts.task)
             if tta is not None:
                 raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
             most = conformal.threshold(saved.conformal if saved else None, extras.coverage)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import BackboneIdentity, Checkpoint
+from tl_trainer.config.data import DataSection
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint
-from tl_trainer.config.schema import Config, DataSection
+from tl_trainer.config.schema import Config
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
@@ -56,6 +57,7 @@ from tl_trainer.settings import (
     check_teacher,
     check_views,
     located,
+    same_task,
 )
 from tl_trainer.tasks import Task, task_of
 
@@ -203,7 +205,7 @@ def set_up(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "
                 "is the folder one level too high or too low?"
             )
-        task, drawn = task_of(config.train, dataset.classes), "val" not in dataset.splits
+        task, drawn = task_of(config.data.task, config.train, dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         inspect(dataset, task, drawn)
         check_teacher(config.train.teacher.checkpoint, dataset.classes)
@@ -246,7 +248,7 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
     if not path.exists() and path.with_name("last.pth").exists():
         raise CheckpointError(f"{path}: no epoch of this run has ended yet; go on with --resume {path.parent}")
     saved, overrides = checkpoint.load(path), list(overrides)
-    loaded = from_checkpoint(saved.config, path, [*NOT_TAKEN, *overrides])
+    loaded = from_checkpoint(saved.config, path, [*NOT_TAKEN, *same_task(overrides, saved.config, path)])
     check_fixed(loaded, overrides)
     try:
         pipeline = Pipeline(saved.preprocessing, "preprocessing")
@@ -269,7 +271,7 @@ def restore(path: Path, overrides: Overrides = ()) -> Parts:
             precision = "fp32"
         network = Network(classifier.eval(), device, precision)
     feeds = _feeds(config, network, saved.backbone)
-    task = task_of(config.train, saved.classes)
+    task = task_of(config.data.task, config.train, saved.classes)
     return Parts(loaded, task, network, pipeline, saved.backbone, saved.features, feeds, saved)
 
 
@@ -386,5 +388,4 @@ def _feeds(config: Config, network: Network, backbone: BackboneIdentity) -> Feed
             device=network.device,
             workers=workers,
         )
-    balanced = config.train.sampler == "balanced"
-    return Feeds(network, extractor, config.train.batch_size, workers, config.seed, balanced)
+    return Feeds(network, extractor, config.train.batch_size, workers, config.seed, config.train.sampler == "balanced")

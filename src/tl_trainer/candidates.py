@@ -57,7 +57,7 @@ class Found:
 
     judged: by which images, in words, and `images` how many. folds: how many of cross-validation judged too, or 0.
     held_out: where the head was solved again on train and val, the logits of the val images by heads that did not see
-    them (M, C).
+    them (M, C). several: whether images may have several labels; then `top1` is the mean average precision.
     """
 
     rows: list[Row]
@@ -67,6 +67,17 @@ class Found:
     images: int
     folds: int = 0
     held_out: Tensor | None = None
+    several: bool = False
+
+    @property
+    def key(self) -> str:
+        """What the figure of a candidate is called in files."""
+        return "map" if self.several else "top1"
+
+    @property
+    def measure(self) -> str:
+        """What it is called in words."""
+        return "mAP" if self.several else "top-1"
 
     @property
     def unit(self) -> bool:
@@ -81,6 +92,7 @@ class Found:
     def summary(self) -> dict[str, Any]:
         """What result.json says of the search."""
         row = {key: value for key, value in asdict(self.best).items() if value is not None and key != "note"}
+        row = {self.key if key == "top1" else key: value for key, value in row.items()}
         settings = {"settings": self.best.settings, "candidates": len(self.rows), "judged_by": self.judged}
         return {**row, **settings, "refit": self.held_out is not None}
 
@@ -110,14 +122,14 @@ class Found:
                 "search/features": row.scaling,
                 "search/strength": row.strength,
             }
-            figures = {"search/top1": row.top1, "search/loss": row.loss}
+            figures = {f"search/{self.key}": row.top1, "search/loss": row.loss}
             yield settings, {tag: value for tag, value in figures.items() if value is not None}
 
     def lines(self) -> list[str]:
         """The candidates worth seeing, as lines of a table."""
         rows = self.shown()
         width = max(len(row.settings) for row in rows)
-        lines = [f"  {'head':19}  {'settings':{width}}  log loss  top-1 ({self.figure})"]
+        lines = [f"  {'head':19}  {'settings':{width}}  log loss  {self.measure} ({self.figure})"]
         for row in rows:
             mark, loss = ">" if row is self.best else " ", "" if row.loss is None else f"{row.loss:.4f}"
             lines.append(f"{mark} {row.method:19}  {row.settings:{width}}  {loss:>8}  {row.top1:.1%}")
@@ -125,6 +137,8 @@ class Found:
 
     def remark(self) -> str | None:
         """Which simpler method is better than the head by more than a standard error of its top-1, and the remedy."""
+        if self.several:  # the standard error of a mean average precision is not known
+            return None
         error = (self.best.top1 * (1 - self.best.top1) / self.images) ** 0.5
         others = [row for row in self.shown() if row.method in REMEDIES and row.method != self.best.method]
         ahead = max(others, key=lambda row: row.top1, default=self.best)
@@ -137,4 +151,5 @@ class Found:
 
     def table(self) -> str:
         """All candidates as CSV."""
-        return csv_text((field.name for field in fields(Row)), map(astuple, self.rows))
+        header = (self.key if field.name == "top1" else field.name for field in fields(Row))
+        return csv_text(header, map(astuple, self.rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torchvision
@@ -21,8 +21,8 @@ from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed
 from tl_trainer.ground.wording import shown
 
 FORMAT = "tl-trainer checkpoint"
-VERSION = 5
-OLDER = (2, 3, 4)  # which are read too
+VERSION = 6
+OLDER = (2, 3, 4, 5)  # which are read too
 REMOVED = "tiny_resnet"  # the backbone that came along while the format was version 2
 
 
@@ -40,6 +40,13 @@ def _is_row_of_scores(value: Tensor) -> Tensor:
 
 NameHashes = Annotated[Tensor, AfterValidator(_is_name_hashes)]
 LabelScores = Annotated[Tensor, AfterValidator(_is_row_of_scores)]
+
+
+class Calibration(NamedTuple):
+    """What turns the logits of an image that may have several labels into them, each from its threshold on."""
+
+    temperature: float | None
+    thresholds: list[float]
 
 
 class BackboneIdentity(TypedDict):
@@ -65,8 +72,9 @@ class Checkpoint:
     training changed. frozen: the others, None while a run is going on. epoch: epochs completed. metrics: the validation
     figures of these weights. val_split: the `name_hashes` of the validation split, where the run drew it. val_images:
     the contents of its images. temperature: fitted on these when the run ends, None before, where they are too few, and
-    in last.pth. conformal: at the same time, `conformal.label_scores` of these images. resume: the optimizer and so on,
-    only in last.pth.
+    in last.pth. conformal: at the same time, `conformal.label_scores` of these images. thresholds: at the same time, of
+    each label the probability from which on an image has it, where it may have several. resume: the optimizer and so
+    on, only in last.pth.
     """
 
     config: dict[str, Any]
@@ -82,7 +90,13 @@ class Checkpoint:
     val_images: list[str]
     temperature: float | None = None
     conformal: LabelScores | None = None
+    thresholds: list[float] | None = None
     resume: dict[str, Any] | None = None
+
+    @property
+    def calibration(self) -> Any:
+        """As the task has it: the temperature, with thresholds a Calibration; None where there is neither."""
+        return self.temperature if self.thresholds is None else Calibration(self.temperature, self.thresholds)
 
     @property
     def backbone_pretrained(self) -> bool:
@@ -130,9 +144,12 @@ def load(path: Path, *, mapped: bool = True) -> Checkpoint:
 def _renewed(content: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of an older version with what that did not have.
 
-    Version 4 kept no conformal scores, version 3 the names of the validation split instead of their hashes. Version 2
-    did not say how wide the head's input is: its first matrix has that width.
+    Version 5 kept no thresholds, version 4 no conformal scores, version 3 the names of the validation split instead of
+    their hashes. Version 2 did not say how wide the head's input is: its first matrix has that width.
     """
+    content = {**content, "thresholds": None}
+    if content["version"] == 5:
+        return content
     content = {**content, "conformal": None}
     if content["version"] == 4:
         return content

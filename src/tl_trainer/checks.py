@@ -20,19 +20,13 @@ from torch.nn import functional
 from tl_trainer import suspects
 from tl_trainer.assembly import Setup, set_up
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import (
-    Config,
-    HeadSection,
-    ModelSection,
-    PerformanceSection,
-    TransformsSection,
-)
+from tl_trainer.config.schema import Config, HeadSection, ModelSection, PerformanceSection, TransformsSection
 from tl_trainer.config.training import TrainSection
 from tl_trainer.copies import Pair, copies, groups
 from tl_trainer.data.dataset import SPLIT_OF, Split
 from tl_trainer.data.loaders import chunked
 from tl_trainer.data.pixels import BITS, NUMBERS, SIDE, Look, look
-from tl_trainer.errors import DataError
+from tl_trainer.errors import DataError, SettingError
 from tl_trainer.feature_store import FeatureStore, make_room
 from tl_trainer.features import features_folder
 from tl_trainer.ground.machine import cores, free_memory
@@ -162,6 +156,9 @@ def _for_checking(loaded: Loaded) -> Loaded:
     config = loaded.config
     with located(loaded):
         check_one(loaded)
+        if config.data.task != "single":
+            why = "a check compares the one class of each image, and here it may have several; check it with"
+            raise SettingError("data.task", f"{why} data.task=single, or leave the check out")
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = (
         config.model.model_copy(update={"trainable": "head", "extra": [], "head": HeadSection()}),

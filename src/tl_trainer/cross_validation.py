@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_trainer.assembly import Setup, set_up
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import Config, expand
+from tl_trainer.config.schema import Config
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.errors import InputError, RunError, SettingError
 from tl_trainer.features import FeatureBatches, views_that_fit
@@ -128,6 +129,10 @@ def _check(config: Config, folds: int) -> None:
     if folds < FEWEST_FOLDS:
         raise InputError(f"--folds {folds}: {FEWEST_FOLDS} or more are needed; 10 is usual")
     what = "--folds judges the head that is found on kept features of a frozen backbone"
+    if config.data.task != "single":
+        raise SettingError(
+            "data.task", "--folds judges classifiers of one class per image; a val or test split does others"
+        )
     if config.model.trainable != "head":
         raise SettingError("model.trainable", f"{what}; set it to head")
     if config.model.head.hidden or config.model.head.dropout:

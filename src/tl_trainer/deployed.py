@@ -36,18 +36,24 @@ class Pixels(nn.Module):
 
 
 class Deployed(nn.Module):
-    """Pixels, or what the network takes where `pixels` is None -> probabilities (N, classes) with the temperature."""
+    """Pixels, or what the network takes where `pixels` is None -> probabilities (N, classes) with the temperature.
 
-    def __init__(self, pixels: Pixels | None, classifier: Classifier, temperature: float | None) -> None:
+    several: whether an image may have several of the classes, each with a probability of its own.
+    """
+
+    def __init__(
+        self, pixels: Pixels | None, classifier: Classifier, temperature: float | None, *, several: bool = False
+    ) -> None:
         super().__init__()
         stages = [stage.module for stage in (*classifier.frozen, *classifier.trained)]
         self.network = nn.Sequential(pixels or nn.Identity(), *stages, nn.Flatten(1), classifier.head)
-        self.temperature = temperature or 1.0
+        self.temperature, self.several = temperature or 1.0, several
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)
-        return (logits / self.temperature).softmax(dim=1)
+        logits = logits / self.temperature
+        return logits.sigmoid() if self.several else logits.softmax(dim=1)
 
 
 class _Normalisation(nn.Module):

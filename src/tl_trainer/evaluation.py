@@ -14,14 +14,14 @@ from torch import Tensor
 from tl_trainer import conformal
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.schema import DataSection, expand
+from tl_trainer.config.data import DataSection, expand
 from tl_trainer.data.dataset import Dataset, Split, name_hashes
 from tl_trainer.data.duplicates import across, unrepeated
+from tl_trainer.data.label_texts import classes_in
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import remembered, verified
 from tl_trainer.errors import DataError, InputError
-from tl_trainer.evaluate import averaged
 from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Scores
 from tl_trainer.plots import png
@@ -52,7 +52,7 @@ class Evaluation:
     def measured(self) -> dict[str, Any]:
         """All figures as plain data."""
         origin = {"split": self.what, "data": self.data, "tta": self.tta}
-        measured = {**origin, **self.task.measure(self.scores, self.checkpoint.temperature, self.withheld)}
+        measured = {**origin, **self.task.measure(self.scores, self.checkpoint.calibration, self.withheld)}
         return measured if self.coverage is None else {**measured, "sets": self._sets(self.coverage)}
 
     def _sets(self, coverage: float) -> dict[str, float]:
@@ -77,8 +77,8 @@ class Evaluation:
     @cached_property
     def pictures(self) -> dict[str, bytes]:
         """The pictures of the figures: PNG files by name."""
-        temperature = self.checkpoint.temperature if self.withheld is None else None
-        return {name: png(figure) for name, figure in self.task.pictures(self.scores, temperature)}
+        calibration = self.checkpoint.calibration if self.withheld is None else None
+        return {name: png(figure) for name, figure in self.task.pictures(self.scores, calibration)}
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def evaluate_checkpoint(
     saved, config = parts.saved, parts.config
     assert saved is not None
     if coverage is not None:
+        require_one_label(parts.task)
         conformal.threshold(saved.conformal, coverage)  # which may refuse, before any image is read
         if tta is not None:
             raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
@@ -131,20 +132,45 @@ def evaluate_checkpoint(
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
-    if config.train.refit and (seen := len(set(split.contents) & set(saved.val_images))):
+    _say_what_was_seen(parts, split, coverage)
+    scores = Scores(parts.task.averaged([view.logits for view in views]), views[0].targets)
+    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates, coverage)
+
+
+def _say_what_was_seen(parts: Parts, split: Split, coverage: float | None) -> None:
+    """Say which figures are too good, since something was fitted on images of the split."""
+    saved, config = parts.saved, parts.config
+    assert saved is not None
+    seen = len(set(split.contents) & set(saved.val_images))
+    if not seen:
+        return
+    if config.train.refit:
         log.warning(
             "the head was solved on %d of these images too (train.refit), so the figures are too good; "
             "what it gives on images it has not seen is in the run's result.json, or evaluate it on a test split",
             seen,
         )
-    if coverage is not None and (seen := len(set(split.contents) & set(saved.val_images))):
+    if coverage is not None:
         log.warning(
             "the sets were calibrated on %d of these images, so they keep the promise there; measure coverage on a "
             "test split or with --data-dir",
             seen,
         )
-    scores = Scores(averaged([view.logits for view in views]), views[0].targets)
-    return Evaluation(what, dataset.where, split, scores, saved, parts.task, tta, duplicates, coverage)
+    if parts.task.kind != "single":
+        log.warning(
+            "the thresholds were chosen on %d of these images, so precision, recall and F1 are slightly too good; mean "
+            "average precision takes no threshold",
+            seen,
+        )
+
+
+def require_one_label(task: Task) -> None:
+    """Raise InputError for sets of classes, one of which is right, where an image may have several labels."""
+    if task.kind != "single":
+        raise InputError(
+            "--coverage makes sets of classes of which one is right, and here an image may have several; leave it out: "
+            "the labels of an image are those above their threshold"
+        )
 
 
 def _say_what_was_left_out(data: DataSection, saved: Checkpoint) -> None:
@@ -167,7 +193,7 @@ def _default_split(dataset: Dataset, drawn: Tensor | None) -> str:
 
 def _name_absent(classes: Sequence[str], split: Split, place: str) -> None:
     """Say which classes have no image in the split, and what the figures make of them."""
-    present = set(split.targets)
+    present = classes_in(split.targets)
     if absent := [name for label, name in enumerate(classes) if label not in present]:
         names = listed([*map(repr, absent)])
         log.warning(

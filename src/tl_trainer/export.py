@@ -29,7 +29,6 @@ from tl_trainer.errors import InputError, RunError
 from tl_trainer.ground.files import make_folder, write_text
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.hub import save_for_timm, timm_logits
-from tl_trainer.metrics import probabilities
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +102,7 @@ def described(parts: Parts, origin: str) -> dict[str, Any]:
     return {
         "labels": saved.classes,
         "temperature": saved.temperature,
+        **({} if saved.thresholds is None else {"task": parts.task.kind, "thresholds": saved.thresholds}),
         "input": "uint8 (N, H, W, 3), upright RGB" if origin == "image" else "float32 (N, 3, H, W), preprocessed",
         "output": "probabilities (N, classes)",
         "preprocessing": saved.preprocessing,
@@ -136,9 +136,9 @@ def _pixels_of(picture: Image.Image) -> Tensor:
 
 @torch.inference_mode()
 def _compared(parts: Parts, run: Run, views: Sequence[Tensor], inputs: Sequence[Tensor], of: str) -> Check:
-    network, temperature = parts.network, parts.saved.temperature if parts.saved else None
+    network, calibration = parts.network, parts.saved.calibration if parts.saved else None
     logits = torch.cat([network.logits(network.features(view)) for view in views])
-    expected = probabilities(logits, temperature)
+    expected = parts.task.probabilities(logits, calibration)
     twice = run(torch.cat([inputs[0], inputs[0]]))  # a batch of another size than one
     found = torch.cat([twice[1:], *(run(one) for one in inputs[1:])]).double()
     first = expected.gather(1, found.argmax(dim=1, keepdim=True))[:, 0]
@@ -150,7 +150,9 @@ def _compared(parts: Parts, run: Run, views: Sequence[Tensor], inputs: Sequence[
 def _program(parts: Parts, pixels: Pixels | None, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
     """The classifier as torch's program, for batches of any number and, from pixels, of any height and width."""
     saved, dim = parts.saved, torch.export.Dim
-    deployed = Deployed(pixels, parts.network.classifier, saved.temperature if saved else None)
+    deployed = Deployed(
+        pixels, parts.network.classifier, saved.temperature if saved else None, several=parts.task.kind != "single"
+    )
     sizes = {0: dim("N"), **({1: dim("H"), 2: dim("W")} if pixels is not None else {})}
     example = torch.cat([inputs[0], inputs[0]])
     with _exporting(parts), torch.no_grad():
@@ -215,7 +217,9 @@ def _safetensors(parts: Parts, pixels: Pixels | None, inputs: Sequence[Tensor], 
     loaded = load_file(out)
     if not all(torch.equal(loaded[key], value) for key, value in state.items()):
         raise RunError(f"{out.name} was not written: what was read back is not what was saved; is the disk sound?")
-    return lambda images: probabilities(torch.func.functional_call(classifier, loaded, images), saved.temperature)
+    return lambda images: parts.task.probabilities(
+        torch.func.functional_call(classifier, loaded, images), saved.calibration
+    )
 
 
 def _hub(parts: Parts, pixels: Pixels | None, inputs: Sequence[Tensor], out: Path) -> Run:
@@ -223,7 +227,7 @@ def _hub(parts: Parts, pixels: Pixels | None, inputs: Sequence[Tensor], out: Pat
     assert saved is not None
     save_for_timm(parts, described(parts, "tensor"), out)
     logits = timm_logits(out)
-    return lambda images: probabilities(logits(images), saved.temperature)
+    return lambda images: parts.task.probabilities(logits(images), saved.calibration)
 
 
 FORMATS: dict[str, Callable[[Parts, Pixels | None, Sequence[Tensor], Path], Run]] = {

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_trainer.config.schema import FeaturesSection, expand
+from tl_trainer.config.data import expand
+from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import (
     START_METHOD,

@@ -37,7 +37,7 @@ import timm
 model = timm.create_model("local-dir:<this folder>", pretrained=True).eval()
 ```
 
-It gives logits. Probabilities are the softmax of the logits divided by {temperature}.
+It gives logits. Probabilities are the {softmax} of the logits divided by {temperature}.
 """
 
 
@@ -113,5 +113,6 @@ def _card(parts: Parts, about: dict[str, Any]) -> str:
         backbone=saved.backbone["name"],
         weights=saved.backbone["weights"],
         figures="\n".join(figures),
+        softmax="softmax" if parts.task.kind == "single" else "sigmoid",
         temperature=saved.temperature or 1.0,
     )

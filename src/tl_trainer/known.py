@@ -22,6 +22,7 @@ from torch.nn import functional
 from tl_trainer.assembly import Parts, memory_of, reopened
 from tl_trainer.config.load import COMMAND_LINE
 from tl_trainer.data.dataset import Split
+from tl_trainer.data.label_texts import classes_in
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, ImageError, InputError, RunError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed, seal_of
@@ -61,7 +62,7 @@ class Known:
 
     features: Tensor
     paths: list[str]
-    targets: list[int]
+    targets: list[Any]
     val: Tensor
 
     @cached_property
@@ -76,12 +77,15 @@ class Known:
         ]
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
-    def nearest(self, similarities: Similarities, count: int, classes: Sequence[str]) -> list[list[Neighbour]]:
-        """The `count` nearest training images of each image, from the similarities of as many or more."""
+    def nearest(self, similarities: Similarities, count: int, caption: Callable[[Any], str]) -> list[list[Neighbour]]:
+        """The `count` nearest training images of each image, from the similarities of as many or more.
+
+        caption: a target in words.
+        """
         alike, found = (part[:, :count] for part in similarities)
         return [
             [
-                Neighbour(self.paths[at], classes[self.targets[at]], round(value, 6))
+                Neighbour(self.paths[at], caption(self.targets[at]), round(value, 6))
                 for value, at in zip(*row, strict=True)
             ]
             for row in zip(alike.tolist(), found.tolist(), strict=True)
@@ -90,7 +94,7 @@ class Known:
     def nearest_in(self, parts: Parts, split: Split, count: int) -> list[list[Neighbour]]:
         """The `count` nearest training images of each image of a split."""
         similarities = self.similarities(parts.feeds.embed(split, parts.pipeline), count)
-        return self.nearest(similarities, count, parts.task.classes)
+        return self.nearest(similarities, count, parts.task.caption)
 
     def accepted(self, similarities: Similarities) -> list[bool]:
         """Whether each is as near to the training images as 95% of the validation images are; of NEAREST or more."""
@@ -118,7 +122,7 @@ def known(parts: Parts, checkpoint: Path) -> Known:
     return found
 
 
-def known_of(embedded: Tensor, names: Sequence[str], targets: Sequence[int], val: Tensor) -> Known:
+def known_of(embedded: Tensor, names: Sequence[str], targets: Sequence[Any], val: Tensor) -> Known:
     """From what the head sees of the training images `names`, (N, features), and of the validation images."""
     found = Known(functional.normalize(embedded).half(), [*names], [*targets], torch.empty(0))
     return replace(found, val=found.similarities(val, NEAREST)[0][:, -1])
@@ -220,7 +224,7 @@ def _computed(parts: Parts, file: Path) -> Known:
         train = train.sample(most)
     data, memory = parts.config.data, memory_of(parts.config)
     train, val = verified(train, "train", data, memory), verified(val, "val", data, memory)
-    present = {*train.targets}
+    present = classes_in(train.targets)
     if absent := [name for label, name in enumerate(parts.task.classes) if label not in present]:
         log.warning("no training image of %s is there, so what is like these is like nothing", listed(absent))
     rows, others = (parts.feeds.embed(split, parts.pipeline) for split in (train, val))

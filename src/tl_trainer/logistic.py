@@ -1,4 +1,6 @@
-"""Multinomial logistic regression on features, solved to convergence: a path of strengths, many problems at once.
+"""Logistic regression on features, solved to convergence: a path of strengths, many problems at once.
+
+It is multinomial for classes that exclude each other, and one against the rest for labels that do not.
 
 The features are turned into their principal axes first. A rotation changes nothing about the problem, but in these
 axes the curvature is nearly diagonal, so that a diagonal preconditioner makes every strength a matter of a few
@@ -13,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 STRENGTHS = [10 ** (3 - step / 4) for step in range(37)]  # of L2, 1e3 to 1e-6, that are tried
 HOPELESS = 1.25  # times the lowest log loss so far: where a path of ever weaker strengths ends
@@ -71,16 +74,26 @@ def path(axes: Axes, targets: Tensor, shares: Tensor, strengths: Sequence[float]
     strength / 2 * |weight|^2, where total is the sum of all weights that the problem has; the bias is free.
 
     targets: (N, C), a row the weights of the classes, whose sum is the weight of the row: one-hot for plain labels.
+    (N, C, 2) are classes that do not exclude each other: the weights of a row without and with the class, both 0 where
+    nobody says; then each class is a problem of its own, with the same strength for all.
     shares: (B, N), how much each row counts in each problem: 0 leaves it out, though its logits are given too.
     """
-    problem = _Problem(axes.rotated, targets, shares)
-    point = axes.rotated.new_zeros(len(shares), targets.shape[1], axes.rotated.shape[1] + 1)
+    problem = (
+        _Problem(axes.rotated, targets, shares) if targets.ndim == 2 else _OneVsRest(axes.rotated, targets, shares)
+    )
+    alone = targets.ndim == 3  # each class is
+    size = (len(shares) * targets.shape[1], 1) if alone else (len(shares), targets.shape[1])
+    point = axes.rotated.new_zeros(*size, axes.rotated.shape[1] + 1)
     here = before = _At(point, problem.logits(point))
     for strength in strengths:
         ahead = _At(2 * here.point - before.point, 2 * here.logits - before.logits)
         closer = problem.objective(ahead, strength)[0] < problem.objective(here, strength)[0]
         reached, converged = _minimise(problem, ahead.where(closer, here), strength)
-        yield Solution(strength, axes, reached.point, reached.logits.transpose(1, 2), converged)
+        found, whole = reached, converged
+        if alone:
+            found = _At(*(part.view(len(shares), targets.shape[1], -1) for part in reached))
+            whole = converged.view(len(shares), -1).all(dim=1)
+        yield Solution(strength, axes, found.point, found.logits.transpose(1, 2), whole)
         sound = reached.point.isfinite().all(dim=2).all(dim=1)
         before, here = here, reached.where(sound, here)
 
@@ -152,7 +165,40 @@ class _Problem:
         return torch.cat([spread * self.squares + strength, spread], dim=1)[:, None]
 
 
-def _minimise(problem: _Problem, at: _At, strength: float) -> tuple[_At, Tensor]:
+class _OneVsRest:
+    """B * C binary cross-entropies over the same rows, (B * C, 1, R + 1) each, with the methods of `_Problem`."""
+
+    def __init__(self, rotated: Tensor, targets: Tensor, shares: Tensor) -> None:
+        self.rotated, (without, having) = rotated, targets.permute(2, 1, 0)  # (C, N) each
+        counted = shares[:, None] * (without + having)  # (B, C, N)
+        total = counted.sum(dim=2, keepdim=True).clamp(min=torch.finfo(rotated.dtype).tiny)  # of a class of no row
+        self.weights = (counted / total).flatten(0, 1)[:, None]  # (B * C, 1, N)
+        self.targets = (having > 0).to(rotated).repeat(len(shares), 1)[:, None]
+
+    def logits(self, point: Tensor) -> Tensor:
+        """(B * C, 1, R + 1) -> (B * C, 1, N)"""
+        return point[..., :-1] @ self.rotated.T + point[..., -1:]
+
+    def objective(self, at: _At, strength: float) -> tuple[Tensor, Tensor]:
+        """(B * C,), and the probabilities (B * C, 1, N)."""
+        losses = functional.softplus(at.logits) - at.logits * self.targets
+        loss = (self.weights * losses).sum(dim=(1, 2))
+        return loss + strength / 2 * at.point[..., :-1].square().sum(dim=(1, 2)), at.logits.sigmoid()
+
+    def slope(self, shares: Tensor, point: Tensor, strength: float) -> Tensor:
+        """The gradient (B * C, 1, R + 1)."""
+        wrong = self.weights * (shares - self.targets)
+        of_weight = wrong @ self.rotated + strength * point[..., :-1]
+        return torch.cat([of_weight, wrong.sum(dim=2, keepdim=True)], dim=2)
+
+    def curvature(self, shares: Tensor, strength: float) -> Tensor:
+        """(B * C, 1, R + 1): the Hessian's diagonal."""
+        spread = self.weights * shares * (1 - shares)
+        of_bias = spread.sum(dim=2, keepdim=True).clamp(min=1e-6)
+        return torch.cat([spread @ self.rotated.square() + strength, of_bias], dim=2)
+
+
+def _minimise(problem: _Problem | _OneVsRest, at: _At, strength: float) -> tuple[_At, Tensor]:
     """L-BFGS, each problem until it has converged: where it ends, and whether it has (B,)."""
     value, log_shares = problem.objective(at, strength)
     slope, curvature = problem.slope(log_shares, at.point, strength), problem.curvature(log_shares, strength)

@@ -19,9 +19,25 @@ FEWEST = 30  # images from which a temperature can be fitted
 Z95 = 1.959963984540054  # the normal distribution's 97.5th percentile
 AT_ONCE = 1 << 18  # logits that are computed with at a time, so that what comes of them stays in the cache
 LOWEST, HIGHEST = 0.01, 100.0  # temperature
+CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
 
 
 Figures = dict[str, float]  # mean cross-entropy in nats as `loss`, the number of images as `n`, and what a task adds
+
+
+# The figures by which an epoch can be better than another, and whether it is the higher that is better.
+HIGHER = {
+    "loss": False, "top1": True, "balanced_accuracy": True, "macro_f1": True, "map": True, "micro_f1": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and its probability."""
+
+    label: str
+    index: int
+    probability: float
 
 
 class Scores(NamedTuple):
@@ -60,6 +76,14 @@ class Confusion:
         mistakes = torch.zeros(self.classes, dtype=torch.int64)
         mistakes.index_add_(0, self.labels, wrong).index_add_(0, self.predicted, wrong)
         return mistakes.sort(descending=True, stable=True).indices[:number].sort().values
+
+
+def is_better(figures: Figures, best: Figures, by: str, least: float) -> bool:
+    """Whether `figures` beat `best` by more than `least` in the figure `by`; where that much is 0, the lower loss
+    decides between equal ones.
+    """
+    gain = (figures[by] - best[by]) * (1 if HIGHER[by] else -1)
+    return gain > least or (gain == least == 0 and figures["loss"] < best["loss"])
 
 
 class Reliability(NamedTuple):
@@ -134,9 +158,14 @@ def fit_temperature(scores: Scores) -> float | None:
     """
     if len(scores.targets) < FEWEST:
         return None
-    low, high, scale = 1 / HIGHEST, 1 / LOWEST, 1.0  # of 1 / temperature, in which the cross-entropy is convex
+    return 1 / newton_scale(lambda scale: _slope(scores, scale))
+
+
+def newton_scale(slope_at: Callable[[float], tuple[float, float]]) -> float:
+    """1 / temperature, in which the cross-entropy is convex, where its slope is 0; slope_at: its two derivatives."""
+    low, high, scale = 1 / HIGHEST, 1 / LOWEST, 1.0
     for _ in range(100):
-        slope, curvature = _slope(scores, scale)
+        slope, curvature = slope_at(scale)
         if not slope:
             break
         step = scale - slope / curvature if curvature else math.inf
@@ -144,7 +173,7 @@ def fit_temperature(scores: Scores) -> float | None:
         before, scale = scale, step if low <= step <= high else math.sqrt(low * high)  # Newton's, or half of the rest
         if abs(scale - before) < 1e-5 * scale:  # whose square is what Newton's step is wrong by
             break
-    return 1 / scale
+    return scale
 
 
 def _slope(scores: Scores, scale: float) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tl_trainer.candidates import Layers
 from tl_trainer.data.loaders import batch_order
+from tl_trainer.label_metrics import image_losses
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DECAYS = (1e-2, 0.1, 1.0, 10.0)
@@ -45,7 +46,7 @@ class Trained(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Features (N, D) and the weights of their classes (N, C), all views of the images one after the other."""
+    """Features (N, D) and the weights of their classes (N, C) or (N, C, 2), all views of the images in turn."""
 
     features: Tensor
     soft: Tensor
@@ -91,7 +92,7 @@ def train_heads(
             heads.step(inputs, soft, lambda values: _drop(values, plan.dropout, masks))
             pause()
         logits = torch.cat([heads.logits(part) for part in torch.split(val[0], ROWS_AT_ONCE)], dim=2).transpose(1, 2)
-        losses = [functional.cross_entropy(of_head.double(), val[1]).item() for of_head in logits]
+        losses = [_log_loss(of_head, val[1]) for of_head in logits]
         for row, (number, loss) in enumerate(zip(heads.numbers, losses, strict=True)):
             if number not in best:
                 best[number] = float("inf"), Trained(settings[number], 0, logits[row], heads.layers(row))
@@ -105,6 +106,13 @@ def train_heads(
         if not heads.numbers:
             break
     return [best[number][1] for number in range(len(settings))]
+
+
+def _log_loss(logits: Tensor, targets: Tensor) -> float:
+    """The mean over the images, of several labels over those that are known."""
+    if targets.ndim == 2:
+        return image_losses(logits, targets).mean().item()
+    return functional.cross_entropy(logits.double(), targets).item()
 
 
 def _drop(values: Tensor, dropout: float, masks: torch.Generator) -> Tensor:
@@ -137,9 +145,14 @@ class _Heads:
         self.optimizer = optim.AdamW(groups, fused=True)
 
     def step(self, inputs: Tensor, soft: Tensor, drop: Dropped) -> None:
-        """One update of every head by its mean cross-entropy on a batch (n, D), (n, C)."""
-        log_shares = self._forward(inputs, drop).log_softmax(dim=1)
-        loss = -(soft.T * log_shares).sum() / soft.sum()
+        """One update of every head by its mean cross-entropy on a batch (n, D), (n, C); of each class for (n, C, 2)."""
+        outputs = self._forward(inputs, drop)
+        if soft.ndim == 3:  # each class by itself
+            without, having = soft.permute(2, 1, 0)
+            losses = without * functional.softplus(outputs) + having * functional.softplus(-outputs)
+            loss = losses.sum() / soft.sum().clamp(min=1e-6)
+        else:
+            loss = -(soft.T * outputs.log_softmax(dim=1)).sum() / soft.sum()
         slopes = torch.autograd.grad(loss, self.stacks)
         for row, group in enumerate(self.optimizer.param_groups):
             for parameter, slope in zip(group["params"], slopes, strict=True):

@@ -26,7 +26,7 @@ from tl_trainer.advice import Facts, advise
 from tl_trainer.assembly import Setup
 from tl_trainer.candidates import LINEAR, Found
 from tl_trainer.config.load import to_yaml
-from tl_trainer.config.schema import Config, flat
+from tl_trainer.config.schema import flat
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import TrainerError
@@ -89,15 +89,13 @@ def conclude(
             for name, of_split in scores.items()
         }
         overview = Overview.of(setup.dataset)
-        facts = _facts(setup, evaluations["val"], overview, run_dir)
-        if found:
-            facts = replace(facts, **_of_search(parts.config, found, facts.backbone))
-        else:
-            facts = replace(facts, **_of_epochs(setup, feeds, tracker, progress))
         if _head_alone(setup, feeds):
             result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
-            facts = replace(facts, train=result["train"]["top1"])
-        result["advice"] = [{"evidence": evidence, "try": remedy} for evidence, remedy in advise(facts)]
+        if parts.task.kind == "single":  # its rules go by top-1
+            facts = _facts(setup, evaluations["val"], overview, run_dir)
+            more = _of_search(setup, found, facts) if found else _of_epochs(setup, feeds, tracker, progress)
+            advised = advise(replace(facts, **more, train=result.get("train", {}).get("top1")))
+            result["advice"] = [{"evidence": evidence, "try": remedy} for evidence, remedy in advised]
         if parts.config.output.report:
             about = _found(setup, feeds, found) if found else _trained(tracker, progress, parts.task)
             about |= {"overview": overview, "advice": result["advice"]}
@@ -105,7 +103,7 @@ def conclude(
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
             if found is not None:
-                tracker.candidates(found.sessions(), found.curves())
+                tracker.candidates(found.sessions(), found.curves(), found.key)
         tracker.close()
         result["seconds"] = round(time.perf_counter() - started, 3)
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
@@ -145,11 +143,12 @@ def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> 
     )
 
 
-def _of_search(config: Config, found: Found, another: str) -> dict[str, Any]:
+def _of_search(setup: Setup, found: Found, facts: Facts) -> dict[str, Any]:
     """What more is known of a head that was found: another backbone can be compared with that of the run."""
+    config = setup.parts.config
     if config.train.phases:
         return {}
-    return {"foldable": found.best.method == LINEAR, "backbone": f"[{config.model.backbone}, {another}]"}
+    return {"foldable": found.best.method == LINEAR, "backbone": f"[{config.model.backbone}, {facts.backbone}]"}
 
 
 def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, progress: Progress) -> dict[str, Any]:
@@ -193,15 +192,19 @@ def _report(
 
 def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]:
     """What the report tells of a head that was found."""
-    pictures = {"search": png(strengths_figure(found.curves()))}
+    pictures = {"search": png(strengths_figure(found.curves(), found.measure))}
     linear = found.best.method == LINEAR
-    expected = forecast(setup, feeds, found.best) if linear else "There is no forecast for a head with hidden layers."
+    expected: Forecast | str = "There is no forecast for a head with hidden layers."
+    if found.several:
+        expected = "There is no forecast where images may have several labels."
+    elif linear:
+        expected = forecast(setup, feeds, found.best)
     if isinstance(expected, Forecast):
         pictures["forecast"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))
         told = {"sentence": expected.sentence, "how": expected.how}
     else:
         told = {"sentence": expected, "how": ""}
-    table = {"shown": found.shown(), "figure": found.figure, "remark": found.remark()}
+    table = {"shown": found.shown(), "figure": found.figure, "measure": found.measure, "remark": found.remark()}
     return {"search": {**found.summary(), **table}, "forecast": told, "pictures": pictures}
 
 
@@ -212,7 +215,7 @@ def _trained(tracker: Tracker, progress: Progress, task: Task) -> dict[str, Any]
         best, weights = None, f"the mean of those of epochs {listed([*map(str, progress.soup)])}, the best {by}"
     else:
         best, weights = progress.best_epoch, f"those of epoch {progress.best_epoch}, the best {by}"
-    return {"weights": weights, "pictures": {"epochs": png(epochs_figure(tracker.history(), best))}}
+    return {"weights": weights, "pictures": {"epochs": png(epochs_figure(tracker.history(), best, task.shown))}}
 
 
 def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_trainer.ground.wording import printable
 from tl_trainer.metrics import BINS, Confusion, Reliability
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 NUMBERED = 20  # classes up to which every cell shows its count
 WHOLE = 200  # classes up to which all are shown, and above which only the worst
@@ -26,20 +27,47 @@ def confusion_figure(confusion: Confusion, classes: Sequence[str]) -> Figure:
     """
     import numpy as np
     import torch
-    from matplotlib.figure import Figure
 
     shown = confusion.worst(len(classes) if len(classes) <= WHOLE else WORST)
     images = torch.zeros(len(classes), dtype=torch.int64).index_add_(0, confusion.labels, confusion.counts)
-    counts, number = confusion.among(shown).numpy(), len(shown)
-    share = counts / np.maximum(images[shown, None].numpy(), 1)
+    share = confusion.among(shown).numpy() / np.maximum(images[shown, None].numpy(), 1)
+    figure = _matrix(confusion.among(shown), share, [classes[index] for index in shown.tolist()])
+    figure.axes[0].set(xlabel="predicted", ylabel="label")
+    if len(shown) < len(classes):
+        figure.axes[0].set_title(f"the {len(shown)} of {len(classes):,} classes with the most mistakes")
+    return figure
+
+
+def co_occurrence_figure(counts: Tensor, classes: Sequence[str]) -> Figure:
+    """How many images have both labels, (L, L), coloured by their share of the images with the row's label.
+
+    Of more than WHOLE labels it shows the WORST that most images have.
+    """
+    import numpy as np
+
+    images = counts.diagonal()
+    most = WHOLE if len(classes) <= WHOLE else WORST
+    shown = images.sort(descending=True, stable=True).indices[:most].sort().values
+    among = counts[shown][:, shown]
+    share = among.numpy() / np.maximum(images[shown, None].numpy(), 1)
+    figure = _matrix(among, share, [classes[index] for index in shown.tolist()])
+    figure.axes[0].set(xlabel="has this label too", ylabel="label")
+    if len(shown) < len(classes):
+        figure.axes[0].set_title(f"the {len(shown)} of {len(classes):,} labels that most images have")
+    return figure
+
+
+def _matrix(cells: Tensor, share: Any, classes: Sequence[str]) -> Figure:
+    """A cell for each pair of classes, coloured by its share of the row, (N, N)."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    counts, number = cells.numpy(), len(classes)
     side = max(3.2, min(0.55 * number, 7) if number <= NUMBERED else min(0.155 * number, 30))
     figure = Figure(figsize=(side + 2.2, side + 1.6), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlabel="predicted", ylabel="label")
-    if number < len(classes):
-        axes.set_title(f"the {number} of {len(classes):,} classes with the most mistakes")
-    names = [_short(classes[index]) for index in shown.tolist()]
+    names = [_short(name) for name in classes]
     size = 9 if number <= NUMBERED else 6.5
     upright = sum(map(len, names)) > ACROSS
     axes.set_xticks(range(number), names, rotation=90 if upright else 0, fontsize=size, parse_math=False)
@@ -74,24 +102,29 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
     return figure
 
 
-def strengths_figure(curves: dict[str, list[tuple[float, float, float]]]) -> Figure:
-    """Log loss and top-1 against the strength of L2: (strength, log loss, top-1) of each scaling of the features."""
+def strengths_figure(curves: dict[str, list[tuple[float, float, float]]], measure: str = "top-1") -> Figure:
+    """Log loss and a measure against the strength of L2: (strength, log loss, share) of each scaling of features."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
-        strengths, losses, top1 = zip(*points, strict=True)
+        strengths, losses, shares = zip(*points, strict=True)
         left.plot(strengths, losses, linewidth=1.2, label=name)
-        right.plot(strengths, [100 * share for share in top1], linewidth=1.2)
+        right.plot(strengths, [100 * share for share in shares], linewidth=1.2)
     left.set(xscale="log", xlabel="strength of L2", ylabel="log loss")
-    right.set(xscale="log", xlabel="strength of L2", ylabel="top-1 in %")
+    right.set(xscale="log", xlabel="strength of L2", ylabel=f"{measure} in %")
     left.legend(fontsize=8, title="features", title_fontsize=8)
     return figure
 
 
-def epochs_figure(epochs: Sequence[dict[str, float]], best: int | None) -> Figure:
-    """Loss and top-1 against the epoch, with the best one marked, if any. epochs: the rows of metrics.csv."""
+def epochs_figure(
+    epochs: Sequence[dict[str, float]], best: int | None, shown: tuple[str, str] = ("top1", "top-1")
+) -> Figure:
+    """Loss and a figure against the epoch, with the best one marked, if any. epochs: the rows of metrics.csv.
+
+    shown: the figure's key, and its name.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -100,9 +133,9 @@ def epochs_figure(epochs: Sequence[dict[str, float]], best: int | None) -> Figur
     left, right = figure.subplots(1, 2)
     for name in ("train", "val"):
         left.plot(numbers, [row[f"{name}_loss"] for row in epochs], ".-", linewidth=1.2, markersize=4, label=name)
-    top1 = [100 * row["val_top1"] for row in epochs]
-    right.plot(numbers, top1, ".-", linewidth=1.2, markersize=4, color="tab:orange", label="val")
-    for axes, name in ((left, "loss"), (right, "top-1 in %")):
+    shares = [100 * row[f"val_{shown[0]}"] for row in epochs]
+    right.plot(numbers, shares, ".-", linewidth=1.2, markersize=4, color="tab:orange", label="val")
+    for axes, name in ((left, "loss"), (right, f"{shown[1]} in %")):
         if best is not None:
             axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
         axes.set(xlabel="epoch", ylabel=name)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import itertools
-import json
 import os
 import re
 import select
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -31,14 +28,11 @@ from tl_trainer.data.loaders import chunked, stacked
 from tl_trainer.data.tar import Member, images_in
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import ImageError, InputError
-from tl_trainer.evaluate import averaged
 from tl_trainer.explain import GradCam, sheet
 from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
-from tl_trainer.ground.wording import printable
 from tl_trainer.known import NEAREST, Known, Neighbour
-from tl_trainer.metrics import check_finite
-from tl_trainer.tasks import Prediction, prediction_columns
+from tl_trainer.metrics import Prediction, check_finite
 
 Source = str | Path | Member | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
@@ -49,6 +43,7 @@ Decoded = tuple[Views, float]  # and what `images.dark` says of it
 class Row:
     """What is known about one input: its best classes, or why there are none.
 
+    labels: where an image may have several, those above their threshold, the most probable first.
     set: the classes that hold the right one as often as was asked for. accepted: whether it is like the training
     images. neighbours: the nearest of them. features: what the head sees, (features,) float32. None where not asked
     for.
@@ -57,6 +52,7 @@ class Row:
     path: str
     predictions: list[Prediction] = field(default_factory=list)
     error: str | None = None
+    labels: list[Prediction] | None = None
     set: list[str] | None = None
     accepted: bool | None = None
     neighbours: list[Neighbour] | None = None
@@ -221,11 +217,15 @@ class Predictor:
             yield row
 
     def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
-        picture = self.cam.picture(self.parts.pipeline, view, row.predictions[0].index)
+        for said in row.labels or row.predictions[:1]:
+            self._explain_one(folder, row, view, said)
+
+    def _explain_one(self, folder: Path, row: Row, view: Tensor, of: Prediction) -> None:
+        picture = self.cam.picture(self.parts.pipeline, view, of.index)
         if row.neighbours and self.asked.near is not None:
             shown = self.asked.near.picture
             picture = sheet(picture, [(shown(one.path), f"{one.similarity:.2f} {one.label}") for one in row.neighbours])
-        said = re.sub(r"[^\w.-]+", "_", row.predictions[0].label)
+        said = re.sub(r"[^\w.-]+", "_", of.label)
         stem, label = (part.encode()[:99].decode(errors="ignore") for part in (Path(row.path).stem, said))
         name = f"{self.number:05}-{stem}-{label}.png"
         write_atomically(folder / name, partial(picture.save, format="PNG"))
@@ -237,18 +237,22 @@ class Predictor:
         if not pictures:
             return []
         (logits, embedded), saved, near = self._logits(pictures), self.parts.saved, self.asked.near
-        temperature, names = saved.temperature if saved else None, self.parts.task.classes
-        rows = [Row("", classes) for classes in self.parts.task.predictions(logits, temperature, self.topk)]
+        task, calibration = self.parts.task, saved.calibration if saved else None
+        rows = [Row("", classes) for classes in task.predictions(logits, calibration, self.topk)]
+        if (labels := task.labels(logits, calibration)) is not None:
+            rows = [replace(row, labels=found) for row, found in zip(rows, labels, strict=True)]
         if self.asked.most is not None:
-            sets = conformal.sets(logits, temperature, self.asked.most)
-            rows = [replace(row, set=[names[index] for index in one]) for row, one in zip(rows, sets, strict=True)]
+            sets = conformal.sets(logits, calibration, self.asked.most)
+            rows = [
+                replace(row, set=[task.classes[index] for index in one]) for row, one in zip(rows, sets, strict=True)
+            ]
         if self.asked.features:
             rows = [replace(row, features=one) for row, one in zip(rows, embedded.cpu(), strict=True)]
         if near is None:
             return rows
         similarities = near.known.similarities(embedded, max(near.count, NEAREST))
         if near.count:
-            nearest = near.known.nearest(similarities, near.count, names)
+            nearest = near.known.nearest(similarities, near.count, task.caption)
             rows = [replace(row, neighbours=found) for row, found in zip(rows, nearest, strict=True)]
         if near.reject:
             accepted = near.known.accepted(similarities)
@@ -265,7 +269,7 @@ class Predictor:
             if (self.asked.near is not None or self.asked.features) and not views:
                 embedded = network.embed(features)
             views.append(network.logits(features))
-        logits = averaged(views).cpu()
+        logits = self.parts.task.averaged(views).cpu()
         check_finite(logits)
         return logits, embedded
 
@@ -311,80 +315,3 @@ def _opened(source: Source, decoding: Decoding) -> Image.Image:
     if isinstance(source, Member):
         return images.decode(source.content(), source, decoding)
     return images.load(Path(source), decoding)
-
-
-def write_rows(
-    rows: Iterable[Row], form: str, file: IO[str], classes: int, extras: Extras = Extras()
-) -> Counter[str | None]:
-    """Write the rows as they come, in one of FORMATS; how many images each class has, None being those with an error.
-
-    classes: the most that a row has. extras: what else it says.
-    """
-    columns = [*prediction_columns(classes), *(["set"] if extras.coverage is not None else [])]
-    columns += ["accepted"] if extras.reject else []
-    columns += [f"{name}_{rank}" for rank in range(1, extras.neighbours + 1) for name in ("neighbour", "similarity")]
-    tally: Counter[str | None] = Counter()
-
-    def counted() -> Iterator[Row]:
-        for row in rows:
-            tally[row.predictions[0].label if row.error is None else None] += 1
-            yield row
-
-    FORMATS[form](counted(), file, columns)
-    return tally
-
-
-def _write_text(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
-    for row in rows:
-        guesses = "  ".join(f"{printable(guess.label)} {guess.probability:.1%}" for guess in row.predictions)
-        if row.accepted is False:
-            guesses = f"none of these  ({guesses})"
-        if row.set is not None:
-            guesses += f"  {{{', '.join(map(printable, row.set))}}}"
-        guesses += "".join(f"\n  {_nearest(one)}" for one in row.neighbours or ())
-        # An image's error names its path already.
-        file.write(f"{printable(row.path)}  {guesses}\n" if row.error is None else f"error: {printable(row.error)}\n")
-        file.flush()
-
-
-def _nearest(one: Neighbour) -> str:
-    return f"similarity {one.similarity:.3f}  {printable(one.path)} ({printable(one.label)})"
-
-
-def _write_jsonl(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
-    for row in rows:
-        file.write(json.dumps(row.plain(), ensure_ascii=False) + "\n")
-        file.flush()
-
-
-def _write_json(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
-    separator = "[\n"
-    for row in rows:
-        file.write(separator + json.dumps(row.plain(), ensure_ascii=False))
-        file.flush()
-        separator = ",\n"
-    file.write("[]\n" if separator == "[\n" else "\n]\n")
-
-
-def _write_csv(rows: Iterable[Row], file: IO[str], columns: Sequence[str]) -> None:
-    """The columns of the report's predictions.csv and what was asked for; nobody knows the label, so it is empty."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        cells: dict[str, object] = {"path": row.path, "error": row.error, "accepted": row.accepted}
-        cells["set"] = None if row.set is None else json.dumps(row.set, ensure_ascii=False)  # a name may have commas
-        for rank, guess in enumerate(row.predictions, start=1):
-            name = "predicted" if rank == 1 else f"class_{rank}"
-            cells |= {name: guess.label, "probability" if rank == 1 else f"probability_{rank}": guess.probability}
-        for rank, one in enumerate(row.neighbours or (), start=1):
-            cells |= {f"neighbour_{rank}": one.path, f"similarity_{rank}": one.similarity}
-        writer.writerow([cells.get(column) for column in columns])
-        file.flush()
-
-
-FORMATS: dict[str, Callable[[Iterable[Row], IO[str], Sequence[str]], None]] = {
-    "text": _write_text,
-    "json": _write_json,
-    "jsonl": _write_jsonl,
-    "csv": _write_csv,
-}

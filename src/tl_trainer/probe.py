@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from tl_trainer.assembly import Setup, set_up
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import Config, expand
+from tl_trainer.config.schema import Config
 from tl_trainer.errors import ConfigError, Interrupted, RunError, SettingError
 from tl_trainer.ground.files import make_folder
 from tl_trainer.ground.machine import seconds_of
@@ -112,7 +113,9 @@ def _check(config: Config, key: str) -> None:
     """Raise SettingError where heads cannot be found, so that there is nothing to compare by."""
     trains = [phase for phase in config.phases if phase.search == "off"]
     obstacle = None
-    if config.model.extra:
+    if config.data.task != "single":
+        obstacle = "images may have several labels, by whose mean average precision backbones are not told apart yet"
+    elif config.model.extra:
         obstacle = "model.extra trains new stages"
     elif trains and trains[-1].trainable != "head":
         obstacle = "the backbone is to be fine-tuned"

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tl_trainer.assembly import Setup, set_up
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded
-from tl_trainer.config.schema import Config, expand
+from tl_trainer.config.schema import Config
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
@@ -39,9 +40,7 @@ class Point(NamedTuple):
 
 
 def find_rate(loaded: Loaded) -> dict[str, Any]:
-    """Train batches at rising rates; the losses are in rates.csv and rates.png in a new folder in output.dir.
-    """Train one pass at rising rates and write the losses into a new folder in output.dir: as rates.csv, as rates.png,
-    and for TensorBoard.
+    """Train batches at rising rates; a new folder in output.dir has rates.csv, rates.png and the curve for TensorBoard.
 
     What is returned has the `folder`, and the suggested `lr` with the `words` that set it, or null where no rate made
     the loss fall. A head that the first phase finds is found first. Raises a TrainerError.

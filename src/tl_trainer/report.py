@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from tl_trainer.explain import GradCam
 from tl_trainer.ground.files import csv_text, write_bytes, write_text
 from tl_trainer.ground.wording import printable
 from tl_trainer.known import Neighbour
+from tl_trainer.label_report import LabelPredictions
 from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
+from tl_trainer.multilabel import MultiLabel
 from tl_trainer.tasks import prediction_columns
 
 MISTAKES = 12
@@ -51,13 +53,17 @@ def write_report(
     pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
     pictures |= {f"{name}.png": data for name, data in about.get("pictures", {}).items()}
     checkpoint = evaluation.checkpoint
-    predictions = Predictions(evaluation.split, classes, evaluation.scores, checkpoint.temperature)
+    split, scores, task = evaluation.split, evaluation.scores, evaluation.task
+    predictions: Predictions | LabelPredictions
+    if isinstance(task, MultiLabel):
+        predictions = LabelPredictions(split, task, scores, checkpoint.calibration)
+    else:
+        predictions = Predictions(split, classes, scores, checkpoint.temperature)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
         "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),
-        "confusion_matrix.csv": _confusion_table(evaluation.scores, classes),
-        "predictions.csv": predictions.table(),
-        "report.html": template("report.html").render(
+        **predictions.tables(),
+        "report.html": template(predictions.page).render(
             measured=measured,
             pictures={name: _data_uri(data, "png") for name, data in pictures.items()},
             pairs=list(_pair_examples(evaluation, predictions)),
@@ -77,10 +83,24 @@ def write_report(
 class Predictions:
     """The best classes of each image, their probabilities, and which of the images are wrong, surest first."""
 
+    page = "report.html"
+
     def __init__(self, split: Split, classes: Sequence[str], scores: Scores, temperature: float | None) -> None:
-        self.split, self.classes = split, classes
+        self.split, self.classes, self.scores = split, classes, scores
         self.best, self.probability = best_classes(scores, temperature, 5)
         self.wrong = surest_mistakes(scores, temperature, len(self.best))
+
+    def shown_for(self, index: int) -> int:
+        """The class whose evidence a picture of the image shows: the one that was predicted."""
+        return int(self.best[index, 0])
+
+    def of_pair(self, label: int, predicted: int) -> Iterator[int]:
+        """The images with a label that were taken for a class, the surest mistakes first."""
+        return (at for at in self.wrong if (self.split.targets[at], self.shown_for(at)) == (label, predicted))
+
+    def tables(self) -> dict[str, str]:
+        """CSV files by name: the confusion matrix, and a row per image."""
+        return {"confusion_matrix.csv": _confusion_table(self.scores, self.classes), "predictions.csv": self.table()}
 
     def table(self) -> str:
         """predictions.csv."""
@@ -110,13 +130,11 @@ class Predictions:
         }
 
 
-def _pair_examples(evaluation: Evaluation, predictions: Predictions) -> Iterator[dict[str, Any]]:
+def _pair_examples(evaluation: Evaluation, predictions: Predictions | LabelPredictions) -> Iterator[dict[str, Any]]:
     """The most-confused pairs, each with photographs that were taken for the other class."""
     index = {name: number for number, name in enumerate(evaluation.checkpoint.classes)}
-    targets, said = evaluation.split.targets, predictions.best[:, 0].tolist()
     for pair in evaluation.measured["most_confused"][:PAIRS_SHOWN]:
-        cell = index[pair["label"]], index[pair["predicted"]]
-        examples = [image for image in predictions.wrong if (targets[image], said[image]) == cell][:EXAMPLES]
+        examples = islice(predictions.of_pair(index[pair["label"]], index[pair["predicted"]]), EXAMPLES)
         pictures = [
             {"image": thumbnail(evaluation.split.open(i, draft=SIDE)), **predictions.caption(i)} for i in examples
         ]
@@ -125,7 +143,7 @@ def _pair_examples(evaluation: Evaluation, predictions: Predictions) -> Iterator
 
 def _mistakes(
     evaluation: Evaluation,
-    predictions: Predictions,
+    predictions: Predictions | LabelPredictions,
     classifier: Classifier,
     pipeline: Pipeline,
     nearest: Callable[[Split], list[list[Neighbour]]] | None,
@@ -137,7 +155,7 @@ def _mistakes(
         numbers, tensors = zip(*group, strict=True)
         batch, explained = torch.stack(tensors), True
         try:
-            pictures = cam.pictures(pipeline, batch, predictions.best[list(numbers), 0].tolist())
+            pictures = cam.pictures(pipeline, batch, [*map(predictions.shown_for, numbers)])
         except InputError:  # a backbone without a spatial stage
             pictures = [*map(functional.to_pil_image, pipeline.denormalise(pipeline.batch(batch)))]
             explained = False
@@ -147,7 +165,7 @@ def _mistakes(
     return [{**mistake, "nearest": found} for mistake, found in zip(shown, alike, strict=True)]
 
 
-def _confusion_table(scores: Scores, classes: list[str]) -> str:
+def _confusion_table(scores: Scores, classes: Sequence[str]) -> str:
     """A row per label and a column per predicted class; of more than SQUARE classes, a row per cell that is not 0."""
     matrix = confusion(scores, len(classes))
     if len(classes) <= SQUARE:

@@ -12,8 +12,9 @@ from typing import Any
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint, load, to_yaml
-from tl_trainer.config.schema import expand, flat
+from tl_trainer.config.schema import flat
 from tl_trainer.errors import CheckpointError, DataError, InputError
 from tl_trainer.ground.files import previous, remove_unfinished
 from tl_trainer.ground.locks import sole_use
@@ -120,7 +121,7 @@ def _read(
         model = last.config["model"]
         configured = {**last.config, "model": {**model, "head": {**model["head"], "normalise": progress.found}}}
     begun = from_checkpoint(configured, path)
-    task, result = task_of(begun.config.train, last.classes), None
+    task, result = task_of(begun.config.data.task, begun.config.train, last.classes), None
     for figures in (progress.best, progress.of_best.best, progress.of_stop.best):
         _check_figures(figures, task, path, "resume.progress")
     for figures in _soup_figures(last.resume.get("soup", [])):

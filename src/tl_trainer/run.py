@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from tl_trainer.assembly import SKIP_FILE, Parts, Setup, set_up
 from tl_trainer.candidates import Found
 from tl_trainer.checkpoint import Checkpoint
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
-from tl_trainer.config.schema import expand
 from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint, name_hashes
 from tl_trainer.data.loaders import ImageBatches, worker_count
@@ -97,7 +97,7 @@ def train(
         with stop:
             _describe(setup, to_yaml(loaded.config), run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
-            saver = make_saver(run_dir, template, state, learned, setup.parts.task.temperature, tracker.flush)
+            saver = make_saver(run_dir, template, state, learned, setup.parts.task.calibration, tracker.flush)
             saver.adopt(resumption.best if resumption else None)
         pause = partial(_pause, stop, saver)
         for number in range(begun, len(phases)):

@@ -28,8 +28,18 @@ class Run(NamedTuple):
 
     @property
     def reached(self) -> str:
-        """Its top-1 on the validation images in words."""
-        return f"val top-1 {self.result['val']['top1']:.1%}" if self.result else "its run has not ended"
+        """Its figure on the validation images in words."""
+        return f"val {headline(self.result['val'])}" if self.result else "its run has not ended"
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The figure that a run is told by, with its name."""
+    return f"mAP {figures['map']:.1%}" if "map" in figures else f"top-1 {figures['top1']:.1%}"
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    """The same in a table, in which top-1 needs no name; empty where there are no figures."""
+    return headline(figures).removeprefix("top-1 ") if figures else ""
 
 
 def runs_of(pattern: str) -> list[Run]:
@@ -53,12 +63,12 @@ def best_of(path: Path) -> Path:
 
 
 def table(pattern: str) -> list[str]:
-    """A line each, the newest first: folder, data, backbone, top-1 on val and test, how long it took."""
+    """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, how long it took."""
     rows = [("run", "data", "backbone", "val", "test", "time")]
     for run in runs_of("runs/*" if pattern == "*" else pattern):
         described = run.path / "config.yaml"
         config = yaml.safe_load(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        val, test = (f"{run.result[split]['top1']:.1%}" if split in run.result else "" for split in ("val", "test"))
+        val, test = (_cell(run.result.get(split, {})) for split in ("val", "test"))
         took = str(timedelta(seconds=round(run.result["seconds"]))) if run.result else "not ended"
         backbone = config.get("model", {}).get("backbone", "")
         rows.append((printable(str(run.path)), _data(config.get("data", {})), backbone, val, test, took))

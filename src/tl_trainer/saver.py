@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 from torch import Tensor, optim
 
 from tl_trainer import conformal
-from tl_trainer.checkpoint import Checkpoint, save
+from tl_trainer.checkpoint import Calibration, Checkpoint, save
 from tl_trainer.errors import RunError
 from tl_trainer.ground.files import keep_previous
 from tl_trainer.ground.wording import shown
@@ -204,7 +204,8 @@ class Saver:
     """Writes last.pth and best.pth into the run directory.
 
     template: what stays the same in every checkpoint. learned: what tells from others what the run learns from, such as
-    its training images. calibrate: gives the temperature for best.pth from the validation scores.
+    its training images. calibrate: gives the temperature for best.pth, and the thresholds of several labels, from the
+    validation scores.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Saver:
         template: Checkpoint,
         state: State,
         learned: Mapping[str, str] = MappingProxyType({}),
-        calibrate: Callable[[Scores], float | None] = lambda _: None,
+        calibrate: Callable[[Scores], float | Calibration | None] = lambda _: None,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
         self.run_dir = run_dir
@@ -296,11 +297,13 @@ class Saver:
     def calibrate_best(self, scores: Scores) -> None:
         """Write what calibrates it into a best.pth that lacks it, as one does that an earlier, killed session wrote."""
         assert self.best is not None
-        if self.best.conformal is None and self.best_scores is None:
+        if self.best.conformal is None and self.best.thresholds is None and self.best_scores is None:
             self.best = self._calibrated(self.best, scores)
             save(self.best, self.run_dir / "best.pth")
 
     def _calibrated(self, best: Checkpoint, scores: Scores) -> Checkpoint:
-        """With the temperature for these validation scores, and what prediction sets go by."""
-        temperature = self.calibrate(scores)
-        return replace(best, temperature=temperature, conformal=conformal.label_scores(scores, temperature))
+        """With the temperature for these validation scores, and what prediction sets or several labels go by."""
+        found = self.calibrate(scores)
+        temperature, thresholds = found if isinstance(found, Calibration) else (found, None)
+        sets = conformal.label_scores(scores, temperature)
+        return replace(best, temperature=temperature, conformal=sets, thresholds=thresholds)

@@ -28,7 +28,7 @@ from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
-from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_in, folds_of, scalings_for, shares_of
+from tl_trainer.tables import FOLDS, SCALINGS, Table, figure_of, folds_in, folds_of, losses_of, scalings_for, shares_of
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ def table_of(parts: Parts, features: Features, views: int = 1) -> Table:
     count = len(features.targets)
     rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
     soft = parts.task.soft_targets(parts.config.train.loss, features.targets.tolist())
-    table = Table(rows, features.targets.repeat(views), soft.repeat(views, 1), torch.arange(count).repeat(views))
+    targets, soft = (torch.cat([column] * views) for column in (features.targets, soft))
+    table = Table(rows, targets, soft, torch.arange(count).repeat(views))
     device = parts.network.device  # but an Apple GPU has neither eigenvectors nor float64
     return Table(*(column.to("cpu" if device.type == "mps" else device) for column in table))
 
@@ -156,7 +157,7 @@ def find(
     """
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
     few = few and (folds is None or bool((folds < FOLDS).any()))
-    fold = torch.full_like(train.targets, FOLDS)
+    fold = torch.full_like(train.images, FOLDS)
     if few:
         fold = folds_in(train) if folds is None else folds.to(fold.device)[train.images]
     judged = _judged(train, fold) if few else train.images[:0]
@@ -175,7 +176,7 @@ def find(
     divided = int(fold.max()) + 1 if few else 0
     words += f" and {divided}-fold cross-validation over train" if few else ""
     count = len(val.targets) + len(judged)
-    return Found(rows, best.row, best.layers, words, count, divided)
+    return Found(rows, best.row, best.layers, words, count, divided, several=val.targets.ndim == 2)
 
 
 def _linear(
@@ -193,10 +194,10 @@ def _linear(
         logits = of_val @ weight.T + bias
         if len(judged):
             logits = torch.cat([logits, solution.logits[fold[judged], judged]])
-        losses = functional.cross_entropy(logits.double(), targets, reduction="none")
+        losses = losses_of(logits, targets)
         loss, note = losses.mean().item(), "" if solution.converged.all() else "did not converge"
         note = note if math.isfinite(loss) else "diverged"
-        row = Row(LINEAR, name, solution.strength, loss, _top1(logits, targets), note)
+        row = Row(LINEAR, name, solution.strength, loss, figure_of(logits, targets), note)
         pause()
         return _Solved(row, losses, scaling.folded([(weight, bias)]))
 
@@ -223,16 +224,16 @@ def find_mlp(
     for dropout in bar([plan.dropout] if plan.dropout else mlp.DROPOUTS, method, unit="dropout"):
         heads = mlp.train_heads(samples, (of_val, val.targets), plan._replace(dropout=dropout), settings, pause)
         for (rate, decay), epochs, logits, layers in heads:
-            losses = functional.cross_entropy(logits.double(), val.targets, reduction="none")
-            note, top1 = "" if epochs else "diverged", _top1(logits, val.targets)
+            losses = losses_of(logits, val.targets)
+            note, top1 = "" if epochs else "diverged", figure_of(logits, val.targets)
             scaled = UNIT if unit else "standardised"
             row = Row(method, scaled, decay, losses.mean().item(), top1, note, rate, dropout, epochs)
             solved.append(_Solved(row, losses, layers))
     best = _best(solved)
-    axes, linear = _linear("standardised", train, val, torch.full_like(train.targets, FOLDS), train.images[:0], pause)
+    axes, linear = _linear("standardised", train, val, torch.full_like(train.images, FOLDS), train.images[:0], pause)
     rows = [*(candidate.row for candidate in [*solved, *linear]), *_simpler([(train, val)], axes, pause)]
-    count = len(val.targets)
-    return Found(rows, best.row, scaling.folded(best.layers), f"{count:,} validation images", count)
+    count, layers, several = len(val.targets), scaling.folded(best.layers), val.targets.ndim == 2
+    return Found(rows, best.row, layers, f"{count:,} validation images", count, several=several)
 
 
 def refitted(found: Found, train: Table, val: Table, pause: Callable[[], None], folds: Tensor | None = None) -> Found:
@@ -281,13 +282,11 @@ def _best(solved: Sequence[_Solved]) -> _Solved:
     return min(tied, key=lambda candidate: (-candidate.row.top1, candidate.losses.mean().item()))
 
 
-def _top1(scores: Tensor, targets: Tensor) -> float:
-    return (scores.argmax(dim=1) == targets).double().mean().item()
-
-
 def _judged(table: Table, fold: Tensor) -> Tensor:
     """The first view of each image whose class has one in another fold; else, its own is solved without the class."""
     labels = table.labels
+    if labels.ndim == 2:
+        return (fold[: len(labels)] < FOLDS).nonzero()[:, 0]
     inside = labels * (FOLDS + 1) + fold[: len(labels)]
     return (torch.bincount(labels)[labels] > torch.bincount(inside)[inside]).nonzero()[:, 0]
 
@@ -314,5 +313,5 @@ def _simpler(parts: Sequence[tuple[Table, Table]], axes: Axes | None, pause: Cal
             scaling = SCALINGS[name](fitted.features)
             found.append(scores_of(scaling(fitted.features), fitted.one_hot, scaling(judged.features)))
         for strength in found[0]:
-            yield Row(method, name, strength, None, _top1(torch.cat([part[strength] for part in found]), targets))
+            yield Row(method, name, strength, None, figure_of(torch.cat([part[strength] for part in found]), targets))
         pause()

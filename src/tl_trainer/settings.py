@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from tl_trainer import checkpoint
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override
-from tl_trainer.config.schema import Config, FeaturesSection, expand, flat
+from tl_trainer.config.schema import Config, FeaturesSection, flat
 from tl_trainer.data import transforms
 from tl_trainer.data.sources import check_root
 from tl_trainer.data.transforms import Pipeline
@@ -26,8 +29,8 @@ TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.tr
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
 SETTABLE = ("data.", "features.", "device", "train.batch_size", "train.precision", "output.neighbours_mb")
-# Of these, what changes the pixels, and what the val split in the checkpoint was drawn by.
-FIXED = ("data.value_range", "data.group_pattern", "data.csv.group_column")
+# Of these, what a label is, what changes the pixels, and what the val split in the checkpoint was drawn by.
+FIXED = ("data.task", "data.value_range", "data.group_pattern", "data.csv.group_column")
 # What a checkpoint does not decide on the machine that reads it: folders that are written to, and how large they get,
 # groups, which other images may not have, and which images are left out, by a file that is opened.
 NOT_TAKEN: tuple[Override, ...] = (
@@ -52,6 +55,21 @@ def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
     if wrong:
         fixed = "is fixed by the checkpoint; keys that can be set"
         raise loaded.located([SettingError(key, f"{fixed}: {', '.join(valid)}") for key in wrong])
+
+
+def same_task(overrides: Sequence[Override], config: Mapping[str, Any], path: Path) -> Sequence[Override]:
+    """The overrides of a checkpoint's configuration; InputError where they are for data of another task."""
+    known, asked = task_in(config), dict(overrides).get("data.task")
+    if asked not in (None, known):
+        raise InputError(
+            f"{path}: the checkpoint is of data.task: {known}, and {asked} was asked for; leave data.task out"
+        )
+    return overrides
+
+
+def task_in(config: Mapping[str, Any]) -> str:
+    """The `data.task` of a checkpoint's configuration; those of before there were several are of one class."""
+    return str((config.get("data") or {}).get("task", "single"))
 
 
 def check_settings(loaded: Loaded) -> None:
@@ -143,9 +161,15 @@ def check_teacher(path: str | None, classes: Sequence[str]) -> None:
     if path is None:
         return
     try:
-        known = checkpoint.load(best_of(expand(path))).classes
+        saved = checkpoint.load(best_of(expand(path)))
     except InputError as error:
         raise SettingError("train.teacher.checkpoint", str(error)) from error
+    if task_in(saved.config) != "single":
+        raise SettingError(
+            "train.teacher.checkpoint",
+            f"{path} knows several labels per image, and the data has one class for each; take another teacher",
+        )
+    known = saved.classes
     if {*known} != {*classes}:
         raise SettingError(
             "train.teacher.checkpoint",

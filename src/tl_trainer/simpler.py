@@ -1,7 +1,7 @@
 """What simpler methods than a trained head give on the same features: class means, nearest neighbours, ridge.
 
-Each is fitted to features (N, D) and the labels (N, C), one-hot, and gives scores (M, C) of others (M, D) for each of
-its strengths or numbers of neighbours.
+Each is fitted to features (N, D) and the labels (N, C), one-hot or several, and gives scores (M, C) of others (M, D)
+for each of its strengths or numbers of neighbours.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ def neighbours(unit: Tensor, labels: Tensor, others: Tensor) -> dict[float, Tens
     votes, largest = {}, min(max(NEIGHBOURS), len(unit))
     near = [(part @ unit.T).topk(largest, dim=1) for part in torch.split(others, 1024)]
     weights, rows = torch.cat([part.values + 1 for part in near]), torch.cat([part.indices for part in near])
-    targets = labels.argmax(dim=1)
+    targets, several = labels.argmax(dim=1), bool((labels.sum(dim=1) != 1).any())
     for count in NEIGHBOURS:
+        if several:  # each votes for all its labels
+            voted = [labels[rows[:, k]] * weights[:, k, None] for k in range(min(count, largest))]
+            votes[float(count)] = sum(voted[1:], voted[0])
+            continue
         none = weights.new_zeros(len(others), labels.shape[1])
         votes[float(count)] = none.scatter_add_(1, targets[rows[:, :count]], weights[:, :count])
     return votes

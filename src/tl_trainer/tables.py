@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tl_trainer import label_metrics
 from tl_trainer.candidates import UNIT, Layers
+from tl_trainer.stratification import stratified
 
 FOLDS = 5
 
@@ -17,7 +19,8 @@ FOLDS = 5
 class Table(NamedTuple):
     """Features (N, D) float32, targets (N,), their weights of the classes (N, C), and the image of each row (N,).
 
-    The first views of all images come first.
+    The first views of all images come first. Where images may have several labels, targets are (N, C) and their weights
+    (N, C, 2), as `logistic.path` takes them.
     """
 
     features: Tensor
@@ -32,12 +35,28 @@ class Table(NamedTuple):
 
     @property
     def one_hot(self) -> Tensor:
-        """(N, C): the targets."""
+        """(N, C): the targets; of several labels 1 for each that is there."""
+        if self.targets.ndim == 2:
+            return (self.targets == 1).to(self.features)
         return functional.one_hot(self.targets, self.soft.shape[1]).to(self.features)
 
     def part(self, rows: Tensor) -> Table:
         """The rows of these indices, or where a mask is true."""
         return Table(*(column[rows] for column in self))
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float64: the log loss of each image, of several labels the mean over those that are known."""
+    if targets.ndim == 2:
+        return label_metrics.image_losses(logits, targets)
+    return functional.cross_entropy(logits.double(), targets, reduction="none")
+
+
+def figure_of(scores: Tensor, targets: Tensor) -> float:
+    """Top-1; of several labels the mean average precision. scores: (N, C), such as logits."""
+    if targets.ndim == 2:
+        return label_metrics.mean_average_precision(scores, targets)
+    return (scores.argmax(dim=1) == targets).double().mean().item()
 
 
 class Scaling(NamedTuple):
@@ -82,6 +101,8 @@ def scalings_for(normalise: Literal["auto", "none", "l2"]) -> list[str]:
 
 def folds_of(targets: Tensor, groups: Tensor) -> Tensor:
     """(N,): the fold of each image, drawn within each class; an image and its copies share one."""
+    if targets.ndim == 2:
+        return torch.tensor(stratified(targets.numpy(), [1 / FOLDS] * FOLDS, 0, groups.tolist()))
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     order = order[targets[order].sort(stable=True).indices]
     fold, every = torch.empty_like(targets), torch.arange(len(targets))

@@ -1,7 +1,7 @@
 """What a label is, and all that follows from it: the loss, the figures, which of two results is better, the rows.
 
-`SingleLabel` is the only task yet. Another one, such as several labels per image, is another class with its methods,
-and `Task` their union; the loop, the batches, the saving and the commands know nothing of labels.
+`SingleLabel` has its methods here, `multilabel.MultiLabel` the same ones for several labels per image; `Task` is their
+union. The loop, the batches, the saving and the commands know nothing of labels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +22,12 @@ from typing_extensions import TypedDict
 from tl_trainer import metrics
 from tl_trainer.config.training import LossSection, TrainSection
 from tl_trainer.errors import DataError
+from tl_trainer.evaluate import averaged
 from tl_trainer.ground.wording import listed, printable
-from tl_trainer.metrics import Figures, Scores
+from tl_trainer.metrics import CURVES, Figures, Prediction, Scores, is_better
+from tl_trainer.multilabel import MultiLabel
 from tl_trainer.plots import confusion_figure, reliability_figure
+from tl_trainer.stratification import with_copies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,16 +36,6 @@ FINEST = 20  # parts into which groups are divided for a val split: the time gro
 CLASSES_NAMED = 5  # in a message
 SEEDS = 2**32  # that scikit-learn takes
 ATTEMPTS = 10  # draws, of which the first is taken that leaves every class on both sides
-CURVES = 200  # classes up to which each has its own F1 and precision-recall curves
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A class and its probability."""
-
-    label: str
-    index: int
-    probability: float
 
 
 def prediction_columns(count: int) -> list[str]:
@@ -53,10 +45,6 @@ def prediction_columns(count: int) -> list[str]:
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
-
-
-# The figures by which an epoch can be better than another, and whether it is the higher that is better.
-HIGHER = {"loss": False, "top1": True, "balanced_accuracy": True, "macro_f1": True}
 
 
 class _TopK(TypedDict):
@@ -69,10 +57,12 @@ class _TopK(TypedDict):
 class SingleLabel:
     """Each image has one class, and a target is its index."""
 
+    kind = "single"
+    shown = ("top1", "top-1")  # the figure that a run is told by: its key, and its name
     columns: tuple[str, ...] = ("loss", "top1", "top5")  # of the figures, those in metrics.csv and TensorBoard
 
     def __init__(self, classes: Sequence[str], best: str = "top1", stop: str | None = None) -> None:
-        """best: of HIGHER, the figure by which an epoch is the best; stop: the one that may end a phase."""
+        """best: of `metrics.HIGHER`, the figure by which an epoch is the best; stop: the one that may end a phase."""
         self.classes, self.best = list(classes), best
         self.averages = [name for name in dict.fromkeys((best, stop)) if name in metrics.AVERAGES]
         self.columns = (*self.columns, *self.averages)
@@ -139,7 +129,7 @@ class SingleLabel:
                 "fewer folds, add images, or remove the class"
             )
         if groups:
-            groups = _with_copies(groups, hashes)
+            groups = with_copies(groups, hashes)
             self._fewest_groups(targets, groups)
             return self._grouped(targets, groups, (count, 0), seed)
         rows, first = list(targets), dict[bytes, int]()
@@ -219,9 +209,7 @@ class SingleLabel:
         """Whether `figures` beat `best` by more than `least` in the figure `by`, which is that of the best epoch where
         it is not given; where that much is 0, the lower loss decides between equal ones.
         """
-        by = self.best if by is None else by
-        gain = (figures[by] - best[by]) * (1 if HIGHER[by] else -1)
-        return gain > least or (gain == least == 0 and figures["loss"] < best["loss"])
+        return is_better(figures, best, self.best if by is None else by, least)
 
     @property
     def best_in_words(self) -> str:
@@ -236,9 +224,20 @@ class SingleLabel:
         averages = (f"  {words[name]} {figures[name]:5.1%}" for name in self.averages)
         return f"top-1 {figures['top1']:5.1%}{top5}{''.join(averages)}"
 
-    def temperature(self, scores: Scores) -> float | None:
-        """What calibrates the probabilities; None where too few images tell."""
+    def calibration(self, scores: Scores) -> float | None:
+        """The temperature, which calibrates the probabilities; None where too few images tell."""
         return metrics.fit_temperature(scores)
+
+    def averaged(self, views: Sequence[Tensor]) -> Tensor:
+        """The logits of several views of the same images, each (N, classes), as those of their mean probability."""
+        return averaged(views)
+
+    def probabilities(self, logits: Tensor, temperature: float | None) -> Tensor:
+        """(N, classes) float64."""
+        return metrics.probabilities(logits, temperature)
+
+    def labels(self, logits: Tensor, temperature: float | None) -> None:
+        """None: an image has one label, the first of `predictions`."""
 
     def predictions(self, logits: Tensor, temperature: float | None, count: int) -> list[list[Prediction]]:
         """What tl-predict shows of each image: at most `count` classes, the most probable first."""
@@ -285,22 +284,6 @@ class SingleLabel:
                 yield name, labels[:, index], shares[:, index]
 
 
-def _with_copies(groups: Sequence[str], hashes: Sequence[bytes]) -> Sequence[str]:
-    """The group of each image, where groups that share an image are one."""
-    joined: dict[str, str] = {}
-
-    def of(group: str) -> str:
-        while group in joined:
-            group = joined[group]
-        return group
-
-    first: dict[bytes, str] = {}
-    for group, digest in zip(groups, hashes, strict=bool(hashes)):
-        if (one := of(first.setdefault(digest, group))) != (other := of(group)):
-            joined[other] = one
-    return [*map(of, groups)]
-
-
 def _numbered(parts: Iterable[tuple[Iterable[int], Iterable[int]]], images: int) -> list[int]:
     """scikit-learn's folds, each as indices of the others and its own -> the number of each image's."""
     fold = [0] * images
@@ -310,9 +293,11 @@ def _numbered(parts: Iterable[tuple[Iterable[int], Iterable[int]]], images: int)
     return fold
 
 
-Task = SingleLabel
+Task = SingleLabel | MultiLabel
 
 
-def task_of(section: TrainSection, classes: Sequence[str]) -> Task:
-    """The task of a run with these classes."""
+def task_of(kind: str, section: TrainSection, classes: Sequence[str]) -> Task:
+    """The task of a run with these classes; kind: as `data.task`."""
+    if kind == "multilabel":
+        return MultiLabel(classes, section.best, section.stop.metric, section.thresholds)
     return SingleLabel(classes, section.best, section.stop.metric)

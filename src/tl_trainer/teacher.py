@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from tl_trainer.assembly import Setup, restore
-from tl_trainer.config.schema import expand, flat
+from tl_trainer.config.data import expand
+from tl_trainer.config.schema import flat
 from tl_trainer.evaluate import evaluate
 from tl_trainer.runs import best_of
 

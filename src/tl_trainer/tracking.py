@@ -164,11 +164,12 @@ class Tracker:
         self,
         shown: Iterable[tuple[dict[str, str | float], dict[str, float]]],
         curves: Mapping[str, Sequence[tuple[float, float, float]]],
+        key: str = "top1",
     ) -> None:
         """Log heads that were compared, in runs of their own, as TensorBoard's hparams tab wants them.
 
-        shown: settings and figures of a few. curves: (strength, log loss, top-1) of all linear ones by their scaling; a
-        step is a strength.
+        shown: settings and figures of a few. curves: (strength, log loss, top-1 or what `key` says) of all linear ones
+        by their scaling; a step is a strength.
         """
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -183,9 +184,9 @@ class Tracker:
                     writer.add_scalar(tag, value, 0)
         for name, points in curves.items():
             with SummaryWriter(str(folder / name)) as writer:
-                for step, (_, loss, top1) in enumerate(points):
+                for step, (_, loss, share) in enumerate(points):
                     writer.add_scalar("search_loss", loss, step)
-                    writer.add_scalar("search_top1", top1, step)
+                    writer.add_scalar(f"search_{key}", share, step)
 
     @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:

@@ -28,6 +28,7 @@ def test_these_are_bundled() -> None:
         "finetune.yaml",
         "flowers102.yaml",
         "imagefolder-alexnet.yaml",
+        "multilabel.yaml",
     ]
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from tl_trainer.config.data import Source as SourceName
+from tl_trainer.config.data import expand
 from tl_trainer.config.load import load, to_json_schema, to_yaml
-from tl_trainer.config.schema import Config, expand
-from tl_trainer.config.schema import Source as SourceName
+from tl_trainer.config.schema import Config
 from tl_trainer.config.training import OptimizerName, OptimizerSection, Precision, ScheduleName, ScheduleSection
 from tl_trainer.optim import FACTORS, OPTIMIZERS
 
@@ -33,10 +34,10 @@ KEYS = """
     data.source data.root data.download data.val_fraction data.group_pattern data.on_bad_image data.on_duplicates
     data.skip data.max_megapixels data.value_range data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
-    data.csv.group_column data.csv.suffix
+    data.csv.group_column data.csv.suffix data.csv.label_separator data.csv.label_columns data.task
     data.webdataset.train data.webdataset.val data.webdataset.test data.webdataset.image data.webdataset.label
     data.webdataset.classes data.parquet.files data.parquet.image_column data.parquet.label_column
-    data.parquet.split_column
+    data.parquet.split_column data.parquet.label_separator data.parquet.label_columns
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.weights_from model.tap model.trainable model.extra
     model.head.hidden model.head.dropout model.head.normalise
@@ -51,7 +52,7 @@ KEYS = """
     train.teacher.checkpoint train.teacher.temperature train.teacher.alpha
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
-    train.loss.label_smoothing train.loss.class_weights
+    train.loss.label_smoothing train.loss.class_weights train.loss.focal train.thresholds
     output.dir output.tensorboard output.report output.neighbours_mb
 """
 

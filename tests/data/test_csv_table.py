@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tiny import paths_of
-from tl_trainer.config.schema import CsvSection, DataSection
+from tl_trainer.config.data import CsvSection, DataSection
 from tl_trainer.data import csv_table
 from tl_trainer.data.csv_table import open_csv
 from tl_trainer.data.dataset import Dataset, Files

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import demo
 from tl_trainer.data.drawing import scenes
 from tl_trainer.data.sources import open_dataset

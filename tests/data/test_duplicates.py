@@ -10,7 +10,7 @@ import pytest
 
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.duplicates import REMEDY, unrepeated
 from tl_trainer.errors import DataError

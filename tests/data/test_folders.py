@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from conftest import draw_split
 from tiny import paths_of
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.folders import open_folders, walk
 from tl_trainer.data.sources import open_dataset

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from tiny import FakeDevice, files_of, paths_of
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import loaders
 from tl_trainer.data.dataset import Pictures, Split
 from tl_trainer.data.loaders import (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shards import picture
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Dataset, Files
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.verify import verified

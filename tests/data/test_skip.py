@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import Run, draw_split, last_json
 from test_end_to_end import SMALL
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Dataset, Pictures, Split
 from tl_trainer.data.skip import without
 from tl_trainer.data.sources import open_dataset

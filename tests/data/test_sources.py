@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import draw_split
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError, SettingError
 

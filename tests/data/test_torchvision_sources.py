@@ -21,7 +21,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from tiny import paths_of
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import torchvision_sources
 from tl_trainer.data.dataset import Dataset, with_validation
 from tl_trainer.data.sources import open_dataset

@@ -24,7 +24,7 @@ from PIL import Image
 
 from conftest import draw_split
 from tiny import files_of, paths_of
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import images, verify
 from tl_trainer.data.dataset import SETTLED_SECONDS, Pictures, Split, Stamp
 from tl_trainer.data.folders import open_folders
@@ -495,7 +495,7 @@ def test_threads_at_once(split: Split) -> None:
 PROGRAM = """
     import sys
     from pathlib import Path
-    from tl_trainer.config.schema import DataSection
+    from tl_trainer.config.data import DataSection
     from tl_trainer.data.dataset import Files, Split
     from tl_trainer.data.verify import Memory, verified
 

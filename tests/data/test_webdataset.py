@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shards import picture, samples, write_tar
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import webdataset
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.data.loaders import batch_order

@@ -16,7 +16,7 @@ from conftest import Run, draw_split, last_json, load_script
 from shards import picture
 from test_end_to_end import SMALL
 from tl_trainer import checkpoint
-from tl_trainer.config.schema import CsvSection, DataSection
+from tl_trainer.config.data import CsvSection, DataSection
 from tl_trainer.data.dataset import Dataset
 from tl_trainer.data.sources import open_dataset
 

@@ -89,15 +89,20 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    low, high = result["top1_interval"]
     calibration, how = result["calibration"]["after"], "calibrated"
     if calibration is None:
         calibration, how = result["calibration"]["before"], "as trained"
+    interval = ""
+    if "top1_interval" in result:
+        low, high = result["top1_interval"]
+        interval = f" ({low:.1%} to {high:.1%})"
+        averages = f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}"
+    else:
+        averages = f"with the thresholds: macro F1 {result['macro']['f1']:.1%}  micro F1 {result['micro']['f1']:.1%}"
+        averages += f"  all labels right {result['exact']:.1%}"
     lines = [
-        f"{result['split']}: {accuracy(result, f' ({low:.1%} to {high:.1%})')}  "
-        f"loss {result['loss']:.4f}  ({result['n']} images)",
-        f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}  "
-        f"calibration error {calibration['ece']:.1%} ({how})",
+        f"{result['split']}: {accuracy(result, interval)}  loss {result['loss']:.4f}  ({result['n']} images)",
+        f"{averages}  calibration error {calibration['ece']:.1%} ({how})",
     ]
     if sets := result.get("sets"):
         lines.append(

@@ -125,7 +125,9 @@ def default_checkpoint() -> str:
 
 
 def accuracy(figures: Mapping[str, Any], interval: str = "") -> str:
-    """A split's top-1, and its top-5 where that says something: of five classes and fewer it is 1."""
+    """A split's top-1, and its top-5 where that says something (of five classes and fewer it is 1); or mAP and F1."""
+    if "map" in figures:
+        return f"mAP {figures['map']:.1%}  macro F1 {figures['macro_f1']:.1%}"
     top5 = f"  top-5 {figures['top5']:.1%}" if figures["top5"] < 1 else ""
     return f"top-1 {figures['top1']:.1%}{interval}{top5}"
 
@@ -151,8 +153,8 @@ def overrides_of(args: argparse.Namespace, flags: Mapping[str, str], example: st
 
 def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str, Any]:
     """The keys that the words and flags of tl-train and tl-check set; data without --config becomes `args.config`."""
+    from tl_trainer.config.data import expand
     from tl_trainer.config.load import data_at
-    from tl_trainer.config.schema import expand
 
     data = [word for word in args.words if data_at(expand(word))]
     args.overrides = [word for word in args.words if word not in data]

@@ -78,7 +78,8 @@ def _predict(args: argparse.Namespace) -> int:
     overrides = overrides_of(args, {"device": "device"}, ON_A_CHECKPOINT)
     with without_collection():
         from tl_trainer import api
-    from tl_trainer.predict import Extras, expand_inputs, line_waiting, write_rows
+    from tl_trainer.predict import Extras, expand_inputs, line_waiting
+    from tl_trainer.rows import write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
     extras = Extras(args.explain, args.neighbours, args.reject, args.coverage, args.embed, args.force)
@@ -99,7 +100,7 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
-    written = partial(write_rows, classes=classes, extras=extras)
+    written = partial(write_rows, classes=classes, extras=extras, several=model.task != "single")
     if args.output is None:
         tally = written(rows, args.format, sys.stdout)
     else:

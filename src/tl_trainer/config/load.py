@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tl_trainer.config import text
+from tl_trainer.config.data import expand
 from tl_trainer.config.mistakes import in_lines, key_path, parsed_key, problems, section_of
-from tl_trainer.config.schema import Config, expand
+from tl_trainer.config.schema import Config
 from tl_trainer.config.section import KeyPath
 from tl_trainer.errors import ConfigError, InputError, SettingError
 from tl_trainer.ground.wording import shown, unknown

@@ -11,7 +11,13 @@ from tl_trainer.config.section import NamedSection, Section
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "step", "plateau"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Figure = Literal["loss", "top1", "balanced_accuracy", "macro_f1"]
+Figure = Literal["loss", "top1", "balanced_accuracy", "macro_f1", "map", "micro_f1"]
+# Of each `data.task` the figures by which an epoch may be the best, its default first.
+FIGURES_OF: dict[str, tuple[Figure, ...]] = {
+    "single": ("top1", "loss", "balanced_accuracy", "macro_f1"),
+    "multilabel": ("map", "loss", "macro_f1", "micro_f1"),
+}
+THRESHOLDS = r"^(f1|precision>=(0?\.\d+|1(\.0+)?))$"
 
 
 class OptimizerSection(NamedSection):
@@ -67,7 +73,15 @@ class ScheduleSection(NamedSection):
 class LossSection(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Mass of the target spread evenly over all classes.")
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced weighs each class by the inverse of its number of training images."
+        "none",
+        description="balanced weighs each class by the inverse of its number of training images; of several labels "
+        "per image each, where it is there, by how many images are without it for one with it.",
+    )
+    focal: float | None = Field(
+        None,
+        gt=0,
+        description="For several labels per image: gamma of the focal loss, such as 2.0, which counts what is right "
+        "already for less; null is plain cross-entropy.",
     )
 
 
@@ -91,8 +105,7 @@ class EmaSection(Section):
 class StopSection(Section):
     metric: Figure | None = Field(
         None,
-        description="The figure of val by whose standstill a phase ends: loss, top1, balanced_accuracy or macro_f1; "
-        "null trains all epochs.",
+        description="The figure of val by whose standstill a phase ends, one of those of best; null trains all epochs.",
     )
     patience: int = Field(5, ge=1, description="Epochs of a phase without a better one after which it ends.")
     min_delta: float = Field(0.0, ge=0, description="By how much a figure must be better to count, in its own unit.")
@@ -183,7 +196,13 @@ class TrainSection(Section):
     best: Figure = Field(
         "top1",
         description="The figure of val by which an epoch is the best: loss, top1, balanced_accuracy or macro_f1; of "
-        "equal ones the lower loss. schedule: plateau goes by it too.",
+        "several labels per image map (the default there), loss, macro_f1 or micro_f1; of equal ones the lower loss. "
+        "schedule: plateau goes by it too.",
+    )
+    thresholds: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(pattern=THRESHOLDS)] = Field(
+        "f1",
+        description="For several labels per image: from which probability on each is predicted: f1 (the best F1 on "
+        "val), precision>=0.9 (the lowest with this precision on val), or a number such as 0.5.",
     )
     stop: StopSection = Field(default_factory=StopSection, description="When a phase ends before its last epoch.")
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
@@ -267,6 +286,7 @@ class TrainSection(Section):
         trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "soup", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema, self.teacher)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
+        says_how = says_how or self.loss.focal is not None
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         if self.search == "auto" and self.teacher.checkpoint is not None:
@@ -292,7 +312,7 @@ class TrainSection(Section):
         if not searches or not (self.phases or "search" in self.model_fields_set):
             return
         asked = {
-            "best": self.best != "top1",
+            "best": self.best not in (figures[0] for figures in FIGURES_OF.values()),
             "stop": self.stop.metric,
             "sampler": self.sampler != "shuffled",
             "mixup": self.mixup,
@@ -300,6 +320,7 @@ class TrainSection(Section):
             "soup": self.soup,
             "clip_norm": self.clip_norm,
             "accumulate": self.accumulate > 1,
+            "loss.focal": self.loss.focal,
         }
         if names := [name for name, value in asked.items() if value]:
             raise ValueError(

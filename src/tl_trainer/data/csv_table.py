@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tl_trainer.config.schema import CsvSection
+from tl_trainer.config.data import CsvSection
 from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit
 from tl_trainer.data.images import ENDINGS
+from tl_trainer.data.label_texts import BETWEEN, label_texts
 from tl_trainer.data.listing import Listing
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import unknown
@@ -42,24 +43,27 @@ class Columns(NamedTuple):
     groups: list[str]
 
 
-def open_csv(root: Path, section: CsvSection, classes: list[str] | None, fit: Fit = "exact") -> Dataset:
+def open_csv(
+    root: Path, section: CsvSection, classes: list[str] | None, fit: Fit = "exact", task: str = "single"
+) -> Dataset:
     """The dataset of a CSV file; without a split column it has one split, `all`. Raises DataError with file:line.
 
-    The classes are the sorted labels of the train rows.
+    The classes are the sorted labels of the train rows. task: as `data.task`.
     """
-    table = root / section.labels
-    columns = _columns(table, section)
+    table, several = root / section.labels, label_texts(task, section)
+    columns = _columns(table, section, several is not None)
     lines, images, names, labels, splits, groups = columns
     rows = {split: np.array(rows) for split, rows in splits.items()}
     files = Files(Below(root / section.images, images), images)
     listing = Listing(
-        files, names, np.array(labels), rows, str(table), lambda row: f"{table}:{lines[row]}", groups=groups
+        files, names, np.array(labels), rows, str(table), lambda row: f"{table}:{lines[row]}", groups, several
     )
     if classes is not None:
         return listing.dataset(classes, "the checkpoint", fit)
     classes = listing.train_labels()
     listing.check_classes(classes, section.label_column, "data.csv.label_column")
-    _name_several(classes, table)
+    if several is None:
+        _name_several(classes, table)
     return listing.dataset(classes, "the train rows", fit)
 
 
@@ -74,9 +78,9 @@ def _name_several(classes: list[str], table: Path) -> None:
         several = [label for label, split in parts.items() if known.issuperset(split)]
         if len(several) > SEVERAL * len(classes):
             log.warning(
-                "%s: labels such as %r look like several labels in one, and each becomes a class of its own; several "
-                "labels per image are not supported yet",
-                *(table, several[0]),
+                "%s: labels such as %r look like several labels in one, and each becomes a class of its own; to have "
+                "images with several labels: data.task=multilabel data.csv.label_separator=%r",
+                *(table, several[0], separator),
             )
             return
 
@@ -96,12 +100,12 @@ def check_found(dataset: Dataset, section: CsvSection) -> None:
     raise DataError(f"{dataset.where}: {tried} is not there, nor are others that it names; set {key}")
 
 
-def _columns(table: Path, section: CsvSection) -> Columns:
+def _columns(table: Path, section: CsvSection, several: bool) -> Columns:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             header = next(filter(str.strip, file), "")
             file.seek(0)
-            columns = _read(csv.reader(file, delimiter=max(",;\t", key=header.count)), table, section)
+            columns = _read(csv.reader(file, delimiter=max(",;\t", key=header.count)), table, section, several)
     except OSError as error:
         raise DataError(f"{table}: cannot be read: {error.strerror}; set data.root and data.csv.labels") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -118,17 +122,22 @@ def _columns(table: Path, section: CsvSection) -> Columns:
     return columns
 
 
-def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
-    keys = ("image_column", "label_column", "split_column", "group_column")
-    asked = {f"data.csv.{key}": column for key in keys if (column := getattr(section, key))}
-    wanted = [*asked.values()]
+def _read(reader: Reader, table: Path, section: CsvSection, several: bool) -> Columns:
+    """several: whether an image may have no label, or more than one."""
+    label_columns = section.label_columns or [section.label_column]
+    asked = [("image_column", section.image_column)]
+    asked += [("label_columns" if section.label_columns else "label_column", column) for column in label_columns]
+    asked += [("split_column", section.split_column or ""), ("group_column", section.group_column or "")]
+    asked = [(f"data.csv.{key}", column) for key, column in asked if column]
+    wanted, rest_from = [column for _, column in asked], 1 + len(label_columns)
     header = next(filter(None, reader), None)  # blank lines are no rows
     if header is None:
         raise DataError(f"{table}: empty file; its first line must name the columns")
     place = {name: index for index, name in enumerate(header)}
-    if missing := [key for key, column in asked.items() if column not in place]:
+    if missing := [(key, column) for key, column in asked if column not in place]:
+        keys = dict.fromkeys(key for key, _ in missing)
         raise DataError(
-            f"{table}:1: {unknown('column', asked[missing[0]], header)}; set {' and '.join(missing)} to the right one"
+            f"{table}:1: {unknown('column', missing[0][1], header)}; set {' and '.join(keys)} to the right one"
         )
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
     lines, images, names, labels, splits, groups = columns = Columns(array("q"), [], [], array("q"), {}, [])
@@ -142,9 +151,11 @@ def _read(reader: Reader, table: Path, section: CsvSection) -> Columns:
             )
         if len(row) < width:
             row += [""] * (width - len(row))
-        image, label, *rest = values = [row[index].strip() for index in places]
-        if "" in values:
-            raise DataError(f"{table}:{reader.line_num}: no {wanted[values.index('')]} in this row")
+        values = [row[index].strip() for index in places]
+        image, label, rest = values[0], BETWEEN.join(values[1:rest_from]), values[rest_from:]
+        if "" in values and (not several or "" in (image, *rest)):
+            empty = next(at for at, value in enumerate(values) if not value and not (several and 0 < at < rest_from))
+            raise DataError(f"{table}:{reader.line_num}: no {wanted[empty]} in this row")
         split = SPLIT_OF.get(rest[0].lower()) if section.split_column else "all"
         if split is None:
             raise DataError(f"{table}:{reader.line_num}: {unknown('split', rest[0], SPLIT_OF)}")

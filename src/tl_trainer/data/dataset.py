@@ -191,13 +191,14 @@ class Pictures:
 class Split:
     """Images and their labels; `rows` says which of `images` each one is.
 
+    `targets`: the index of each image's class; where an image may have several labels, as `data.label_texts` has them.
     `hashes` are the SHA-256 of their contents, once `data.verify` has read them: from then on only these are opened.
     `sizes` are then their widths and heights in pixels, as stored in the files.
     `groups`: which images belong together, such as those of a patient; empty where each is its own.
     """
 
     images: Images
-    targets: Sequence[int]
+    targets: Sequence[Any]
     rows: Sequence[int]
     hashes: Sequence[bytes] = ()
     groups: Sequence[str] = ()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Split
+from tl_trainer.data.label_texts import classes_in
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import printable
 
@@ -39,7 +40,7 @@ def unrepeated(splits: dict[str, Split], data: DataSection) -> tuple[dict[str, S
         kept[name] = split.subset([index for index in range(len(split)) if index not in copies]) if copies else split
         if copies:
             told.append(f"{len(copies)} of {len(split)} {name} images were left out (data.on_duplicates: drop)")
-        lost = set(split.targets) - set(kept[name].targets)
+        lost = classes_in(split.targets) - classes_in(kept[name].targets) if copies else set()
         if lost and (name == "train" or not kept[name]):
             raise DataError("\n".join([*told, f"without copies, no {name} image of {len(lost)} classes would be left"]))
     log.warning("%s", "\n".join(told))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split, enforce_classes
 from tl_trainer.data.images import ENDINGS
-from tl_trainer.errors import DataError
+from tl_trainer.errors import DataError, ImageError
+from tl_trainer.ground.machine import cores
 from tl_trainer.ground.wording import listed
 
 log = logging.getLogger(__name__)
@@ -19,8 +23,11 @@ LOOKED_INTO = 20  # class folders: where one has splits of its own, all have
 _SPLIT_LIKE = re.compile(rf"({'|'.join(sorted(SPLIT_OF, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
-def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact") -> Dataset:
-    """The dataset in a folder. classes: a checkpoint's, which it must have as `fit` says. Raises DataError."""
+def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact", task: str = "single") -> Dataset:
+    """The dataset in a folder. classes: a checkpoint's, which it must have as `fit` says. task: as `data.task`.
+
+    Raises DataError.
+    """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.root or --data-dir to the folder with your images")
     folders = _split_folders(root)
@@ -37,7 +44,8 @@ def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact") -> D
         enforce_classes(classes, there, folder, fixed_by, fit)
         if extra := sorted(set(there).difference(classes)):
             log.warning("%s: classes that %s does not have are left out: %s", folder, fixed_by, listed(extra))
-        splits[name] = _scan(folder, classes, root, left_out, may_lack=fit != "exact")
+        split = _scan(folder, classes, root, left_out, may_lack=fit != "exact")
+        splits[name] = split if task == "single" else _merged(split, len(classes))
     if left_out:
         endings = ", ".join(sorted({Path(name).suffix.lower() or "no ending" for name in left_out}))
         log.warning("%s: %d file(s) left out for their ending (%s), e.g. %s", root, len(left_out), endings, left_out[0])
@@ -158,6 +166,28 @@ def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str], *, 
         if len(paths) == before and not may_lack:
             raise DataError(f"{folder / name}: no images in this class folder; add some or remove it from every split")
     return Split(Files(paths, names), targets, range(len(paths)))
+
+
+def _merged(split: Split, classes: int) -> Split:
+    """Each content once, called as in the first of its folders, with the labels of all folders that it is in."""
+    with ThreadPoolExecutor(cores()) as pool:
+        contents = [*pool.map(partial(_content, split), range(len(split)))]
+    first: dict[bytes, int] = {}
+    labels: dict[int, set[int]] = {}
+    for index, (content, target) in enumerate(zip(contents, split.targets, strict=True)):
+        labels.setdefault(first.setdefault(content, index), set()).add(target)
+    targets = [tuple(int(label in of) for label in range(classes)) for of in labels.values()]
+    if all(len(of) == 1 for of in labels.values()):
+        log.warning("no image is in two class folders, so each has one label; data.task: single is for such")
+    return Split(split.images, targets, [*labels])
+
+
+def _content(split: Split, index: int) -> bytes:
+    """What tells its content from others; of a file that cannot be read its name, until `data.verify` names it."""
+    try:
+        return hashlib.sha256(split.images.content(index)).digest()
+    except ImageError:
+        return split.name(index).encode("utf-8", "surrogateescape")
 
 
 def walk(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.errors import ImageError
 from tl_trainer.ground.machine import is_out_of_memory, memory_is_short
 from tl_trainer.ground.wording import printable

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Images, Split
+from tl_trainer.data.label_texts import LabelTexts
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable, unknown
 
@@ -39,7 +40,8 @@ class Listing:
     """The rows of a source whose labels are texts.
 
     names: the different labels. labels: (N,) which of them each row has. splits: the rows of each split, or of `all`.
-    where: what messages call the source. place: what they call a row. groups: as in Split, of each row.
+    where: what messages call the source. place: what they call a row. groups: as in Split, of each row. several: how
+    the texts are read where an image may have several labels.
     """
 
     images: Images
@@ -49,13 +51,39 @@ class Listing:
     where: str
     place: Callable[[int], str]
     groups: Sequence[str] = ()
+    several: LabelTexts | None = None
 
     def train_labels(self) -> list[str]:
         """The labels of the training rows, sorted. Raises DataError where there is no such row."""
         rows = [self.splits[name] for name in ("train", "all") if name in self.splits]
         if not rows:
             raise DataError(f"{self.where}: no row is in the train split")
-        return sorted(self.names[label] for label in np.unique(self.labels[np.concatenate(rows)]))
+        codes = np.unique(self.labels[np.concatenate(rows)]).tolist()
+        if self.several is None:
+            return sorted(self.names[label] for label in codes)
+        values = self._values(self.several)
+        had = [[label for label, value in values[code].items() if value == 1] for code in codes]
+        if codes and all(len(labels) == 1 for labels in had):
+            what = "%s: every image has exactly one label; data.task: single makes classes that exclude each other"
+            log.warning(what, self.where)
+        try:
+            return self.several.classes(label for labels in had for label in labels)
+        except ValueError as error:
+            raise DataError(f"{self.where}: {error}") from None
+
+    def _values(self, several: LabelTexts) -> list[dict[str, int]]:
+        """What each of the different texts says; DataError for one that is wrong."""
+        values = []
+        for code, text in enumerate(self.names):
+            try:
+                values.append(several.values(text))
+            except ValueError as error:
+                raise DataError(f"{printable(self.place(self._row(code)))}: {error}") from None
+        return values
+
+    def _row(self, code: int) -> int:
+        """The first row with the text of that number."""
+        return int(np.flatnonzero(self.labels == code)[0])
 
     def check_classes(self, classes: list[str], column: str, key: str) -> None:
         """Raise DataError where a column holds other things than classes; `key` chooses another one."""
@@ -72,6 +100,8 @@ class Listing:
         A split may lack some of them, since labels are names here and no index can shift, but may not have others,
         unless `fit` allows it: DataError names the first row that has.
         """
+        if self.several is not None:
+            return self._of_several(self.several, classes, fixed_by, fit)
         index = {label: position for position, label in enumerate(classes)}
         target = np.array([index.get(name, -1) for name in self.names])
         splits = {}
@@ -88,6 +118,31 @@ class Listing:
                 rows, targets = rows[targets >= 0], targets[targets >= 0]
             groups = [self.groups[row] for row in rows] if self.groups else ()
             splits[name] = Split(self.images, _integers(targets), _integers(rows), groups=groups)
+        return Dataset(classes, splits, self.where)
+
+    def _of_several(self, several: LabelTexts, classes: list[str], fixed_by: str, fit: Fit) -> Dataset:
+        """The dataset of images with several labels; where others may be there too, these are left out of images."""
+        values, known = self._values(several), {*classes}
+        extra = {code: label for code, of in enumerate(values) for label in of if label not in known}
+        if extra and fit != "any":
+            code, label = next(iter(extra.items()))
+            more = "; --ignore-extra leaves such labels out" if fit == "fewer" else ""
+            wrong = unknown("label", label, classes)
+            raise DataError(f"{printable(self.place(self._row(code)))}: {wrong}, fixed by {fixed_by}{more}")
+        if extra:
+            log.warning(
+                "%s: labels that %s does not have are left out: %s",
+                self.where,
+                fixed_by,
+                listed(sorted({*extra.values()})),
+            )
+        targets = [tuple(of.get(name, several.absent) for name in classes) for of in values]
+        splits = {}
+        for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
+            rows = self.splits[name]
+            groups = [self.groups[row] for row in rows] if self.groups else ()
+            of_rows = [targets[code] for code in self.labels[rows].tolist()]  # one object for all alike
+            splits[name] = Split(self.images, of_rows, _integers(rows), groups=groups)
         return Dataset(classes, splits, self.where)
 
     def named(self, known: ClassNames | None, remedy: str, classes: list[str] | None, fit: Fit) -> Dataset:
@@ -117,10 +172,9 @@ class Listing:
         most = len(known.names)
         for label, number in enumerate(self.names):
             if not 0 <= int(number) < most:
-                row = int(np.flatnonzero(self.labels == label)[0])
                 raise DataError(
-                    f"{printable(self.place(row))}: label {number} is not one of 0 to {most - 1}, the {most} names in "
-                    f"{known.where}; correct the label, or the names"
+                    f"{printable(self.place(self._row(label)))}: label {number} is not one of 0 to {most - 1}, the "
+                    f"{most} names in {known.where}; correct the label, or the names"
                 )
         return replace(self, names=[known.names[int(number)] for number in self.names])
 

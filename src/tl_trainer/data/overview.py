@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from tl_trainer.data.dataset import Dataset, Split
+from tl_trainer.data.label_texts import images_of_each
 from tl_trainer.ground.wording import listed, printable
 
 log = logging.getLogger(__name__)
@@ -23,23 +24,25 @@ class Overview:
     """The class names, of each split the number of images of each class, and the sizes of all images.
 
     sizes: width and height of the smallest, the median and the largest by their pixels; empty before they are read.
+    images: how many each split has, where they may have several labels; else empty.
     """
 
     classes: list[str]
     counts: dict[str, list[int]]
     sizes: tuple[tuple[int, int], ...] = ()
+    images: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Dataset) -> Overview:
         """Count the images of a dataset, and what is known of their sizes."""
-        counts = {name: [0] * len(dataset.classes) for name in dataset.splits}
-        for name, split in dataset.splits.items():
-            for target in split.targets:
-                counts[name][target] += 1
+        splits, classes = dataset.splits, len(dataset.classes)
+        counts = {name: images_of_each(split.targets, classes) for name, split in splits.items()}
         sizes: Counter[tuple[int, int]] = Counter()
-        for split in dataset.splits.values():
+        for split in splits.values():
             sizes.update(split.sizes)
-        return cls(dataset.classes, counts, _extremes(sizes) if sizes else ())
+        several = any(isinstance(split.targets[0], tuple) for split in splits.values() if len(split))
+        images = {name: len(split) for name, split in splits.items()} if several else {}
+        return cls(dataset.classes, counts, _extremes(sizes) if sizes else (), images)
 
     @property
     def by_size(self) -> list[int]:
@@ -48,11 +51,13 @@ class Overview:
 
     def baseline(self, split: str) -> float:
         """The majority baseline: how often the class with the most training images is right."""
-        return self.counts[split][self.by_size[0]] / sum(self.counts[split])
+        return self.counts[split][self.by_size[0]] / (self.images.get(split) or sum(self.counts[split]))
 
     def baseline_in_words(self, split: str) -> str:
         """The baseline as a sentence."""
         most = printable(self.classes[self.by_size[0]])
+        if self.images:
+            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of the {split} images"
         return f"always saying {most} would be right for {self.baseline(split):.1%} of the {split} images"
 
     def sizes_in_words(self) -> str:
@@ -71,7 +76,7 @@ class Overview:
 
     def lines(self) -> list[str]:
         """The classes in columns of WIDTH characters, the sizes, and the baseline."""
-        title = f"images of each class ({'/'.join(self.counts)})"
+        title = f"images {'with each label' if self.images else 'of each class'} ({'/'.join(self.counts)})"
         sizes = [self.sizes_in_words()] if self.sizes else []
         if all(len({*counts}) == 1 for counts in self.counts.values()) and len(self.classes) > WHOLE:
             alike = "/".join(f"{counts[0]:,}" for counts in self.counts.values())
@@ -99,9 +104,10 @@ def _extremes(sizes: Counter[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 def name_scarce(dataset: Dataset, train: Split, *, drawn: bool) -> None:
     """Say which classes have to be learned from one image, where the val split is the dataset's own, and which have
     lost all theirs."""
-    counts = Counter(train.targets)
-    single = [repr(name) for label, name in enumerate(dataset.classes) if counts[label] == 1]
-    lost = [repr(dataset.classes[label]) for label in sorted({*dataset.split("train").targets} - {*counts})]
+    number = len(dataset.classes)
+    left, had = images_of_each(train.targets, number), images_of_each(dataset.split("train").targets, number)
+    single = [repr(name) for name, count in zip(dataset.classes, left, strict=True) if count == 1]
+    lost = [repr(name) for name, now, once in zip(dataset.classes, left, had, strict=True) if once and not now]
     if single and not drawn:
         log.warning("train has one image of %s; a class is learned from several", listed(single))
     if lost:

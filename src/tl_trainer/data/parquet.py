@@ -16,9 +16,10 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from tl_trainer.config.schema import DataSection, ParquetSection, expand
+from tl_trainer.config.data import DataSection, ParquetSection, expand
 from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit, Images, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
+from tl_trainer.data.label_texts import BETWEEN, label_texts
 from tl_trainer.data.listing import ClassNames, Listing, is_label
 from tl_trainer.data.patterns import files_of, short_names
 from tl_trainer.errors import DataError, ImageError, RunError, SettingError
@@ -42,7 +43,8 @@ def open_parquet(data: DataSection, classes: list[str] | None, fit: Fit = "exact
     """
     section, root = data.parquet, expand(data.root)
     tables = [_Table(path, section) for path in files_of(section.files, root, data.download)]
-    labels, splits = _Codes(section.label_column), _Codes(section.split_column or "")
+    several = label_texts(data.task, section)
+    labels, splits = _Labels(section) if several else _Codes(section.label_column), _Codes(section.split_column or "")
     for table in bar(tables, "reading labels", len(tables), unit="file"):
         labels.add(table)
         if section.split_column is not None:
@@ -53,9 +55,12 @@ def open_parquet(data: DataSection, classes: list[str] | None, fit: Fit = "exact
     where = listed([section.files] if isinstance(section.files, str) else section.files)
     place: Callable[[int], str] = _Rows.of(tables, section).place
     rows = _by_column(splits, place) if section.split_column is not None else _by_file(tables, where)
-    listing = Listing(images, labels.names, labels.codes, rows, where, place)
+    listing = Listing(images, labels.names, labels.codes, rows, where, place, several=several)
     if classes is None:
         listing.check_classes(listing.train_labels(), section.label_column, "data.parquet.label_column")
+    if several:
+        fixed_by = "the train rows" if classes is None else "the checkpoint"
+        return listing.dataset(listing.train_labels() if classes is None else classes, fixed_by, fit)
     remedy = "a column of names as data.parquet.label_column would name them"
     return listing.named(tables[0].class_names(section.label_column), remedy, classes, fit)
 
@@ -81,7 +86,8 @@ class _Table:
                 self.schema, metadata = file.schema_arrow, file.metadata
         except (OSError, arrow.ArrowException) as error:
             raise DataError(f"{path}: damaged, or not a Parquet file: {str(error).splitlines()[0]}") from error
-        for column in filter(None, (section.image_column, section.label_column, section.split_column)):
+        labels = section.label_columns or [section.label_column]
+        for column in filter(None, (section.image_column, *labels, section.split_column)):
             if (times := self.schema.names.count(column)) != 1:
                 fault = f"{times} columns called {column}" if times else unknown("column", column, self.schema.names)
                 raise DataError(f"{path}: {fault}; {COLUMNS}")
@@ -103,8 +109,8 @@ class _Table:
             f"{self.path}: the column {column} holds {kind}, and not bytes, a struct with bytes, or paths; {COLUMNS}"
         )
 
-    def column(self, name: str) -> Any:
-        """A column as one Arrow array; DataError for a row without a value."""
+    def column(self, name: str, *, gaps: bool = False) -> Any:
+        """A column as one Arrow array; DataError for a row without a value, unless there may be `gaps`."""
         arrow = _pyarrow()
         try:
             with arrow.parquet.ParquetFile(self.path, memory_map=True) as file:
@@ -112,7 +118,7 @@ class _Table:
         except (OSError, arrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{self.path}: {name} cannot be read: {reason}; fetch or write it again") from error
-        if found.null_count:
+        if found.null_count and not gaps:
             row = int(np.flatnonzero(found.is_null().to_numpy(zero_copy_only=False))[0])
             raise DataError(f"{self.path}/{row}: no {name} in this row")
         return found
@@ -147,10 +153,14 @@ class _Codes:
             raise DataError(
                 f"{table.path}: the column {self.column} holds {kind}, and not names or whole numbers; {COLUMNS}"
             )
-        encoded = table.column(self.column).dictionary_encode()
+        self.take(table, table.column(self.column))
+
+    def take(self, table: _Table, column: Any, valid: Callable[[str], bool] = is_label) -> None:
+        """The values of another column, which must be valid."""
+        encoded = column.dictionary_encode()
         names = [str(value).strip() for value in encoded.dictionary.to_pylist()]
         of_row = encoded.indices.to_numpy()
-        if wrong := [number for number, name in enumerate(names) if not is_label(name)]:
+        if wrong := [number for number, name in enumerate(names) if not valid(name)]:
             row, name = int(np.flatnonzero(of_row == wrong[0])[0]), names[wrong[0]]
             raise DataError(f"{table.path}/{row}: {shown(name)} in {self.column} is no name on one line; correct it")
         codes = np.array([self.number.setdefault(name, len(self.number)) for name in names], np.int32)
@@ -163,6 +173,31 @@ class _Codes:
     @property
     def codes(self) -> np.ndarray:
         return np.concatenate(self.parts)
+
+
+class _Labels(_Codes):
+    """The labels of images that may have several, as texts: a list in each row is one text, and so are columns."""
+
+    def __init__(self, section: ParquetSection) -> None:
+        super().__init__(section.label_column)
+        self.section = section
+
+    def add(self, table: _Table) -> None:
+        """The rows of another file; one without a value is of an image without a label, or without that of a column."""
+        arrow = _pyarrow()
+        columns = []
+        for name in self.section.label_columns or [self.column]:
+            found = table.column(name, gaps=True)
+            try:
+                if arrow.types.is_list(found.type) and not self.section.label_columns:
+                    between = self.section.label_separator
+                    found = arrow.compute.binary_join(found.cast(arrow.list_(arrow.string())), between)
+                columns.append(found.cast(arrow.string()).fill_null(""))
+            except arrow.ArrowException:
+                raise DataError(
+                    f"{table.path}: the column {name} holds {found.type}, and no labels; {COLUMNS}"
+                ) from None
+        self.take(table, arrow.compute.binary_join_element_wise(*columns, BETWEEN), lambda text: True)
 
 
 def _by_column(splits: _Codes, place: Callable[[int], str]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tl_trainer.data.dataset import SPLIT_OF, Dataset, Split
+from tl_trainer.data.label_texts import classes_in
 from tl_trainer.errors import DataError, SettingError
 from tl_trainer.ground.wording import printable, unknown
 
@@ -76,7 +77,7 @@ def _source(split: str, dataset: Dataset) -> str:
 
 
 def _require_images(dataset: Dataset, name: str, kept: Split, table: Path) -> None:
-    lost = {*dataset.splits[name].targets} - {*kept.targets}
+    lost = classes_in(dataset.splits[name].targets) - classes_in(kept.targets)
     if lost and (name in ("train", "all") or not len(kept)):
         label = printable(dataset.classes[min(lost)])
         raise DataError(f"{table} leaves no {name} image of the class {label!r}; remove some of its rows")

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from itertools import combinations
 
-from tl_trainer.config.schema import DataSection, expand
+from tl_trainer.config.data import DataSection, expand
 from tl_trainer.data.csv_table import check_found, open_csv
 from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.demo import demo_folder
@@ -46,9 +46,9 @@ def _opened(data: DataSection, classes: list[str] | None, fit: Fit) -> Dataset:
     if data.source == "demo":
         return open_folders(demo_folder(), classes, fit)
     if data.source == "imagefolder":
-        return open_folders(root, classes, fit)
+        return open_folders(root, classes, fit, data.task)
     if data.source == "csv":
-        dataset = open_csv(root, data.csv, classes, fit)
+        dataset = open_csv(root, data.csv, classes, fit, data.task)
         check_found(dataset, data.csv)
         return dataset
     if data.source == "webdataset":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tl_trainer.config.schema import DataSection
+from tl_trainer.config.data import DataSection
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size

@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tl_trainer.config.schema import DataSection, WebDatasetSection, expand
+from tl_trainer.config.data import DataSection, WebDatasetSection, expand
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.listing import LONGEST_LABEL, ClassNames, Listing, is_label

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_trainer import checkpoint
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.schema import expand
+from tl_trainer.config.data import expand
 from tl_trainer.data.transforms import Pipeline, preprocessing_of
 from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.sealed import check_seal

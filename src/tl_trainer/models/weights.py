@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_trainer.checkpoint import Checkpoint
-from tl_trainer.config.schema import expand
+from tl_trainer.config.data import expand
 from tl_trainer.data.transforms import Preprocessing
 from tl_trainer.errors import CheckpointError, SettingError
 from tl_trainer.ground.wording import unknown
