@@ -70,9 +70,11 @@ def test_devices_that_are_not_there_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("kind", "trainable", "last"), [
-    ("cuda", "stage2", True), ("cuda", "all", True), ("cuda", "head", False), ("cpu", "all", False)
+    ("cuda", "stage2", True), ("cuda", "all", True), ("cuda", "head", False),
+    ("cpu", "stage2", True), ("cpu", "all", False),  # of which only stage2 has grouped convolutions
+    ("mps", "stage2", False),
 ])  # fmt: skip
-def test_what_trains_on_a_gpu_is_laid_out_channels_last(
+def test_what_trains_is_laid_out_channels_last(
     monkeypatch: pytest.MonkeyPatch, kind: str, trainable: str, last: bool
 ) -> None:
     move = Classifier.to
@@ -81,7 +83,7 @@ def test_what_trains_on_a_gpu_is_laid_out_channels_last(
     classifier = network_of(trainable).classifier
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
     net = Network(classifier, torch.device(kind), "fp32")
-    weight = net.classifier.backbone.model.conv1[0].weight
+    weight = net.classifier.backbone.model.conv1[0].weight  # of the whole classifier
     assert weight.is_contiguous(memory_format=torch.channels_last) == last
     assert all(torch.equal(value, before[key]) for key, value in net.classifier.state_dict().items())
 

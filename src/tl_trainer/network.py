@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_trainer.errors import SettingError
 from tl_trainer.ground.machine import require_memory
@@ -21,7 +21,7 @@ class Network:
     def __init__(self, classifier: Classifier, device: torch.device, precision: str, *, compiled: bool = False) -> None:
         require_memory()
         self.classifier = classifier.to(device)
-        if device.type == "cuda" and classifier.trained:  # as the frozen prefix gives its output, and cuDNN is fastest
+        if _faster_channels_last(classifier, device):
             self.classifier.to(memory_format=torch.channels_last)
         self.device = device
         self.precision = prefix_precision(precision, device)
@@ -62,6 +62,17 @@ class Network:
         if not self.classifier.frozen or trained == self.precision:
             return f"on {self.device.type}, in {trained}"
         return f"on {self.device.type}, the frozen backbone in {self.precision}, what trains in {trained}"
+
+
+def _faster_channels_last(classifier: Classifier, device: torch.device) -> bool:
+    """Whether what trains is faster in the layout in which the frozen prefix gives its output.
+
+    On a GPU everything is. On a processor networks with grouped convolutions are up to 1.5 times as fast
+    (EfficientNet-Lite0), and others up to a fifth slower (VGG16).
+    """
+    modules = [module for stage in classifier.trained for module in stage.module.modules()]
+    grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
+    return bool(modules) if device.type == "cuda" else grouped and device.type == "cpu"
 
 
 def resolve_device(setting: str) -> torch.device:
