@@ -155,7 +155,7 @@ def test_a_teacher_that_is_not_there_is_named_with_its_key(taught: Path) -> None
     [
         (
             {"search": "auto", "teacher": {"checkpoint": "x"}},
-            "train: the search finds a head without a teacher; set search",
+            "train: teacher is for training by epochs, and search finds the head without; leave out teacher, or set",
         ),
         (
             {"mixup": 0.2, "teacher": {"checkpoint": "x"}},

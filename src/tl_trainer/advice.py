@@ -43,7 +43,7 @@ class Facts:
     phased: bool = False  # the run has phases, which say how long each trains
     searchable: bool = False  # the head was trained, and could be found
     foldable: bool = False
-    balanced: bool = False  # classes have weights
+    balanced: bool = False  # classes have weights, or come equally often
     augmented: bool = False  # the train transform is random
     val_fraction: float | None = None  # None where val is the source's own
 

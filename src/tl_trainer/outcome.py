@@ -137,7 +137,7 @@ def _facts(setup: Setup, val: Evaluation, overview: Overview, run_dir: Path) -> 
         baseline=overview.baseline("val"),
         best_epoch=val.checkpoint.epoch,
         backbone="resnet50" if config.model.backbone == "convnext_tiny" else "convnext_tiny",
-        balanced=config.train.loss.class_weights == "balanced",
+        balanced="balanced" in (config.train.loss.class_weights, config.train.sampler),
         augmented=not setup.train_pipeline.deterministic,
         val_fraction=config.data.val_fraction if setup.drawn else None,
     )
@@ -153,12 +153,14 @@ def _of_search(setup: Setup, found: Found, facts: Facts) -> dict[str, Any]:
 
 def _of_epochs(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, progress: Progress) -> dict[str, Any]:
     """What more is known of a head that was trained."""
-    rows, head, phased = tracker.history(), setup.parts.config.model.head, bool(setup.parts.config.train.phases)
+    config, rows = setup.parts.config, tracker.history()
+    head, phased = config.model.head, bool(config.train.phases)
     return {
         "phased": phased,
         "losses": tuple(row["val_loss"] for row in rows),
         **({"best_epoch": 0} if progress.soup else {}),  # it is none of the epochs
-        "searchable": _head_alone(setup, feeds) and not (phased or head.hidden or head.dropout),
+        "searchable": _head_alone(setup, feeds)
+        and not (phased or head.hidden or head.dropout or config.train.by_epochs),
     }
 
 

@@ -92,11 +92,14 @@ def test_phases_that_cannot_be(train: dict[str, Any], said: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["best", "stop", "sampler", "mixup", "cutmix", "soup", "clip_norm", "accumulate"])
-def test_what_only_epochs_can_do_is_refused_where_the_head_is_found(key: str) -> None:
-    value = {"best": "loss", "sampler": "balanced", "stop": {"metric": "loss"}, "soup": 2, "accumulate": 2}.get(
-        key, 0.2
-    )
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("best", "loss"), ("stop", {"metric": "loss"}), ("sampler", "balanced"), ("mixup", 0.2), ("cutmix", 0.2),
+        ("soup", 2), ("clip_norm", 0.2), ("accumulate", 2), ("ema", {"decay": 0.9}), ("teacher", {"checkpoint": "x"}),
+    ],
+)  # fmt: skip
+def test_what_only_epochs_can_do_is_refused_where_the_head_is_found(key: str, value: Any) -> None:
     for train in ({"search": "auto"}, {"phases": [HEAD]}):
         with pytest.raises(ConfigError, match=f"train: {key} is for training by epochs, and search finds the head"):
             config({**train, key: value})

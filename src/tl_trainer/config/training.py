@@ -289,10 +289,6 @@ class TrainSection(Section):
         says_how = says_how or self.loss.focal is not None
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
-        if self.search == "auto" and self.teacher.checkpoint is not None:
-            raise ValueError(
-                "the search finds a head without a teacher; set search: off, or search in the first phase alone"
-            )
         if self.refit and self.search == "off":
             raise ValueError(
                 "refit is for a head that is found: set search: auto, and leave out epochs, optimizer, schedule "
@@ -309,8 +305,15 @@ class TrainSection(Section):
     def _check_search(self) -> None:
         """Refuse what only epochs can do where no phase trains for epochs."""
         searches = all(phase.search == "auto" for phase in self.phases) if self.phases else self.search == "auto"
-        if not searches or not (self.phases or "search" in self.model_fields_set):
-            return
+        if searches and (self.phases or "search" in self.model_fields_set) and (names := self.by_epochs):
+            raise ValueError(
+                f"{names[0]} is for training by epochs, and search finds the head without; leave out {names[0]}, or "
+                "set search: off"
+            )
+
+    @property
+    def by_epochs(self) -> list[str]:
+        """The keys that are set and mean nothing where no weights are trained by epochs."""
         asked = {
             "best": self.best not in (figures[0] for figures in FIGURES_OF.values()),
             "stop": self.stop.metric,
@@ -321,12 +324,10 @@ class TrainSection(Section):
             "clip_norm": self.clip_norm,
             "accumulate": self.accumulate > 1,
             "loss.focal": self.loss.focal,
+            "ema": self.ema.decay,
+            "teacher": self.teacher.checkpoint,
         }
-        if names := [name for name, value in asked.items() if value]:
-            raise ValueError(
-                f"{names[0]} is for training by epochs, and search finds the head without; leave out {names[0]}, or "
-                "set search: off"
-            )
+        return [name for name, value in asked.items() if value]
 
     def as_phase(self, trainable: str) -> PhaseSection:
         """The whole run as one phase."""
