@@ -195,6 +195,8 @@ def test_evidence_is_drawn_for_each_label(found: dict[str, Any], photos: Path, t
     drawn = len([*(tmp_path / "evidence").iterdir()])
     assert drawn == sum(max(1, len(row.labels or ())) for row in rows) > 4
     assert rows[0].neighbours is not None
+    kept = next(iter(model.rows([photos / "0.png"], extras=tl_trainer.Extras(neighbours=1))))  # from neighbours.pth
+    assert [one.label for one in kept.neighbours or ()] == [one.label for one in rows[0].neighbours]
 
 
 @pytest.mark.parametrize(
