@@ -72,7 +72,6 @@ def test_devices_that_are_not_there_are_refused() -> None:
 @pytest.mark.parametrize(("kind", "trainable", "last"), [
     ("cuda", "stage2", True), ("cuda", "all", True), ("cuda", "head", False),
     ("cpu", "stage2", True), ("cpu", "all", False),  # of which only stage2 has grouped convolutions
-    ("mps", "stage2", False),
 ])  # fmt: skip
 def test_what_trains_is_laid_out_channels_last(
     monkeypatch: pytest.MonkeyPatch, kind: str, trainable: str, last: bool
