@@ -22,7 +22,7 @@ from torch.nn import functional
 from tl_trainer.assembly import Parts, memory_of, reopened
 from tl_trainer.config.load import COMMAND_LINE
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.label_texts import classes_in
+from tl_trainer.data.label_texts import classes_in, is_target
 from tl_trainer.data.verify import verified
 from tl_trainer.errors import CheckpointError, ImageError, InputError, RunError
 from tl_trainer.ground.sealed import check_seal, load_plain, save_sealed, seal_of
@@ -154,7 +154,7 @@ def at_hand(parts: Parts, checkpoint: Path) -> Known | None:
         raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
     if content.pop("checkpoint") != seal_of(checkpoint):
         return None
-    if not _fits(kept := Known(**content), parts):
+    if not _fits(kept := Known(**content), parts.features, len(parts.task.classes)):
         raise CheckpointError(f"{file}: does not fit {checkpoint}; remove it, and it is made again")
     return kept
 
@@ -192,18 +192,12 @@ def _is_ours(content: Any) -> bool:
     return (features.ndim, val.ndim) == (2, 1) and len(features) == len(content["paths"]) == len(content["targets"])
 
 
-def _fits(kept: Known, parts: Parts) -> bool:
-    """Whether the features are as wide as those of the checkpoint, and each has a name and a target of its task."""
-    classes, single = len(parts.task.classes), parts.task.kind == "single"
-
-    def labels(target: object) -> bool:
-        if single:
-            return isinstance(target, int) and 0 <= target < classes
-        return isinstance(target, tuple) and len(target) == classes
-
+def _fits(kept: Known, width: int, classes: int) -> bool:
+    """Whether the features are as wide as those of the checkpoint, and each has a name and one of its classes."""
     named = all(isinstance(path, str) for path in kept.paths)
+    labelled = all(is_target(target, classes) for target in kept.targets)
     floats = kept.features.is_floating_point() and kept.val.is_floating_point()
-    return kept.features.shape[1] == parts.features and floats and named and all(map(labels, kept.targets))
+    return kept.features.shape[1] == width and floats and named and labelled
 
 
 def _ignored(parts: Parts, file: Path, kept: int) -> None:

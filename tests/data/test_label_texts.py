@@ -13,7 +13,7 @@ from PIL import Image
 from tl_trainer.config.data import CsvSection, DataSection, ParquetSection
 from tl_trainer.data.csv_table import open_csv
 from tl_trainer.data.dataset import Dataset, Fit
-from tl_trainer.data.label_texts import classes_in, images_of_each
+from tl_trainer.data.label_texts import classes_in, images_of_each, is_target
 from tl_trainer.data.overview import Overview
 from tl_trainer.data.parquet import open_parquet
 from tl_trainer.data.sources import open_dataset
@@ -130,6 +130,8 @@ def test_targets_of_both_kinds_are_counted_alike() -> None:
     assert classes_in([0, 2, 2]) == classes_in([(1, 0, -1), (0, 0, 1)]) == {0, 2}
     assert images_of_each([0, 2, 2], 3) == images_of_each([(1, 0, 1), (-1, 0, 1)], 3) == [1, 0, 2]
     assert classes_in([]) == set()
+    assert all(is_target(value, 3) for value in (0, 2, (1, 0, -1)))
+    assert not any(is_target(value, 3) for value in (3, -1, "cat", (1, 0), (1, 0, 2)))
 
 
 @pytest.mark.parametrize("source", ["webdataset", "demo", "cifar10"])

@@ -14,7 +14,7 @@ from tl_trainer.config.data import LabelledSection
 from tl_trainer.ground.wording import shown
 
 UNKNOWN = -1
-BETWEEN = "\x1f"  # the values of columns, or of a list, that are read as one text
+BETWEEN = "\0"  # the values of columns that are read as one text; no white space, which is stripped
 VALUES = {"1": 1, "0": 0, "": UNKNOWN, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
 
 
@@ -90,6 +90,13 @@ def classes_in(targets: Iterable[Any]) -> set[int]:
     if any(isinstance(target, tuple) for target in different):
         return {label for target in different for label, value in enumerate(target) if value == 1}
     return different
+
+
+def is_target(value: object, classes: int) -> bool:
+    """Whether it can be the target of an image: the index of a class, or a number for each."""
+    if isinstance(value, tuple):
+        return len(value) == classes and {*value} <= {0, 1, UNKNOWN}
+    return isinstance(value, int) and 0 <= value < classes
 
 
 def images_of_each(targets: Iterable[Any], classes: int) -> list[int]:
