@@ -29,7 +29,7 @@ from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, writ
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
 from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
-from tl_trainer.metrics import Scores, wilson
+from tl_trainer.metrics import Z95, Scores, wilson
 from tl_trainer.report import Predictions
 from tl_trainer.search import table_of
 from tl_trainer.settings import located
@@ -112,15 +112,19 @@ def interval(right: Tensor, groups: Sequence[str] = ()) -> list[float]:
     """The 95% confidence interval of top-1; right: whether the first class is, of each image (images,).
 
     Images of a group err together, so they count as as many independent ones as have the variance that the groups show
-    (the effective sample size; Kish, Survey Sampling, 1965). So, by WIDER, do images whose heads share training images.
+    (the effective sample size; Kish, Survey Sampling, 1965), and as fewer where few groups tell that variance (Korn &
+    Graubard, Survey Methodology, 1998). So, by WIDER, do images whose heads share training images.
     """
     share, count = right.double().mean().item(), float(len(right))
     if groups:
+        from scipy.special import stdtrit  # nobody else waits for it
+
         number = {group: index for index, group in enumerate(dict.fromkeys(groups))}
         of_group = torch.tensor([number[group] for group in groups])
         sums = torch.zeros(len(number), dtype=torch.float64).index_add_(0, of_group, right.double() - share)
         variance = sums.square().sum().item() / count**2 * len(number) / (len(number) - 1)
         count = min(count, share * (1 - share) / variance) if variance else len(number)
+        count *= float(Z95 / stdtrit(len(number) - 1, 0.975)) ** 2  # Student's t in place of the normal distribution
     return wilson(share, max(1, int(count / WIDER**2)))
 
 
