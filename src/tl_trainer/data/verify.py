@@ -56,7 +56,8 @@ def verified(
         try:
             digest, size, largest = reading.result()
         except ImageError as error:
-            bad[index] = error
+            error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
+            bad[index] = error.with_traceback(None)
         else:
             known[index] = digest, size
             counted.add(split.name(index), largest)
