@@ -25,8 +25,8 @@ from bench_report import report
 from bench_search import splits
 from tl_trainer.cross_validation import interval, out_of_fold
 from tl_trainer.logistic import Axes, path
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tables import SCALINGS, Table
-from tl_trainer.tasks import SingleLabel
 
 FOLDS, FRESH = 10, 20_000
 

@@ -49,7 +49,8 @@ def test_the_public_names_are_these() -> None:
     assert dir(tl_trainer) == tl_trainer.__all__
     public = {name for name in vars(tl_trainer.Model) if not name.startswith("_")}
     assert public == {
-        "classes", "task", "temperature", "predict", "rows", "evaluate", "embed", "explain", "export", "add_class",
+        "classes", "task", "heads", "temperature", "predict", "rows", "evaluate", "embed", "explain", "export",
+        "add_class",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="'tl_trainer' has no attribute 'trian'"):
         _ = tl_trainer.trian

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tl_trainer.data.loaders import Batch
-from tl_trainer.evaluate import averaged, evaluate
+from tl_trainer.evaluate import evaluate
+from tl_trainer.metrics import averaged
 
 
 @pytest.mark.parametrize("sizes", [[17], [5, 5, 5, 2], [16, 1]])

@@ -18,7 +18,7 @@ from tl_trainer.assembly import restore
 from tl_trainer.data.dataset import Files, Split, name_hashes
 from tl_trainer.errors import DataError
 from tl_trainer.evaluation import Evaluation, evaluate_checkpoint
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 
 pytestmark = pytest.mark.usefixtures("without_pictures", "without_figures")
 

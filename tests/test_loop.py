@@ -39,7 +39,7 @@ from tl_trainer.metrics import Figures, Scores
 from tl_trainer.optim import Average, Soup
 from tl_trainer.run import _pause
 from tl_trainer.saver import Saver, State
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tracking import Tracker
 
 EPOCHS = 3

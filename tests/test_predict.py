@@ -31,7 +31,7 @@ from tl_trainer.feeds import Feeds
 from tl_trainer.network import Network
 from tl_trainer.predict import Asked, Predictor, Row, expand_inputs, line_waiting
 from tl_trainer.rows import FORMATS, write_rows
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
 CROPPED = spell_out("default", PRESET, train=False)

@@ -40,7 +40,7 @@ from tl_trainer.models.weights import state_hash
 from tl_trainer.optim import Average, Schedule
 from tl_trainer.run import _pause
 from tl_trainer.saver import EpochDone, Progress, Saver, State, Wait
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 
 ADAM, SGD = {"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 0.01}
 PLATEAU = {"name": "plateau", "patience": 0}

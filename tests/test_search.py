@@ -29,8 +29,8 @@ from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.logistic import STRENGTHS, Solution, path
 from tl_trainer.search import find
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_in
-from tl_trainer.tasks import SingleLabel
 
 CLASSES = 3
 

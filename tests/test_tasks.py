@@ -33,7 +33,7 @@ from tl_trainer.config.training import Figure, LossSection
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.metrics import CURVES, FEWEST, HIGHER, Figures, Prediction, Scores
 from tl_trainer.plots import confusion_figure, png, reliability_figure
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]
 TASK = SingleLabel(CLASSES)

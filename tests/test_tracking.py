@@ -30,7 +30,7 @@ from tl_trainer.ground.progress import StatusLine, bar
 from tl_trainer.metrics import Figures, Scores, confusion, reliability
 from tl_trainer.plots import confusion_figure, png, reliability_figure
 from tl_trainer.saver import EpochDone
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tracking import COMPONENTS, GAP, SECONDS_BETWEEN_DRAWINGS, Tracker, graph_of, picture_grid
 
 CLASSES = ["ant", "bee", "a $name$ <b>"]

@@ -34,7 +34,7 @@ from tl_trainer.cli import train as tl_train
 from tl_trainer.errors import CheckpointError
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.saver import Saver
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tracking import Tracker
 
 # What the commands import when they need it: here, so that a child does not have to.

@@ -36,8 +36,8 @@ from tl_trainer.known import Known, keep, known_of, most_kept
 from tl_trainer.logistic import STRENGTHS, Axes, path, promising
 from tl_trainer.metrics import Scores
 from tl_trainer.runs import BEST, RESULT
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_of, scalings_for, shares_of
-from tl_trainer.tasks import SingleLabel
 
 log = logging.getLogger(__name__)
 

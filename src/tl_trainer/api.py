@@ -35,6 +35,7 @@ from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
 from tl_trainer.known import FEWEST, Known, at_hand, known, training_pictures
+from tl_trainer.multitask import MultiTask
 from tl_trainer.predict import Asked, Extras, Near, Predictor, Row, Source, embed, explain
 from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.resume import Resumption
@@ -160,12 +161,18 @@ class Model:
 
     @property
     def task(self) -> str:
-        """What an image has, as `data.task`: single (one class), or multilabel."""
+        """What an image has, as `data.task`: single (one class), multilabel or multitask."""
         return self._parts.task.kind
 
     @property
-    def temperature(self) -> float | None:
-        """What calibrates the probabilities; None where they are as the head gives them, and often too high."""
+    def heads(self) -> list[str]:
+        """The names of several heads; empty where there is one."""
+        task = self._parts.task
+        return [head.name for head in task.heads] if isinstance(task, MultiTask) else []
+
+    @property
+    def temperature(self) -> float | list[float | None] | None:
+        """What calibrates the probabilities, of several heads of each; None where they are often too high."""
         return self._parts.saved.temperature if self._parts.saved else None
 
     def predict(

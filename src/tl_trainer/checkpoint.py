@@ -43,9 +43,12 @@ LabelScores = Annotated[Tensor, AfterValidator(_is_row_of_scores)]
 
 
 class Calibration(NamedTuple):
-    """What turns the logits of an image that may have several labels into them, each from its threshold on."""
+    """What turns the logits of an image that may have several labels into them, each from its threshold on.
 
-    temperature: float | None
+    temperature: a number, or None; of several heads a list with one for each.
+    """
+
+    temperature: Any
     thresholds: list[float]
 
 
@@ -88,7 +91,7 @@ class Checkpoint:
     metrics: dict[str, Any] | None
     val_split: NameHashes | None
     val_images: list[str]
-    temperature: float | None = None
+    temperature: float | list[float | None] | None = None
     conformal: LabelScores | None = None
     thresholds: list[float] | None = None
     resume: dict[str, Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -22,11 +22,3 @@ def evaluate(
         after_batch()
     assert parts, "no batch to evaluate"
     return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def averaged(views: Sequence[Tensor]) -> Tensor:
-    """The logits of several views of the same images, each (N, classes), as those of their mean probability."""
-    if len(views) == 1:
-        return views[0]
-    # On the CPU, since an Apple GPU has no float64.
-    return torch.stack([view.cpu().double().log_softmax(dim=1) for view in views]).logsumexp(dim=0).float()

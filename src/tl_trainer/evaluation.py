@@ -58,7 +58,7 @@ class Evaluation:
     def _sets(self, coverage: float) -> dict[str, float]:
         """How often sets of classes hold the label, and how large they are."""
         saved = self.checkpoint
-        found = conformal.measure(self.scores, saved.temperature, conformal.threshold(saved.conformal, coverage))
+        found = conformal.measure(self.scores, saved.calibration, conformal.threshold(saved.conformal, coverage))
         return {"asked": coverage, **found}
 
     @cached_property

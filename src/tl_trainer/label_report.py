@@ -1,4 +1,4 @@
-"""What a report shows of images with several labels: rows for predictions.csv, mistakes, which labels come together."""
+"""What a report shows of images with several labels, or heads: predictions.csv, mistakes, what comes together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tl_trainer.ground.wording import printable
 from tl_trainer.label_metrics import co_occurrence
 from tl_trainer.metrics import Prediction, Scores
 from tl_trainer.multilabel import NO_LABEL, MultiLabel
+from tl_trainer.multitask import MultiTask
 from tl_trainer.tasks import prediction_columns
 
 MOST = 5  # labels in a row of predictions.csv, the most probable ones
@@ -20,12 +21,11 @@ MOST = 5  # labels in a row of predictions.csv, the most probable ones
 class LabelPredictions:
     """The labels of each image and their probabilities, and which images have a wrong one, surest first."""
 
-    page = "labels.html"
-
-    def __init__(self, split: Split, task: MultiLabel, scores: Scores, calibration: Any) -> None:
+    def __init__(self, split: Split, task: MultiLabel | MultiTask, scores: Scores, calibration: Any) -> None:
         self.split, self.task, self.scores = split, task, scores
-        self.said = task.labels(scores.logits, calibration)
-        self.most_probable = task.predictions(scores.logits, calibration, MOST)
+        self.page = "labels.html" if isinstance(task, MultiLabel) else "heads.html"
+        self.said = task.said(scores.logits, calibration)
+        self.most_probable = task.most_probable(scores.logits, calibration, MOST)
         self.wrong = [index for index in task.wrong(scores) if self._differences(index)]
 
     def _differences(self, index: int) -> list[int]:

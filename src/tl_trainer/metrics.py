@@ -28,6 +28,7 @@ Figures = dict[str, float]  # mean cross-entropy in nats as `loss`, the number o
 # The figures by which an epoch can be better than another, and whether it is the higher that is better.
 HIGHER = {
     "loss": False, "top1": True, "balanced_accuracy": True, "macro_f1": True, "map": True, "micro_f1": True,
+    "mean": True,
 }  # fmt: skip
 
 
@@ -116,6 +117,14 @@ def ranked(logits: Tensor, count: int) -> Tensor:
 def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
     """(N, classes) float64; a temperature of None is 1, the probabilities as the head gives them."""
     return (logits.double() / (temperature or 1.0)).softmax(dim=1)
+
+
+def averaged(views: Sequence[Tensor]) -> Tensor:
+    """The logits of several views of the same images, each (N, classes), as those of their mean probability."""
+    if len(views) == 1:
+        return views[0]
+    # On the CPU, since an Apple GPU has no float64.
+    return torch.stack([view.cpu().double().log_softmax(dim=1) for view in views]).logsumexp(dim=0).float()
 
 
 def best_classes(scores: Scores, temperature: float | None, count: int) -> tuple[Tensor, Tensor]:

@@ -181,6 +181,8 @@ class MultiLabel:
         shares, best = self.probabilities(logits, calibration), metrics.ranked(logits, count)
         return [[self._prediction(of, at) for at in row] for of, row in zip(shares, best.tolist(), strict=True)]
 
+    most_probable = predictions
+
     def labels(self, logits: Tensor, calibration: Calibration | None) -> list[list[Prediction]]:
         """The labels of each image, those from their threshold on, the most probable first."""
         shares, best = self.probabilities(logits, calibration), metrics.ranked(logits, len(self.classes)).tolist()
@@ -189,6 +191,11 @@ class MultiLabel:
             [self._prediction(of, at) for at in row if above[at]]
             for of, row, above in zip(shares, best, said.tolist(), strict=True)
         ]
+
+    said = labels
+
+    def blocks(self, logits: Tensor, calibration: Calibration | None, count: int) -> None:
+        """None: there is one head."""
 
     def _said(self, shares: Tensor, calibration: Calibration | None) -> Tensor:
         """(N, L) bool."""

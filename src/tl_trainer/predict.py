@@ -33,6 +33,7 @@ from tl_trainer.ground.files import write_atomically
 from tl_trainer.ground.machine import cores
 from tl_trainer.known import NEAREST, Known, Neighbour
 from tl_trainer.metrics import Prediction, check_finite
+from tl_trainer.multitask import Block
 
 Source = str | Path | Member | Image.Image
 Views = list[Tensor]  # of one image, one for each pipeline
@@ -43,7 +44,8 @@ Decoded = tuple[Views, float]  # and what `images.dark` says of it
 class Row:
     """What is known about one input: its best classes, or why there are none.
 
-    labels: where an image may have several, those above their threshold, the most probable first.
+    labels: where an image may have several, those above their threshold, the most probable first. heads: of several
+    heads what each says; `predictions` then has the class or the labels of each.
     set: the classes that hold the right one as often as was asked for. accepted: whether it is like the training
     images. neighbours: the nearest of them. features: what the head sees, (features,) float32. None where not asked
     for.
@@ -53,6 +55,7 @@ class Row:
     predictions: list[Prediction] = field(default_factory=list)
     error: str | None = None
     labels: list[Prediction] | None = None
+    heads: dict[str, Block] | None = None
     set: list[str] | None = None
     accepted: bool | None = None
     neighbours: list[Neighbour] | None = None
@@ -217,7 +220,7 @@ class Predictor:
             yield row
 
     def _explain(self, folder: Path, row: Row, view: Tensor) -> None:
-        for said in row.labels or row.predictions[:1]:
+        for said in row.predictions if row.heads else row.labels or row.predictions[:1]:
             self._explain_one(folder, row, view, said)
 
     def _explain_one(self, folder: Path, row: Row, view: Tensor, of: Prediction) -> None:
@@ -241,6 +244,8 @@ class Predictor:
         rows = [Row("", classes) for classes in task.predictions(logits, calibration, self.topk)]
         if (labels := task.labels(logits, calibration)) is not None:
             rows = [replace(row, labels=found) for row, found in zip(rows, labels, strict=True)]
+        if (blocks := task.blocks(logits, calibration, self.topk)) is not None:
+            rows = [replace(row, heads=found) for row, found in zip(rows, blocks, strict=True)]
         if self.asked.most is not None:
             sets = conformal.sets(logits, calibration, self.asked.most)
             rows = [

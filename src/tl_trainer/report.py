@@ -26,7 +26,7 @@ from tl_trainer.known import Neighbour
 from tl_trainer.label_report import LabelPredictions
 from tl_trainer.metrics import Scores, best_classes, confusion, surest_mistakes
 from tl_trainer.models.classifier import Classifier
-from tl_trainer.multilabel import MultiLabel
+from tl_trainer.single_label import SingleLabel
 from tl_trainer.tasks import prediction_columns
 
 MISTAKES = 12
@@ -55,10 +55,10 @@ def write_report(
     checkpoint = evaluation.checkpoint
     split, scores, task = evaluation.split, evaluation.scores, evaluation.task
     predictions: Predictions | LabelPredictions
-    if isinstance(task, MultiLabel):
+    if not isinstance(task, SingleLabel):
         predictions = LabelPredictions(split, task, scores, checkpoint.calibration)
     else:
-        predictions = Predictions(split, classes, scores, checkpoint.temperature)
+        predictions = Predictions(split, classes, scores, checkpoint.calibration)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
         "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),

@@ -16,15 +16,15 @@ from tl_trainer.tasks import prediction_columns
 
 
 def write_rows(
-    rows: Iterable[Row], form: str, file: IO[str], classes: int, extras: Extras | None = None, *, several: bool = False
+    rows: Iterable[Row], form: str, file: IO[str], classes: int, extras: Extras | None = None, own: Sequence[str] = ()
 ) -> Counter[str | None]:
     """Write the rows as they come, in one of FORMATS; how many images each class has, None being those with an error.
 
-    classes: the most that a row has. extras: what else it says. several: whether it has `labels`.
+    classes: the most that a row has. extras: what else it says. own: what `columns_of` gives where an image may have
+    several labels or heads.
     """
     extras = extras or Extras()
-    columns = [*prediction_columns(classes), *(["set"] if extras.coverage is not None else [])]
-    columns += ["labels"] if several else []
+    columns = [*(own or prediction_columns(classes)), *(["set"] if extras.coverage is not None else [])]
     columns += ["accepted"] if extras.reject else []
     columns += [f"{name}_{rank}" for rank in range(1, extras.neighbours + 1) for name in ("neighbour", "similarity")]
     tally: Counter[str | None] = Counter()
@@ -38,9 +38,18 @@ def write_rows(
     return tally
 
 
+def columns_of(task: str, heads: Sequence[str], classes: int) -> list[str]:
+    """The columns of CSV where an image may have several labels, or heads; empty where it has one class."""
+    if heads:
+        return ["path", *(column for head in heads for column in (head, f"{head}_probability")), "error"]
+    return [*prediction_columns(classes), "labels"] if task == "multilabel" else []
+
+
 def _said(row: Row) -> str:
     """The class of an image in words, or its labels."""
-    return row.predictions[0].label if row.labels is None else " + ".join(of.label for of in row.labels) or NO_LABEL
+    if row.labels is None and row.heads is None:
+        return row.predictions[0].label
+    return " + ".join(of.label for of in (row.predictions if row.labels is None else row.labels)) or NO_LABEL
 
 
 def _write_text(rows: Iterable[Row], file: IO[str], _: Sequence[str]) -> None:
@@ -88,7 +97,12 @@ def _write_csv(rows: Iterable[Row], file: IO[str], columns: Sequence[str]) -> No
         cells["set"] = None if row.set is None else json.dumps(row.set, ensure_ascii=False)  # a name may have commas
         if row.labels is not None:
             cells["labels"] = json.dumps([of.label for of in row.labels], ensure_ascii=False)
-        for rank, guess in enumerate(row.predictions, start=1):
+        for head, block in (row.heads or {}).items():
+            names, shares = [of.label for of in block.said], [of.probability for of in block.said]
+            several = block.labels is not None
+            cells[head] = json.dumps(names, ensure_ascii=False) if several else names[0]
+            cells[f"{head}_probability"] = json.dumps(shares) if several else shares[0]
+        for rank, guess in enumerate(row.predictions if row.heads is None else (), start=1):
             name = "predicted" if rank == 1 else f"class_{rank}"
             cells |= {name: guess.label, "probability" if rank == 1 else f"probability_{rank}": guess.probability}
         for rank, one in enumerate(row.neighbours or (), start=1):

@@ -32,9 +32,14 @@ class Run(NamedTuple):
         return f"val {headline(self.result['val'])}" if self.result else "its run has not ended"
 
 
+# The figures that a run may be told by, and what they are called.
+NAMES = {"mean": "mean", "map": "mAP", "top1": "top-1"}
+
+
 def headline(figures: dict[str, Any]) -> str:
     """The figure that a run is told by, with its name."""
-    return f"mAP {figures['map']:.1%}" if "map" in figures else f"top-1 {figures['top1']:.1%}"
+    key, name = next((key, name) for key, name in NAMES.items() if key in figures)
+    return f"{name} {figures[key]:.1%}"
 
 
 def _cell(figures: dict[str, Any]) -> str:

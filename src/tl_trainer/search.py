@@ -63,6 +63,8 @@ class NotSearchable(Exception):
 def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found:
     """The best head for the features; pause: as for `search`. Raises NotSearchable, and RunError as `search` does."""
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
+    if parts.task.kind == "multitask":
+        raise NotSearchable("it has several heads")
     head = parts.config.model.head
     if parts.network.classifier.trained:
         raise NotSearchable("stages of the backbone train too")

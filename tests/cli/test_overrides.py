@@ -24,12 +24,13 @@ ON_A_CHECKPOINT = {"eval": ["--checkpoint", "best.pth"], "predict": ["a.jpg", "-
 FIXED = (
     "is fixed by the checkpoint; keys that can be set: device, data.source, data.root, data.download, "
     "data.val_fraction, data.on_bad_image, data.on_duplicates, data.skip, data.max_megapixels, data.workers, "
-    "data.csv.label_separator, data.csv.label_columns, data.csv.labels, data.csv.images, data.csv.image_column, "
-    "data.csv.label_column, data.csv.split_column, data.csv.suffix, data.webdataset.train, data.webdataset.val, "
-    "data.webdataset.test, data.webdataset.image, data.webdataset.label, data.webdataset.classes, "
-    "data.parquet.label_separator, data.parquet.label_columns, data.parquet.files, data.parquet.image_column, "
-    "data.parquet.label_column, data.parquet.split_column, features.cache, features.views, features.dir, "
-    "features.limit_gb, train.batch_size, train.precision, output.neighbours_mb"
+    "data.csv.label_separator, data.csv.label_columns, data.csv.multilabel_columns, data.csv.labels, data.csv.images,"
+    " data.csv.image_column, data.csv.label_column, data.csv.split_column, data.csv.suffix, data.webdataset.train, "
+    "data.webdataset.val, data.webdataset.test, data.webdataset.image, data.webdataset.label, "
+    "data.webdataset.classes, data.parquet.label_separator, data.parquet.label_columns, "
+    "data.parquet.multilabel_columns, data.parquet.files, data.parquet.image_column, data.parquet.label_column, "
+    "data.parquet.split_column, features.cache, features.views, features.dir, features.limit_gb, train.batch_size, "
+    "train.precision, output.neighbours_mb"
 )
 
 

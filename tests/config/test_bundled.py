@@ -29,6 +29,7 @@ def test_these_are_bundled() -> None:
         "flowers102.yaml",
         "imagefolder-alexnet.yaml",
         "multilabel.yaml",
+        "multitask.yaml",
     ]
 
 

@@ -34,10 +34,11 @@ KEYS = """
     data.source data.root data.download data.val_fraction data.group_pattern data.on_bad_image data.on_duplicates
     data.skip data.max_megapixels data.value_range data.workers
     data.csv.labels data.csv.images data.csv.image_column data.csv.label_column data.csv.split_column
-    data.csv.group_column data.csv.suffix data.csv.label_separator data.csv.label_columns data.task
+    data.csv.group_column data.csv.suffix data.csv.label_separator data.csv.label_columns data.csv.multilabel_columns
+    data.task
     data.webdataset.train data.webdataset.val data.webdataset.test data.webdataset.image data.webdataset.label
     data.webdataset.classes data.parquet.files data.parquet.image_column data.parquet.label_column
-    data.parquet.split_column data.parquet.label_separator data.parquet.label_columns
+    data.parquet.split_column data.parquet.label_separator data.parquet.label_columns data.parquet.multilabel_columns
     transforms.size transforms.train transforms.eval
     model.backbone model.weights model.weights_from model.tap model.trainable model.extra
     model.head.hidden model.head.dropout model.head.normalise
@@ -52,7 +53,7 @@ KEYS = """
     train.teacher.checkpoint train.teacher.temperature train.teacher.alpha
     train.schedule.name train.schedule.warmup_epochs train.schedule.step_epochs train.schedule.patience
     train.schedule.factor
-    train.loss.label_smoothing train.loss.class_weights train.loss.focal train.thresholds
+    train.loss.label_smoothing train.loss.class_weights train.loss.focal train.thresholds train.heads
     output.dir output.tensorboard output.report output.neighbours_mb
 """
 

@@ -30,7 +30,7 @@ from tl_trainer.data.dataset import (
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import Decoding
 from tl_trainer.errors import DataError, ImageError
-from tl_trainer.tasks import SingleLabel
+from tl_trainer.single_label import SingleLabel
 
 
 def _files(names: list[str], targets: list[int]) -> Split:

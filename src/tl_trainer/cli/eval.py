@@ -97,6 +97,8 @@ def _summary(result: dict[str, Any]) -> str:
         low, high = result["top1_interval"]
         interval = f" ({low:.1%} to {high:.1%})"
         averages = f"balanced accuracy {result['balanced_accuracy']:.1%}  macro F1 {result['macro']['f1']:.1%}"
+    elif "heads" in result:
+        averages = "over the heads:"
     else:
         averages = f"with the thresholds: macro F1 {result['macro']['f1']:.1%}  micro F1 {result['micro']['f1']:.1%}"
         averages += f"  all labels right {result['exact']:.1%}"
@@ -104,6 +106,8 @@ def _summary(result: dict[str, Any]) -> str:
         f"{result['split']}: {accuracy(result, interval)}  loss {result['loss']:.4f}  ({result['n']} images)",
         f"{averages}  calibration error {calibration['ece']:.1%} ({how})",
     ]
+    for name, of in result.get("heads", {}).items():
+        lines.append(f"  {name}: {accuracy(of)}  loss {of['loss']:.4f}  ({of['n']} images)")
     if sets := result.get("sets"):
         lines.append(
             f"sets for {sets['asked']:g}: {sets['coverage']:.1%} hold the label, {sets['mean_set_size']:.2f} "

@@ -126,6 +126,9 @@ def default_checkpoint() -> str:
 
 def accuracy(figures: Mapping[str, Any], interval: str = "") -> str:
     """A split's top-1, and its top-5 where that says something (of five classes and fewer it is 1); or mAP and F1."""
+    if "mean" in figures:
+        heads = "  ".join(f"{key} {value:.1%}" for key, value in figures.items() if "/" in key)
+        return f"mean {figures['mean']:.1%}  {heads}"
     if "map" in figures:
         return f"mAP {figures['map']:.1%}  macro F1 {figures['macro_f1']:.1%}"
     top5 = f"  top-5 {figures['top5']:.1%}" if figures["top5"] < 1 else ""

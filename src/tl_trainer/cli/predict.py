@@ -79,7 +79,7 @@ def _predict(args: argparse.Namespace) -> int:
     with without_collection():
         from tl_trainer import api
     from tl_trainer.predict import Extras, expand_inputs, line_waiting
-    from tl_trainer.rows import write_rows
+    from tl_trainer.rows import columns_of, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
     extras = Extras(args.explain, args.neighbours, args.reject, args.coverage, args.embed, args.force)
@@ -100,7 +100,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
-    written = partial(write_rows, classes=classes, extras=extras, several=model.task != "single")
+    own = columns_of(model.task, model.heads, classes)
+    written = partial(write_rows, classes=classes, extras=extras, own=own)
     if args.output is None:
         tally = written(rows, args.format, sys.stdout)
     else:

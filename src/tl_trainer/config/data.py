@@ -11,12 +11,12 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from tl_trainer.config.section import Section
 
 Source = Literal["imagefolder", "csv", "webdataset", "parquet", "cifar10", "cifar100", "flowers102", "demo"]
-Task = Literal["single", "multilabel"]
-SEVERAL_LABELS = ("imagefolder", "csv", "parquet")  # the sources whose images may have them
+Task = Literal["single", "multilabel", "multitask"]
+SOURCES_OF = {"multilabel": ("imagefolder", "csv", "parquet"), "multitask": ("csv", "parquet")}
 
 
 class LabelledSection(Section):
-    """The keys of a table whose rows may have several labels; only for `data.task: multilabel`."""
+    """The keys of a table whose rows may have several labels, or one for each of several heads."""
 
     label_separator: str = Field(
         "|",
@@ -25,8 +25,12 @@ class LabelledSection(Section):
     )
     label_columns: list[str] = Field(
         default_factory=list,
-        description="In place of label_column, where data.task is multilabel, a column for each label, which it is "
-        "called after: 1, 0, or empty where it is not known.",
+        description="In place of label_column a column for each label, where data.task is multilabel: 1, 0, or empty "
+        "where it is not known; for each head, where it is multitask: the class, or empty where it is not known.",
+    )
+    multilabel_columns: list[str] = Field(
+        default_factory=list,
+        description="Of label_columns, where data.task is multitask, those with any number of labels, separated.",
     )
 
 
@@ -135,8 +139,9 @@ class DataSection(Section):
     )
     task: Task = Field(
         "single",
-        description="What an image has: single (one class), or multilabel (any number of labels: csv and parquet by "
-        "label_separator or label_columns, imagefolder by copies of an image in several folders).",
+        description="What an image has: single (one class), multilabel (any number of labels: csv and parquet by "
+        "label_separator or label_columns, imagefolder by copies of an image in several folders), or multitask (a "
+        "class for each head, which label_columns of csv and parquet name).",
     )
     val_fraction: float = Field(
         0.2,
@@ -199,15 +204,31 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check_task(self) -> DataSection:
-        if self.task != "single" and self.source not in SEVERAL_LABELS:
+        if self.source not in (sources := SOURCES_OF.get(self.task, (self.source,))):
             raise ValueError(
-                f"task {self.task} reads {', '.join(SEVERAL_LABELS)}, and source is {self.source}; give the labels as "
+                f"task {self.task} reads {', '.join(sources)}, and source is {self.source}; give the labels as "
                 "a CSV file"
             )
         for name, table in (("csv", self.csv), ("parquet", self.parquet)):
             if self.task == "single" and table.label_columns:
                 raise ValueError(f"{name}.label_columns is for several labels per image; set data.task: multilabel")
+        if self.task == "multitask":
+            self._check_heads()
         return self
+
+    def _check_heads(self) -> None:
+        columns, several = self.table.label_columns, self.table.multilabel_columns
+        if len(columns) < 2:
+            raise ValueError(f"task multitask has a head per column; name two or more in {self.source}.label_columns")
+        if wrong := [column for column in several if column not in columns]:
+            raise ValueError(f"{self.source}.multilabel_columns has {wrong[0]}, which is none of label_columns")
+        if wrong := [column for column in columns if not column or {"=", ":"} & {*column}]:
+            raise ValueError(f"{self.source}.label_columns: a head cannot be called {wrong[0]!r}; rename the column")
+
+    @property
+    def table(self) -> LabelledSection:
+        """The section of the table that is read."""
+        return self.parquet if self.source == "parquet" else self.csv
 
     @model_validator(mode="after")
     def _check_groups(self) -> DataSection:

@@ -179,8 +179,14 @@ class Config(Section):
         for key, figure in (("best", train.best), ("stop.metric", train.stop.metric)):
             if figure is not None and figure not in figures:
                 raise ValueError(f"train.{key} is {figure}, and data.task {task}; set it to {', '.join(figures)}")
+        if task == "multitask":
+            self._check_heads()
+        elif train.heads:
+            raise ValueError(f"train.heads is for data.task: multitask, and that is {task}; leave it out")
         single = {
-            "loss.label_smoothing": train.loss.label_smoothing and "moves mass to classes that exclude a label",
+            "loss.label_smoothing": train.loss.label_smoothing
+            and (task == "multilabel" or self.data.table.multilabel_columns)
+            and "moves mass to classes that exclude a label",
             "sampler": train.sampler == "balanced" and "takes every class equally often, and an image has one",
             "mixup": train.mixup and "mixes images of one class each",
             "cutmix": train.cutmix and "mixes images of one class each",
@@ -192,10 +198,24 @@ class Config(Section):
             and train.thresholds != "f1"
             and "is of labels that do not exclude each other",
         }
+        if task == "multitask":
+            single |= several if not self.data.table.multilabel_columns else {}
+            single["refit"] = train.refit and "is of a head that is found, and those of columns are trained"
         for key, reason in (several if task == "single" else single).items():
             if reason:
                 raise ValueError(f"train.{key} {reason}, which is not so with data.task: {task}; leave it out")
         return self
+
+    def _check_heads(self) -> None:
+        """Refuse options of heads that there are not, and figures that are of another kind of head."""
+        table = self.data.table
+        for name, options in self.train.heads.items():
+            if name not in table.label_columns:
+                raise ValueError(f"train.heads has {name}, and the heads are {', '.join(table.label_columns)}")
+            figures = FIGURES_OF["multilabel" if name in table.multilabel_columns else "single"]
+            if options.best is not None and (options.best == "loss" or options.best not in figures):
+                valid = ", ".join(figure for figure in figures if figure != "loss")
+                raise ValueError(f"train.heads.{name}.best is {options.best}; set it to {valid}")
 
     @model_validator(mode="after")
     def _complete_phases(self) -> Config:

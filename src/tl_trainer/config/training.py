@@ -11,11 +11,12 @@ from tl_trainer.config.section import NamedSection, Section
 OptimizerName = Literal["sgd", "adam", "adamw"]
 ScheduleName = Literal["constant", "cosine", "step", "plateau"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Figure = Literal["loss", "top1", "balanced_accuracy", "macro_f1", "map", "micro_f1"]
+Figure = Literal["loss", "top1", "balanced_accuracy", "macro_f1", "map", "micro_f1", "mean"]
 # Of each `data.task` the figures by which an epoch may be the best, its default first.
 FIGURES_OF: dict[str, tuple[Figure, ...]] = {
     "single": ("top1", "loss", "balanced_accuracy", "macro_f1"),
     "multilabel": ("map", "loss", "macro_f1", "micro_f1"),
+    "multitask": ("mean", "loss"),
 }
 THRESHOLDS = r"^(f1|precision>=(0?\.\d+|1(\.0+)?))$"
 
@@ -163,6 +164,15 @@ class PhaseSection(Section):
         return self
 
 
+class HeadOptions(Section):
+    weight: float = Field(1.0, gt=0, description="How much the head counts in the loss, and in the mean figure.")
+    best: Figure | None = Field(
+        None,
+        description="The figure of val by which the head is judged: top1, balanced_accuracy or macro_f1; of several "
+        "labels map, macro_f1 or micro_f1; null is the first of these.",
+    )
+
+
 class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
@@ -196,8 +206,8 @@ class TrainSection(Section):
     best: Figure = Field(
         "top1",
         description="The figure of val by which an epoch is the best: loss, top1, balanced_accuracy or macro_f1; of "
-        "several labels per image map (the default there), loss, macro_f1 or micro_f1; of equal ones the lower loss. "
-        "schedule: plateau goes by it too.",
+        "several labels per image map (the default there), loss, macro_f1 or micro_f1; of several heads mean (of their "
+        "own figures, the default there) or loss; of equal ones the lower loss. schedule: plateau goes by it too.",
     )
     thresholds: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(pattern=THRESHOLDS)] = Field(
         "f1",
@@ -205,6 +215,10 @@ class TrainSection(Section):
         "val), precision>=0.9 (the lowest with this precision on val), or a number such as 0.5.",
     )
     stop: StopSection = Field(default_factory=StopSection, description="When a phase ends before its last epoch.")
+    heads: dict[str, HeadOptions] = Field(
+        default_factory=dict,
+        description="For several heads, by their columns: {species: {weight: 2.0, best: balanced_accuracy}}.",
+    )
     loss: LossSection = Field(default_factory=LossSection, description="Cross-entropy and its options.")
     mixup: float | None = Field(
         None,

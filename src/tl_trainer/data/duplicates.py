@@ -9,7 +9,7 @@ from typing import Any
 
 from tl_trainer.config.data import DataSection
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.label_texts import classes_in
+from tl_trainer.data.label_texts import classes_in, differ
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import printable
 
@@ -53,7 +53,7 @@ def across(splits: dict[str, Split]) -> Iterator[tuple[str, str, list[int]]]:
         place = {digest: index for index, digest in enumerate(second.hashes)}
         copies = [index for index, digest in enumerate(split.hashes) if digest in place]
         if copies:
-            labelled = [i for i in copies if split.targets[i] != second.targets[place[split.hashes[i]]]]
+            labelled = [i for i in copies if differ(split.targets[i], second.targets[place[split.hashes[i]]])]
             index = (labelled or copies)[0]
             yield (
                 f"{len(copies)} of {len(split)} {name} images are in {other} too"
@@ -69,11 +69,11 @@ def _contradictory(splits: dict[str, Split]) -> Iterator[tuple[str, str, list[in
     for name, split in splits.items():
         label: dict[bytes, Any] = {}
         pairs = zip(split.hashes, split.targets, strict=True)
-        mixed = {digest for digest, target in pairs if label.setdefault(digest, target) != target}
+        mixed = {digest for digest, target in pairs if differ(label.setdefault(digest, target), target)}
         copies = [index for index, digest in enumerate(split.hashes) if digest in mixed] if mixed else []
         if copies:
             example = [index for index in copies if split.hashes[index] == split.hashes[copies[0]]]
-            second = next(index for index in example if split.targets[index] != split.targets[copies[0]])
+            second = next(index for index in example if differ(split.targets[index], split.targets[copies[0]]))
             yield (
                 f"{len(copies)} of {len(split)} {name} images have a copy under another label, e.g. "
                 f"{printable(split.name(copies[0]))} and {printable(split.name(second))}",

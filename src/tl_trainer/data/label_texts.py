@@ -5,13 +5,14 @@ A target has a number for each class: 1 where the image has it, 0 where it has n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tl_trainer.config.data import LabelledSection
-from tl_trainer.ground.wording import shown
+from tl_trainer.ground.wording import listed, shown
 
 UNKNOWN = -1
 BETWEEN = "\0"  # the values of columns that are read as one text; no white space, which is stripped
@@ -21,9 +22,8 @@ VALUES = {"1": 1, "0": 0, "": UNKNOWN, "1.0": 1, "0.0": 0, "true": 1, "false": 0
 class LabelTexts(Protocol):
     """How a text says which labels an image has."""
 
-    @property
-    def absent(self) -> int:
-        """The value of a class that a text does not mention."""
+    def absent(self, label: str, values: Mapping[str, int]) -> int:
+        """The value of a class that a text with these values does not mention."""
 
     def values(self, text: str) -> dict[str, int]:
         """The value of each label that the text mentions. Raises ValueError, with the remedy, where it is wrong."""
@@ -37,7 +37,10 @@ class Separated:
     """The labels of an image stand in one text, with a separator between them."""
 
     separator: str
-    absent: int = 0
+
+    def absent(self, label: str, values: Mapping[str, int]) -> int:
+        """0."""
+        return 0
 
     def values(self, text: str) -> dict[str, int]:
         """1 for each label."""
@@ -59,7 +62,10 @@ class InColumns:
     """Each label has a column, which says 1, 0, or nothing where it is not known."""
 
     columns: Sequence[str]
-    absent: int = UNKNOWN
+
+    def absent(self, label: str, values: Mapping[str, int]) -> int:
+        """UNKNOWN."""
+        return UNKNOWN
 
     def values(self, text: str) -> dict[str, int]:
         """One for each column."""
@@ -77,10 +83,72 @@ class InColumns:
         return [*self.columns]
 
 
+IS, HAS = "=", ":"  # between the name of a head and a class: an image has one of them, or any number
+_HEAD = re.compile(f"(.*?)([{IS}{HAS}])(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Each head has a column, with one class or, of `several`, any number of labels with a separator between them."""
+
+    columns: Sequence[str]
+    several: Sequence[str]
+    separator: str
+
+    def values(self, text: str) -> dict[str, int]:
+        """1 for what the image is; ValueError where no head has a label."""
+        found: dict[str, int] = {}
+        for column, value in zip(self.columns, map(str.strip, text.split(BETWEEN)), strict=True):
+            if column in self.several:
+                labels = Separated(self.separator).values(value)
+                found |= {f"{column}{HAS}{label}": 1 for label in labels}
+            elif value:
+                found[f"{column}{IS}{value}"] = 1
+        if not found and not self.several:
+            raise ValueError(f"no label in any of {listed(self.columns)}; fill in one, or leave the row out")
+        return found
+
+    def absent(self, label: str, values: Mapping[str, int]) -> int:
+        """0, but UNKNOWN where its head has one class per image and no label here."""
+        head, sign, _ = head_of(label)
+        return 0 if sign == HAS or any(head_of(other)[:2] == (head, sign) for other in values) else UNKNOWN
+
+    def classes(self, mentioned: Iterable[str]) -> list[str]:
+        """Those of each column in turn, sorted. Raises ValueError for a column with fewer classes than it needs."""
+        of_column: dict[str, set[str]] = {column: set() for column in self.columns}
+        for label in mentioned:
+            of_column[head_of(label)[0]].add(label)
+        for column, found in of_column.items():
+            if len(found) < (least := 1 if column in self.several else 2):
+                raise ValueError(
+                    f"the column {column} has {len(found)} classes in the train rows, and a head needs {least} or "
+                    "more; leave it out of label_columns"
+                )
+        return [label for found in of_column.values() for label in sorted(found)]
+
+
+def head_of(label: str) -> tuple[str, str, str]:
+    """The head of a class, IS or HAS, and what the class is called there."""
+    match = _HEAD.fullmatch(label)
+    assert match is not None, label
+    return match[1], match[2], match[3]
+
+
+def heads_in(classes: Sequence[str]) -> list[tuple[str, bool, list[str]]]:
+    """The heads of a class list, in order: name, whether an image may have several of its classes, their own names."""
+    found: dict[str, tuple[bool, list[str]]] = {}
+    for label in classes:
+        head, sign, name = head_of(label)
+        found.setdefault(head, (sign == HAS, []))[1].append(name)
+    return [(head, several, names) for head, (several, names) in found.items()]
+
+
 def label_texts(task: str, section: LabelledSection) -> LabelTexts | None:
     """How the texts of a table are read; None where each is the class of its image."""
     if task == "single":
         return None
+    if task == "multitask":
+        return Heads(section.label_columns, section.multilabel_columns, section.label_separator)
     return InColumns(section.label_columns) if section.label_columns else Separated(section.label_separator)
 
 
@@ -90,6 +158,13 @@ def classes_in(targets: Iterable[Any]) -> set[int]:
     if any(isinstance(target, tuple) for target in different):
         return {label for target in different for label, value in enumerate(target) if value == 1}
     return different
+
+
+def differ(first: Any, second: Any) -> bool:
+    """Whether two targets contradict each other; what is not known does not."""
+    if isinstance(first, tuple):
+        return any(one != other and UNKNOWN not in (one, other) for one, other in zip(first, second, strict=True))
+    return bool(first != second)
 
 
 def is_target(value: object, classes: int) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Images, Split
-from tl_trainer.data.label_texts import LabelTexts
+from tl_trainer.data.label_texts import Heads, LabelTexts
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable, unknown
 
@@ -63,7 +63,7 @@ class Listing:
             return sorted(self.names[label] for label in codes)
         values = self._values(self.several)
         had = [[label for label, value in values[code].items() if value == 1] for code in codes]
-        if codes and all(len(labels) == 1 for labels in had):
+        if codes and not isinstance(self.several, Heads) and all(len(labels) == 1 for labels in had):
             what = "%s: every image has exactly one label; data.task: single makes classes that exclude each other"
             log.warning(what, self.where)
         try:
@@ -136,7 +136,7 @@ class Listing:
                 fixed_by,
                 listed(sorted({*extra.values()})),
             )
-        targets = [tuple(of.get(name, several.absent) for name in classes) for of in values]
+        targets = [tuple(of[name] if name in of else several.absent(name, of) for name in classes) for of in values]
         splits = {}
         for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
             rows = self.splits[name]

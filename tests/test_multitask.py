@@ -1,0 +1,320 @@
+"""Several heads from end to end: what they share and what not, missing labels, every command, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import tl_trainer
+from conftest import COLOURS, Run, last_json
+from tl_trainer.checkpoint import Calibration
+from tl_trainer.checkpoint import load as load_checkpoint
+from tl_trainer.config.data import CsvSection
+from tl_trainer.config.load import load
+from tl_trainer.config.training import HeadOptions, LossSection, TrainSection
+from tl_trainer.data.csv_table import open_csv
+from tl_trainer.data.dataset import Dataset
+from tl_trainer.data.label_texts import differ, heads_in
+from tl_trainer.errors import ConfigError, DataError, InputError
+from tl_trainer.metrics import Scores
+from tl_trainer.multitask import MultiTask, multitask
+from tl_trainer.network import Network
+
+COLUMNS = CsvSection(label_columns=["colour", "size", "tags"], multilabel_columns=["tags"], split_column="split")
+CLASSES = ["colour=blue", "colour=green", "colour=red", "size=big", "size=small", "tags:dark", "tags:left"]
+SMALL: dict[str, Any] = {
+    "model": {"backbone": "timm/test_resnet", "weights": "none"},
+    "transforms": {"train": "eval", "eval": [{"Resize": [32, 32]}], "size": 32},
+    "train": {"batch_size": 16, "precision": "fp32", "epochs": 60, "optimizer": {"lr": 0.05}},
+    "output": {"report": False, "tensorboard": False},
+    "data": {"source": "csv", "task": "multitask", "workers": 0, "csv": COLUMNS.model_dump()},
+}
+
+pytestmark = pytest.mark.usefixtures("own_logging")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 pictures of a square, and the table of its colour, its size and what else there is; some cells are empty."""
+    folder, dice = tmp_path_factory.mktemp("heads"), random.Random(0)
+    rows = []
+    for number in range(120):
+        colour, size = dice.choice(sorted(COLOURS)), dice.choice(["big", "small"])
+        tags = [tag for tag in ("dark", "left") if dice.random() < 0.5]
+        ground = 30 if "dark" in tags else 220
+        picture = Image.new("RGB", (32, 32), (ground, ground, min(255, ground + number % 30)))
+        left, side = 0 if "left" in tags else 16, 14 if size == "big" else 5
+        picture.paste(COLOURS[colour], (left + 1, 9, left + 1 + side, 9 + side))
+        picture.save(folder / f"{number}.png")
+        shown = colour if number % 8 else "", size if number % 5 else "", "|".join(tags)
+        rows.append((f"{number}.png", *shown, "val" if number % 3 == 0 else "train"))
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "colour", "size", "tags", "split"), *rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = {"output__dir": str(folder / "runs"), "features__dir": str(folder / "cache")}
+    heads = {"colour": {"weight": 2.0, "best": "macro_f1"}}
+    shown = {"output__report": True, "output__tensorboard": True}
+    return tl_trainer.train(SMALL, data__root=str(photos), train__heads=heads, **shown, **places)
+
+
+def opened(folder: Path, rows: str, section: CsvSection = COLUMNS) -> Dataset:
+    (folder / "labels.csv").write_text("id,colour,size,tags,split\n" + rows, encoding="utf-8")
+    return open_csv(folder, section, None, "exact", "multitask")
+
+
+def task(**options: HeadOptions) -> MultiTask:
+    return multitask(TrainSection(heads=options, best="mean"), CLASSES)
+
+
+def some(count: int = 60, seed: int = 0) -> Scores:
+    """Logits, and targets of which some heads have none."""
+    draw = torch.Generator().manual_seed(seed)
+    colour, size = (nn.functional.one_hot(torch.randint(n, (count,), generator=draw), n) for n in (3, 2))
+    targets = torch.cat([colour, size, torch.randint(2, (count, 2), generator=draw)], dim=1)
+    targets[::4, :3], targets[1::5, 3:5] = -1, -1
+    return Scores(torch.randn(count, 7, generator=draw), targets)
+
+
+def test_a_column_is_a_head_and_an_empty_cell_is_not_known(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, "a,red,big,dark|left,train\nb,,small,,train\nc,blue,,left,train\nd,red,small,,val\n")
+    assert dataset.classes == ["colour=blue", "colour=red", "size=big", "size=small", "tags:dark", "tags:left"]
+    assert dataset.split("train").targets == [(0, 1, 1, 0, 1, 1), (-1, -1, 0, 1, 0, 0), (1, 0, -1, -1, 0, 1)]
+    assert heads_in(dataset.classes) == [
+        ("colour", False, ["blue", "red"]), ("size", False, ["big", "small"]), ("tags", True, ["dark", "left"]),
+    ]  # fmt: skip
+    assert not differ((1, 0, -1), (1, 0, 1))
+    assert differ((1, 0, -1), (0, 1, 1))
+
+
+def test_wrong_tables_are_named(tmp_path: Path) -> None:
+    single = CsvSection(label_columns=["colour", "size"], split_column="split")
+    with pytest.raises(DataError, match=r"csv:3: no label in any of colour, size; fill in one, or leave the row out"):
+        opened(tmp_path, "a,red,big,,train\nb,,,,train\n", single)
+    with pytest.raises(DataError, match=r"the column size has 1 classes in the train rows, and a head needs 2 or more"):
+        opened(tmp_path, "a,red,big,dark,train\nb,blue,big,,train\n")
+    with pytest.raises(DataError, match=r"csv:4: unknown label 'colour=pink'"):
+        opened(tmp_path, "a,red,big,dark,train\nb,blue,small,,train\nc,pink,big,,val\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"csv": {"label_columns": ["colour"]}}, "has a head per column; name two or more in csv.label_columns"),
+        ({"csv": {"label_columns": ["a", "b"], "multilabel_columns": ["c"]}}, "has c, which is none of label_columns"),
+        ({"csv": {"label_columns": ["a=b", "c"]}}, "a head cannot be called 'a=b'; rename the column"),
+        ({"source": "imagefolder"}, "task multitask reads csv, parquet, and source is imagefolder"),
+    ],
+)
+def test_heads_need_columns(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load({"data": {"source": "csv", "task": "multitask", **given}})
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"heads": {"age": {"weight": 2.0}}}, "train.heads has age, and the heads are colour, size, tags"),
+        ({"heads": {"tags": {"best": "top1"}}}, "train.heads.tags.best is top1; set it to map, macro_f1, micro_f1"),
+        ({"heads": {"size": {"best": "loss"}}}, "is loss; set it to top1, balanced_accuracy, macro_f1"),
+        ({"best": "top1"}, "train.best is top1, and data.task multitask; set it to mean, loss"),
+        ({"loss": {"label_smoothing": 0.1}}, "label_smoothing moves mass to classes that exclude a label"),
+        ({"mixup": 0.2}, "mixup mixes images of one class each"),
+        ({"refit": True}, "refit is of a head that is found"),
+    ],
+)
+def test_what_means_nothing_for_heads_is_refused(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load({"data": SMALL["data"], "train": train})
+    with pytest.raises(ConfigError, match=r"heads is for data\.task: multitask, and that is single"):
+        load({"train": {"heads": {"a": {}}}})
+
+
+@pytest.mark.parametrize("section", [LossSection(), LossSection(class_weights="balanced")])
+def test_heads_that_are_trained_together_are_those_that_are_trained_alone(section: LossSection) -> None:
+    whole, (_, targets) = task(colour=HeadOptions(weight=2.0)), some(96)
+    features = torch.randn(96, 8, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(7, 8, generator=torch.Generator().manual_seed(2)) / 4
+
+    def trained(criterion: nn.Module, rows: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+        head = nn.Linear(8, len(weight), bias=False)
+        head.load_state_dict({"weight": weight})
+        optimizer = torch.optim.SGD(head.parameters(), 0.1)
+        for _ in range(50):
+            loss = criterion(head(rows), own)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return head.weight.detach()
+
+    together = trained(whole.criterion(section, targets.tolist()), features, targets, start)
+    for head in whole.heads:
+        rows, own = head.own(targets)
+        alone = head.task.criterion(section, own.tolist())
+
+        def weighed(logits: Tensor, given: Tensor, alone: nn.Module = alone, weight: float = head.weight) -> Tensor:
+            found: Tensor = weight * alone(logits, given)
+            return found
+
+        expected = trained(weighed, features[rows], own, start[head.of])  # type: ignore[arg-type]
+        torch.testing.assert_close(together[head.of], expected, atol=1e-5, rtol=0)
+
+
+def test_label_smoothing_is_that_of_each_head() -> None:
+    whole = multitask(TrainSection(best="mean"), CLASSES[:5])
+    section = LossSection(label_smoothing=0.2, class_weights="balanced")
+    logits, targets = some()
+    found = whole.criterion(section, targets[:, :5].tolist())(logits[:, :5], targets[:, :5])
+    expected = torch.zeros(())
+    for head in whole.heads:
+        rows, own = head.own(targets)
+        expected = expected + head.task.criterion(section, own.tolist())(logits[rows, head.of], own)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_batch_without_a_label_of_a_head_teaches_it_nothing() -> None:
+    logits, targets = some(4)
+    targets[:, :3] = -1
+    logits = logits.requires_grad_()
+    loss = task().criterion(LossSection(), [tuple(row) for row in some().targets.tolist()])(logits, targets)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad[:, :3].abs().max() == 0
+    assert logits.grad[:, 3:].abs().max() > 0
+
+
+def test_figures_are_those_of_each_head_and_their_weighted_mean() -> None:
+    whole, scores = task(colour=HeadOptions(weight=3.0, best="balanced_accuracy")), some()
+    figures = whole.figures(scores)
+    parts = {head.name: head.task.figures(head.part(scores)) for head in whole.heads}
+    assert len(whole.heads[0].part(scores).targets) == 45
+    mean = (3 * parts["colour"]["balanced_accuracy"] + parts["size"]["top1"] + parts["tags"]["map"]) / 5
+    assert figures["mean"] == pytest.approx(mean)
+    loss = 3 * parts["colour"]["loss"] + parts["size"]["loss"] + parts["tags"]["loss"]
+    assert figures["loss"] == pytest.approx(loss)
+    assert [*figures] == ["loss", "mean", "n", "colour/balanced_accuracy", "size/top1", "tags/map"]
+    whole.check(figures)
+    with pytest.raises(ValueError, match="mean"):
+        whole.check({**figures, "mean": 2.0})
+    missing = Scores(scores.logits, torch.where(torch.arange(7) < 3, -1, scores.targets))
+    found = whole.figures(missing)
+    assert found["mean"] == pytest.approx((parts["size"]["top1"] + parts["tags"]["map"]) / 2)
+    assert whole.measure(missing, None, "none")["undefined"]["heads colour"] == "no image has a label of it"
+
+
+def test_each_head_has_its_own_temperature_and_probabilities() -> None:
+    whole, scores = task(), some(200)
+    calibration = whole.calibration(scores)
+    assert isinstance(calibration, Calibration)
+    assert [one is not None for one in calibration.temperature] == [True, True, True]
+    shares = whole.probabilities(scores.logits, calibration)
+    torch.testing.assert_close(shares[:, :3].sum(dim=1), torch.ones(200, dtype=torch.float64))
+    alone = whole.heads[1]
+    expected = alone.task.probabilities(scores.logits[:, 3:5], calibration.temperature[1])
+    torch.testing.assert_close(shares[:, 3:5], expected)
+    views = [scores.logits, scores.logits + 1]
+    torch.testing.assert_close(whole.averaged(views)[:, 3:5].softmax(dim=1), views[0][:, 3:5].softmax(dim=1))
+
+
+def test_a_run_learns_all_heads_and_its_commands_show_them(tl: Run, trained: dict[str, Any], photos: Path) -> None:
+    assert trained["val"]["mean"] > 0.75
+    assert {"colour/macro_f1", "size/top1", "tags/map"} < trained["val"].keys()
+    path = trained["checkpoint"]
+    evaluated = last_json(tl("eval", path, "--json"))
+    assert {name: of["n"] for name, of in evaluated["heads"].items()} == {"colour": 35, "size": 32, "tags": 40}
+    assert evaluated["mean"] == pytest.approx(trained["val"]["mean"])
+    text = tl("eval", path, "--tta", "flip").stdout
+    assert [line.split(":")[0].strip() for line in text.splitlines()[2:]] == ["colour", "size", "tags"]
+    given = [photos / "1.png", photos / "2.png", "--checkpoint", path]
+    shown, jsonl, table = (tl("predict", *given, "--format", form).stdout for form in ("text", "jsonl", "csv"))
+    rows = [*csv.DictReader(io.StringIO(table))]
+    for line, row, in_words in zip(map(json.loads, jsonl.splitlines()), rows, shown.splitlines(), strict=True):
+        heads = line["heads"]
+        assert row["colour"] == heads["colour"]["predictions"][0]["label"]
+        assert json.loads(row["tags"]) == [one["label"] for one in heads["tags"]["labels"]]
+        assert f"colour={row['colour']}" in in_words
+    saved = load_checkpoint(Path(path))
+    assert isinstance(saved.temperature, list)
+    assert saved.classes == CLASSES
+    model = tl_trainer.load(path)
+    assert (model.task, model.heads) == ("multitask", ["colour", "size", "tags"])
+
+
+def test_its_report_has_a_part_for_each_head(trained: dict[str, Any]) -> None:
+    report = Path(trained["run_dir"]) / "report"
+    assert {path.name for path in report.iterdir()} == {
+        "report.html", "metrics.json", "per_class.csv", "co_occurrence.csv", "predictions.csv", "reliability.png",
+        "confusion_matrix_colour.png", "confusion_matrix_size.png", "co_occurrence_tags.png", "epochs.png",
+    }  # fmt: skip
+    page = (report / "report.html").read_text(encoding="utf-8")
+    for text in ("Confusion matrix of", "Which labels come together in", '<table id="heads">', "colour=blue"):
+        assert text in page
+
+
+def test_evidence_safetensors_and_what_is_refused(trained: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    model = tl_trainer.load(trained["checkpoint"])
+    row = next(
+        iter(model.rows([photos / "1.png"], extras=tl_trainer.Extras(evidence=tmp_path / "evidence", neighbours=1)))
+    )
+    assert len([*(tmp_path / "evidence").iterdir()]) == len(row.predictions) >= 2
+    assert model.export("safetensors", tmp_path / "x.safetensors")["agreement"] == 1
+    with pytest.raises(InputError, match="has one output of probabilities, and this network has several heads"):
+        model.export("pt2", tmp_path / "x.pt2")
+    with pytest.raises(InputError, match="sets of classes of which one is right"):
+        model.evaluate(coverage=0.9)
+    with pytest.raises(ConfigError, match="--folds judges classifiers of one class"):
+        tl_trainer.cross_validate(SMALL, data__root=str(photos))
+
+
+def test_a_run_goes_on_where_it_was_and_passes_the_backbone_once_for_all_heads(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    forward = Network.logits
+
+    def counted(self: Network, features: Tensor) -> Tensor:
+        calls.append(len(features))
+        return forward(self, features)
+
+    monkeypatch.setattr(Network, "logits", counted)
+    config = {
+        **SMALL,
+        "model": {**SMALL["model"], "trainable": "layer4"},
+        "data": {**SMALL["data"], "root": str(photos)},
+    }
+    config["train"] = {**SMALL["train"], "search": "off", "freeze_batchnorm": True}
+    whole = tl_trainer.train(config, train__epochs=2, output__dir=str(tmp_path / "whole"))
+    assert calls == 2 * ([16] * 5 + [16, 16, 8])  # of 80 and 40 images, whatever the number of heads
+    part = tl_trainer.train(config, train__epochs=1, output__dir=str(tmp_path / "part"))
+    again = tl_trainer.train(config, train__epochs=2, output__dir=str(tmp_path / "part"), resume=part["run_dir"])
+    assert again["val"] == whole["val"]
+
+
+def test_the_bundled_configuration_trains(tl: Run, photos: Path) -> None:
+    columns = ["data.csv.image_column=id", "data.csv.label_columns=[colour, size]", "data.workers=0", "train.epochs=3"]
+    network = ["model={backbone: timm/test_resnet, weights: none}", "transforms.size=32", "train.precision=fp32"]
+    words = ["--data-dir", photos, "output.report=false", "output.tensorboard=false", "--json"]
+    refused = tl("train", "--config", "multitask.yaml", *columns, *network, *words)
+    assert "no label in any of colour, size" in refused.stderr
+    lines = [line for line in (photos / "labels.csv").read_text().splitlines() if ",,,"[:2] + "," not in line]
+    table = photos / "some.csv"
+    table.write_text("\n".join(lines) + "\n")
+    result = last_json(
+        tl("train", "--config", "multitask.yaml", *columns, *network, *words, "data.csv.labels=some.csv")
+    )
+    assert {"colour/top1", "size/top1"} < result["val"].keys()
