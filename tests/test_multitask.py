@@ -117,6 +117,8 @@ def test_wrong_tables_are_named(tmp_path: Path) -> None:
         ({"csv": {"label_columns": ["colour"]}}, "has a head per column; name two or more in csv.label_columns"),
         ({"csv": {"label_columns": ["a", "b"], "multilabel_columns": ["c"]}}, "has c, which is none of label_columns"),
         ({"csv": {"label_columns": ["a=b", "c"]}}, "a head cannot be called 'a=b'; rename the column"),
+        ({"csv": {"label_columns": ["path", "c"]}}, "a head cannot be called 'path'; rename the column"),
+        ({"csv": {"label_columns": ["c", "c_probability"]}}, "a head cannot be called 'c_probability'; rename"),
         ({"source": "imagefolder"}, "task multitask reads csv, parquet, and source is imagefolder"),
     ],
 )

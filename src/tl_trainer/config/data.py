@@ -222,7 +222,9 @@ class DataSection(Section):
             raise ValueError(f"task multitask has a head per column; name two or more in {self.source}.label_columns")
         if wrong := [column for column in several if column not in columns]:
             raise ValueError(f"{self.source}.multilabel_columns has {wrong[0]}, which is none of label_columns")
-        if wrong := [column for column in columns if not column or {"=", ":"} & {*column}]:
+        # The columns of tl-predict --format csv.
+        taken = {"", "path", "error", "set", "accepted", *(f"{column}_probability" for column in columns)}
+        if wrong := [column for column in columns if column in taken or {"=", ":"} & {*column}]:
             raise ValueError(f"{self.source}.label_columns: a head cannot be called {wrong[0]!r}; rename the column")
 
     @property
