@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tiny import BATCH_SIZE, IMAGES, STEPS, Clock, FakeDevice, TinyBatches, tiny
 from tl_trainer import optim
 from tl_trainer import saver as saver_module
 from tl_trainer.checkpoint import load
-from tl_trainer.config.training import Figure, OptimizerSection, StopSection
+from tl_trainer.config.training import FIGURES_OF, OptimizerSection, StopSection
 from tl_trainer.data.dataset import Files, Split
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import Interrupted, RunError
@@ -271,7 +271,7 @@ def test_plateau_cuts_the_rate_after_an_epoch_that_was_worse(tmp_path: Path) -> 
     assert [row["lr"] for row in (first, second, third)] == ["0.8", "0.8", "0.4"]
 
 
-@pytest.mark.parametrize("metric", get_args(Figure))
+@pytest.mark.parametrize("metric", FIGURES_OF["single"])
 def test_a_phase_ends_early_where_a_figure_stands_still(
     tmp_path: Path, metric: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor, nn
 
 from tiny import Clock
-from tl_trainer import tasks
+from tl_trainer import single_label
 from tl_trainer import tracking as module_under_test
 from tl_trainer.errors import RunError
 from tl_trainer.ground.progress import StatusLine, bar
@@ -283,7 +283,7 @@ def test_any_class_name_can_be_logged(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_above_so_many_classes_there_are_no_curves_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, there: bool
 ) -> None:
-    monkeypatch.setattr(tasks, "CURVES", limit)
+    monkeypatch.setattr(single_label, "CURVES", limit)
     with tracking(tmp_path) as tracker:
         tracker.improved(1, scores(1))
         tracker.finish(1, scores(1), pictures(1), {}, {})
