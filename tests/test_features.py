@@ -330,7 +330,8 @@ def test_processes_draw_what_one_thread_draws_and_open_each_image_once(
     missing = [Missing(number, keys[3 * number : 3 * number + 3]) for number in range(COUNT)]
     before = torch.get_rng_state()
     with module_under_test._reading(known_split, steps, workers=2) as read:
-        found = list(module_under_test._drawn(missing, read, 7, overlap=overlap))
+        blocks = (missing[first : first + 7] for first in range(0, COUNT, 7))
+        found = list(module_under_test._drawn(blocks, read, overlap=overlap))
     assert [key for key, _ in found] == keys
     assert all(torch.equal(image, expected) for (_, image), expected in zip(found, wanted, strict=True))
     assert torch.equal(torch.get_rng_state(), before)

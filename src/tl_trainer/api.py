@@ -29,8 +29,9 @@ from tl_trainer.config.load import load as load_config
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import InputError
 from tl_trainer.evaluation import evaluate_checkpoint, require_one_label
+from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import in_sentences
-from tl_trainer.ground.files import make_folder, numbered_folder
+from tl_trainer.ground.files import make_folder, numbered_folder, previous
 from tl_trainer.ground.progress import bars
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.ground.wording import unknown
@@ -73,7 +74,7 @@ def train(
         if loaded.lists:
             from tl_trainer.probe import probe  # nobody else waits for it
 
-            loaded = probe(loaded, stop)
+            loaded = distributed.from_first(partial(probe, loaded, stop))
         return run.train(loaded, resumption, stop)
 
 
@@ -264,7 +265,7 @@ class Model:
             if folder is not None:
                 make_folder(folder, "--report")
             evaluation = evaluate_checkpoint(self._parts, split, tta, ignore_extra=ignore_extra, coverage=coverage)
-            if folder is None:
+            if folder is None or not distributed.is_first():
                 return evaluation.headline
             loaded = self._parts.loaded
             known = at_hand(self._parts, self._checkpoint)
@@ -332,13 +333,26 @@ def _called(progress: bool) -> Iterator[None]:
 def _started(
     config: Configuration, resume: Location | bool, overrides: Mapping[str, Any], *, hold: bool
 ) -> Iterator[tuple[Loaded, Resumption | None]]:
-    path = os.fspath(config) if isinstance(config, os.PathLike) else config
+    path, again = os.fspath(config) if isinstance(config, os.PathLike) else config, False
+    if resume is False and hold:
+        resume = _begun()
+        again = resume is not False
     if resume is False:
-        yield load_config(path, _dotted(overrides)), None
+        yield distributed.from_first(lambda: load_config(path, _dotted(overrides))), None
         return
     target = None if resume is True else os.fspath(resume)
-    with resuming.resume(target, path, _dotted(overrides), hold=hold) as found:
-        yield found
+    resumed = resuming.resume(target, path, _dotted(overrides), hold=hold, again=again)
+    with contextlib.ExitStack() as stack:  # rank 0 holds the run
+        yield distributed.from_first(lambda: stack.enter_context(resumed))
+
+
+def _begun() -> str | Literal[False]:
+    """The run to go on with of ranks that torchrun has started again, if they had come so far that it can be."""
+    run_dir = distributed.kept(run.STARTED)
+    if run_dir is None:
+        return False
+    last = Path(run_dir) / "last.pth"
+    return run_dir if distributed.from_first(lambda: last.is_file() or previous(last).is_file()) else False
 
 
 def _train_command(config: Configuration, overrides: Mapping[str, Any]) -> str:

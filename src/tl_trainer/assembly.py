@@ -23,7 +23,7 @@ from tl_trainer.config.data import DataSection
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint
 from tl_trainer.config.schema import Config
 from tl_trainer.data import transforms
-from tl_trainer.data.dataset import Dataset, Split, with_validation
+from tl_trainer.data.dataset import Dataset, Split, require_same, with_validation
 from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
@@ -32,9 +32,10 @@ from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.data.verify import Memory, verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
-from tl_trainer.evaluate import evaluate
+from tl_trainer.evaluate import evaluate_together
 from tl_trainer.features import Extractor, FeatureBatches, features_folder
 from tl_trainer.feeds import Feed, Feeds, views_kept
+from tl_trainer.ground import distributed
 from tl_trainer.ground.machine import is_out_of_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.metrics import Scores
@@ -121,8 +122,9 @@ class Parts:
         """The scores of the classifier, as it is now, on a split; `name` is what its progress bar says."""
         self.network.classifier.eval()
         batches = feed.batches.in_order() if isinstance(feed.batches, FeatureBatches) else feed.batches
-        shown = bar(batches.epoch(0, self.network.device), name, len(batches))
-        return evaluate(feed.logits, shown, after_batch)
+        own = batches.epoch(0, self.network.device, distributed.rank(), distributed.world())
+        shown = bar(own, name, -(-len(batches) // distributed.world()))
+        return evaluate_together(feed.logits, shown, len(batches), after_batch)
 
 
 @dataclass
@@ -199,7 +201,8 @@ def set_up(
         check_views(config, train_pipeline)
         check_cutmix(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
-        dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
+        classes = resumed.classes if resumed else None
+        dataset = require_same(distributed.host_by_host(lambda: open_dataset(config.data, classes, decoding)))
         if len(dataset.classes) < 2:
             raise DataError(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "

@@ -138,7 +138,7 @@ class FeatureStore:
     @property
     def in_memory(self) -> bool:
         """Whether what is appended is kept in memory, since it may not be written."""
-        return isinstance(self._writer, _Memory)
+        return isinstance(self._writer, _Memory) or any(segment.records is None for segment in self.segments)
 
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""

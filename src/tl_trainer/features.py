@@ -29,7 +29,9 @@ from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import (
     START_METHOD,
+    WHOLE,
     Batch,
+    Part,
     batch_order,
     batch_starts,
     chunked,
@@ -40,7 +42,9 @@ from tl_trainer.data.loaders import (
 )
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
+from tl_trainer.exchange import exchange
 from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
+from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import WORKER_KILLED
 from tl_trainer.ground.files import cache_folder, make_folder
 from tl_trainer.ground.machine import cores, free_memory
@@ -126,10 +130,18 @@ class Extractor:
         missing: dict[int, list[bytes]] = {}
         for key in store.find(wanted):
             missing.setdefault(wanted[key], []).append(key)
-        before = self.computed
-        if missing:
-            self._compute(split, what, pipeline, store, [Missing(*item) for item in missing.items()])
-        level, computed = logging.INFO if what else logging.DEBUG, self.computed - before
+        # What rank 0 lacks is computed by all; afterwards each is sent what is not in its own cache.
+        lacking = distributed.from_first(lambda: [Missing(*item) for item in missing.items()])
+
+        def compute() -> int:
+            before = self.computed
+            if lacking:
+                self._compute(split, what, pipeline, store, lacking)
+            return self.computed - before
+
+        level, computed = logging.INFO if what else logging.DEBUG, sum(distributed.together(compute))
+        if distributed.world() > 1:
+            exchange(store, [*wanted])
         log.log(level, "features of %s: %d computed, %d cached", what, computed, len(wanted) - computed)
         return Features(store, keys, split)
 
@@ -151,10 +163,13 @@ class Extractor:
         prefix, roomy = self.make_prefix(), False
         size, overlap = IMAGES_AT_ONCE.get(self.device.type, 16), self.device.type != "cpu"
         block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
+        block = distributed.piece(len(missing), block, size)  # so that batches are those of a process that is alone
+        pieces = distributed.handed_out(-(-len(missing) // block))
+        blocks = (missing[number * block : (number + 1) * block] for number in pieces)
         workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save
         with contextlib.closing(store), self._saying_what_is_kept(), _reading(split, pipeline, workers) as read:
-            chunks = chunked(_drawn(missing, read, block, overlap=overlap), size)
-            for chunk in bar(chunks, f"{what} features", -(-count // size)):
+            chunks = chunked(_drawn(blocks, read, overlap=overlap), size)
+            for chunk in bar(chunks, f"{what} features", -(-count // (size * distributed.world()))):
                 rows = self._rows(prefix, pipeline, stacked([image for _, image in chunk]))
                 if not roomy:
                     self._check_room(store, rows, count)
@@ -253,12 +268,13 @@ class FeatureBatches:
         shuffle: bool = False,
         smallest: int = 1,
         balanced: bool = False,
+        part: Part = WHOLE,
     ) -> None:
         self.features = features
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.smallest, self.balanced = smallest, balanced  # as for `ImageBatches`
+        self.smallest, self.balanced, self.part = smallest, balanced, part  # as for `ImageBatches`
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -268,19 +284,20 @@ class FeatureBatches:
         """The same features, each image once and in the split's order."""
         return FeatureBatches(self.features, batch_size=self.batch_size)
 
-    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on, float32, on `device`."""
+    def epoch(self, epoch: int, device: torch.device, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every `step`-th batch of an epoch from number `start` on, float32, on `device`."""
         features, view = self.features, epoch % len(self.features.keys)
         features.move(device)
         chosen = epoch_rows(self._targets, self.seed, epoch, self.balanced)
-        order = batch_order(chosen, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start:]
+        order = batch_order(chosen, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start::step]
         # All at once, for each copy to a GPU waits until that has nothing left to do.
-        rows = torch.tensor([*itertools.chain(*order)], dtype=torch.int64) % len(self._targets)
-        sizes = [len(indices) for indices in order]
+        own = [self.part.of(rows) for rows in order]
+        rows = torch.tensor([*itertools.chain(*own)], dtype=torch.int64) % len(self._targets)
+        sizes = [len(indices) for indices in own]
         parts = (torch.split(part, sizes) for part in (rows, rows.to(features.device)))
-        for indices, placed in zip(*parts, strict=True):
+        for whole, indices, placed in zip(order, *parts, strict=True):
             inputs, targets = features.take(view, placed).to(device), features.targets[placed].to(device)
-            yield Batch(inputs.float(), targets, indices)
+            yield self.part.marked(Batch(inputs.float(), targets, indices), whole, len(self._targets))
 
     @property
     def _targets(self) -> Sequence[int]:
@@ -315,23 +332,24 @@ def _key(digest: bytes, tag: bytes) -> bytes:
 
 
 def _drawn(
-    images: Sequence[Missing], read: Callable[[Missing], Future[Views]], size: int, *, overlap: bool
+    blocks: Iterator[Sequence[Missing]], read: Callable[[Missing], Future[Views]], *, overlap: bool
 ) -> Iterator[Row]:
-    """The missing rows, each its key and its image, read in blocks of `size` images.
+    """The missing rows, each its key and its image, read in blocks of images.
 
     overlap: read while what came before is computed. Where the cores do both, taking turns is faster: a thread of
     the network that has to share its core holds up all the others.
     """
-    blocks = [images[first : first + size] for first in range(0, len(images), size)]
-    ahead: list[Future[Views]] = []
-    for number, block in enumerate(blocks):
+    block, ahead = next(blocks, None), list[Future[Views]]()
+    while block is not None:
         try:
             views = [future.result() for future in ahead or [read(image) for image in block]]
-            ahead = [read(image) for image in blocks[number + 1]] if overlap and number + 1 < len(blocks) else []
+            following = next(blocks, None)
+            ahead = [read(image) for image in following] if overlap and following is not None else []
         except BrokenExecutor as error:
             raise RunError(WORKER_KILLED) from error
         for image, arrays in zip(block, views, strict=True):
             yield from zip(image.keys, map(torch.from_numpy, arrays), strict=True)
+        block = following
 
 
 @contextlib.contextmanager

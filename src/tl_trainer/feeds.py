@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tl_trainer.data.dataset import Split
-from tl_trainer.data.loaders import Batch, ImageBatches
+from tl_trainer.data.loaders import Batch, ImageBatches, Part
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.evaluate import evaluate
 from tl_trainer.features import EVALUATED_AT_ONCE, Extractor, FeatureBatches, NoRoom
+from tl_trainer.ground import distributed
 from tl_trainer.network import Network
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches per epoch."""
 
-    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on."""
+    def epoch(self, epoch: int, device: torch.device, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every `step`-th batch of an epoch from number `start` on."""
 
     def close(self) -> None:
         """End what the epochs share, such as processes."""
@@ -106,7 +107,7 @@ class Feeds:
         # BatchNorm that trains has no variance to take from a single image; other runs keep the batches they had.
         smallest = 2 if self.network.classifier.trains_batch_norm else 1
         order: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "balanced": self.balanced}
-        order |= {"shuffle": True, "smallest": smallest}
+        order |= {"shuffle": True, "smallest": smallest, "part": Part(distributed.rank(), distributed.world())}
         if self.extractor is not None and views:
             features = self.extractor.features(split, "train", pipeline, views, self.seed)
             return self._of_features(FeatureBatches(features, **order))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,9 +19,12 @@ from tl_trainer.data.loaders import Batch, seed_of
 from tl_trainer.data.transforms import seeded
 from tl_trainer.errors import RunError
 from tl_trainer.feeds import Feed, Forward
+from tl_trainer.ground import distributed
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
+from tl_trainer.label_metrics import known
 from tl_trainer.metrics import Figures, Scores
+from tl_trainer.models.synced import counting
 from tl_trainer.optim import Average, weights_of
 from tl_trainer.saver import REMEDY, EpochDone, Saver, State
 from tl_trainer.tasks import Task
@@ -78,12 +82,59 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """Makes the losses of the parts of a batch, one for each rank, those of the whole batch.
+
+    targets: of the split, on the processor. What is drawn, as by dropout, follows from seed, epoch, batch and rank.
+    """
+
+    targets: Tensor
+    state: State
+    seed: int
+
+    @contextlib.contextmanager
+    def drawing(self, batch: Batch) -> Iterator[None]:
+        """Within the block the ranks draw different numbers, and BatchNorm counts no stand-in."""
+        progress = self.state.progress
+        seed = seed_of(seed_of(self.seed, progress.epoch, progress.batch) % 2**31, distributed.rank(), 0) % 2**63
+        if batch.inputs.is_cuda:
+            torch.cuda.manual_seed(seed)
+        with seeded(seed), counting(batch.share > 0):
+            yield
+
+    def levelled(self, loss: Tensor, criterion: nn.Module, batch: Batch) -> Tensor:
+        """The part's loss, made so that the mean of all parts by their images is the loss of the whole batch.
+
+        A loss with weights of the classes divides by the weights of its images, not by their number.
+        """
+        parts = batch.indices, torch.tensor(batch.whole)
+        own, whole = (weight_of(criterion, self.targets[rows]) / len(rows) for rows in parts)
+        return loss * (own / whole)
+
+    def total(self, loss: float) -> float:
+        """The loss of the whole batch from that of each part."""
+        return float(distributed.summed(torch.tensor(loss, dtype=torch.float64)))
+
+
+def weight_of(criterion: nn.Module, targets: Tensor) -> float:
+    """What the mean of a loss divides by: the weights of the labels, or how many are known."""
+    if targets.ndim == 2:
+        return max(1.0, float(known(targets).sum()))
+    weights = criterion.weight
+    return float(weights.cpu()[targets].sum()) if isinstance(weights, Tensor) else float(len(targets))
+
+
+def _same(loss: float) -> float:
+    return loss
+
+
+@dataclass(frozen=True)
 class Step:
     """A batch -> an update of the weights.
 
     What else a step may do is a line or a small function here; the loop knows none of it. clip_norm: as
     `train.clip_norm`. gather: None where every batch is an update. average, mix, teach: None where there is no average,
-    no mixing and no teacher.
+    no mixing and no teacher, divided where one process has whole batches.
     """
 
     forward: Forward
@@ -95,25 +146,30 @@ class Step:
     average: Average | None = None
     mix: Mix | None = None
     teach: Teach | None = None
+    divided: Divided | None = None
 
     def __call__(self, batch: Batch) -> float:
         """The batch's mean loss before the update. One that is not finite updates nothing, except on CUDA.
 
         There the update is launched before the loss is known, so that the GPU does not wait for the processor.
         """
-        loss = self.loss(batch)
+        with contextlib.nullcontext() if self.divided is None else self.divided.drawing(batch):
+            loss = self.loss(batch)
+        total = _same if self.divided is None else self.divided.total
         if loss.device.type == "cuda":
             value = _underway(loss)
-            self._learn(loss, len(batch.targets))
-            return value()
-        found = loss.item()
+            self._learn(loss, batch.images)
+            return total(value())
+        found = total(loss.item())
         if math.isfinite(found):
-            self._learn(loss, len(batch.targets))
+            self._learn(loss, batch.images)
         return found
 
     def _learn(self, loss: Tensor, images: int) -> None:
         """Add the gradient of the batch's mean loss, and update the weights unless more batches are to come first."""
         loss = self.scaler.scale(loss if self.gather is None else loss * images)
+        if self.divided is not None:
+            loss = loss * distributed.world()  # DistributedDataParallel takes the mean of what is to be summed
         loss.backward()  # type: ignore[no-untyped-call]
         if self.gather is None:
             self._update(1)
@@ -142,7 +198,9 @@ class Step:
         inputs, targets = (batch.inputs, batch.targets) if self.mix is None else self.mix(batch)
         logits = self.forward(inputs)
         loss: Tensor = self.criterion(logits, targets)
-        return loss if self.teach is None else self.teach(loss, logits, batch.indices)
+        loss = loss if self.divided is None else self.divided.levelled(loss, self.criterion, batch)
+        loss = loss if self.teach is None else self.teach(loss, logits, batch.indices)
+        return loss if self.divided is None else loss * batch.share
 
 
 def _underway(loss: Tensor) -> Callable[[], float]:
@@ -199,7 +257,7 @@ def fit(training: Training, tracker: Tracker, saver: Saver) -> None:
             if not math.isfinite(loss):
                 images = _names(training.feed.split, batch)
                 raise RunError(f"the loss is {loss} in {name}, batch {progress.batch + 1}/{steps} ({images}); {REMEDY}")
-            progress.batch_ended(loss, len(batch.targets), time.perf_counter() - started)
+            progress.batch_ended(loss, batch.images, time.perf_counter() - started)
             training.pause()
         scores = training.validate(training.pause)
         val = training.task.figures(scores)
@@ -253,4 +311,4 @@ def _loss_of(training: Training, done: EpochDone, val_loss: float, before: float
 
 def _names(split: Split, batch: Batch) -> str:
     """Some of a batch's images, for the person who has to look for the bad one."""
-    return listed([split.name(index) for index in batch.indices.tolist()], NAMED)
+    return listed([split.name(index) for index in batch.whole or batch.indices.tolist()], NAMED)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
 from tl_trainer.errors import SettingError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.machine import require_memory
 from tl_trainer.models.classifier import Classifier
 from tl_trainer.models.prefix import DTYPES, FrozenPrefix, prefix_precision
+from tl_trainer.models.synced import synchronised
 
 
 class Network:
@@ -32,6 +37,7 @@ class Network:
         self.autocast = DTYPES[self.precision] if lower else None
         self.compiled = compiled
         self._prefix: FrozenPrefix | None = None
+        self._suffix: Callable[[Tensor], Tensor] = classifier.suffix
 
     def prefix(self) -> FrozenPrefix:
         """The fast frozen prefix."""
@@ -54,7 +60,25 @@ class Network:
     def logits(self, features: Tensor) -> Tensor:
         """The frozen prefix's output, float32 -> (N, classes) float32."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.classifier.suffix(features).float()
+            suffix = self._suffix if torch.is_grad_enabled() else self.classifier.suffix
+            logits: Tensor = suffix(features)
+            return logits.float()
+
+    @contextlib.contextmanager
+    def replicated(self) -> Iterator[None]:
+        """Within the block `logits` have the gradients of all ranks; nothing changes where there is only one."""
+        if distributed.world() == 1:
+            yield
+            return
+        from torch.nn.parallel import DistributedDataParallel
+
+        # static_graph: some backbones have weights that nothing depends on.
+        with synchronised(self.classifier):
+            self._suffix = DistributedDataParallel(_Suffix(self.classifier), static_graph=True)
+            try:
+                yield
+            finally:
+                self._suffix = self.classifier.suffix
 
     def describe(self) -> str:
         """Device and arithmetic in words."""
@@ -75,12 +99,26 @@ def _faster_channels_last(classifier: Classifier, device: torch.device) -> bool:
     return bool(modules) if device.type == "cuda" else grouped and device.type == "cpu"
 
 
+class _Suffix(nn.Module):
+    """What trains as a module, which is what DistributedDataParallel takes."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, features: Tensor) -> Tensor:
+        """As `Classifier.suffix`."""
+        return self.classifier.suffix(features)
+
+
 def resolve_device(setting: str) -> torch.device:
     """`auto` is cuda, else mps, else cpu. Raises SettingError for a device that this machine does not have."""
     if setting == "auto":
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        setting = "cuda" if cuda else "mps" if mps else "cpu"
     device = torch.device(setting)
+    if device.type == "cuda" and device.index is None and distributed.world() > 1:
+        device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise SettingError("device", f"{setting}: this machine has {count} CUDA devices; use --device cpu")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import ImageOps
@@ -34,9 +34,11 @@ from tl_trainer.evaluation import Evaluation
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
 from tl_trainer.forecast import Forecast, forecast
+from tl_trainer.ground import distributed
 from tl_trainer.ground.files import make_folder, write_text
 from tl_trainer.ground.wording import listed
 from tl_trainer.known import Known, Neighbour
+from tl_trainer.metrics import Scores
 from tl_trainer.plots import epochs_figure, forecast_figure, png, strengths_figure
 from tl_trainer.report import NEIGHBOURS, write_report
 from tl_trainer.runs import RESULT
@@ -74,6 +76,27 @@ def conclude(
         "advice": [],
         "seconds": round(time.perf_counter() - started, 3),
     }
+    if distributed.is_first():
+        with distributed.alone():
+            _tell(setup, feeds, tracker, saver, _Told(result, scores, started, found))
+    return result
+
+
+class _Told(NamedTuple):
+    """What is told of a run: what result.json holds so far, the scores of each split, when the run began, the head."""
+
+    result: dict[str, Any]
+    scores: dict[str, Scores]
+    started: float
+    found: Found | None
+
+
+def _tell(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, told: _Told) -> None:
+    """Calibrate best.pth, write the report and the last of TensorBoard, and complete result.json."""
+    assert saver.best is not None
+    parts, progress, run_dir = setup.parts, saver.state.progress, saver.run_dir
+    result, scores, started, found = told
+    best = run_dir / "best.pth"
     try:
         saver.calibrate_best(scores["val"])
         evaluations = {
@@ -109,7 +132,6 @@ def conclude(
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
     except TrainerError as error:  # the run has succeeded, and everything that matters is saved
         log.warning("%s\nevery epoch is done, the best one in %s; %s", error, best, REMEDY.format(run_dir))
-    return result
 
 
 def _epochs_of(progress: Progress) -> dict[str, Any]:

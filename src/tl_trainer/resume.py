@@ -84,14 +84,20 @@ class Resumption:
 
 @contextlib.contextmanager
 def resume(
-    target: str | None, config: str | Mapping[str, Any] | None, overrides: Overrides, *, hold: bool = True
+    target: str | None,
+    config: str | Mapping[str, Any] | None,
+    overrides: Overrides,
+    *,
+    hold: bool = True,
+    again: bool = False,
 ) -> Iterator[tuple[Loaded, Resumption]]:
     """The run at `target` (a run directory or its last.pth), or the newest one of the configuration.
 
     hold: whether it will be written to. Then its folder is this process's within the block, and before last.pth is
     read, since another process would soon write a newer one; what a killed one has half written is removed.
-    Without a configuration the run's own is taken. Raises InputError where there is nothing to resume, which of a run
-    that is named includes that it is complete, or where the configuration differs in more than CHANGEABLE.
+    again: whether the result of a complete run that is named is given. Without a configuration the run's own is
+    taken. Raises InputError where there is nothing to resume, which of a run that is named includes that it is
+    complete, or where the configuration differs in more than CHANGEABLE.
     """
     overrides = list(overrides)
     if target is None:
@@ -103,7 +109,7 @@ def resume(
     if not path.is_file() and not previous(path).is_file():
         raise InputError(f"--resume {path}: no such file; give a run directory or its last.pth")
     with sole_use(path.parent) if hold else contextlib.nullcontext(False) as held:
-        found = _read(path, config, overrides, named=target is not None)
+        found = _read(path, config, overrides, named=target is not None and not again)
         if held:
             remove_unfinished(path.parent, path.parent / "report")
         yield found

@@ -30,13 +30,14 @@ from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed
+from tl_trainer.ground import distributed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.locks import sole_use
 from tl_trainer.ground.machine import cores, threads_for
 from tl_trainer.ground.sealed import seal_of
 from tl_trainer.ground.signals import StopRequest, Terminated
 from tl_trainer.ground.wording import listed
-from tl_trainer.loop import Gather, Mix, Step, Training, fit
+from tl_trainer.loop import Divided, Gather, Mix, Step, Training, fit
 from tl_trainer.metrics import Scores
 from tl_trainer.optim import Soup, in_place
 from tl_trainer.outcome import REMEDY, conclude
@@ -50,6 +51,7 @@ from tl_trainer.tracking import Tracker, graph_of
 log = logging.getLogger(__name__)
 
 IMAGES_SHOWN = 16
+STARTED = "run"  # what torchrun keeps for the ranks that it starts again: the run directory
 
 MakeTracker = Callable[..., Tracker]
 MakeSaver = Callable[..., Saver]
@@ -70,7 +72,8 @@ def train(
     """
     started, last = time.perf_counter(), resumption.last if resumption else None
     output = expand(loaded.config.output.dir)
-    make_folder(resumption.run_dir if resumption else output, "--output")
+    if distributed.is_first():
+        make_folder(resumption.run_dir if resumption else output, "--output")
     setup = set_up(loaded, last)
     phases = setup.parts.config.phases
     progress = resumption.progress if resumption else Progress()
@@ -88,10 +91,10 @@ def train(
         if resumption:  # its folder is held since before last.pth was read
             run_dir = resumption.run_dir
             resumption.go_on(state)
-            (run_dir / RESULT).unlink(missing_ok=True)
         else:
-            run_dir = numbered_folder(output, _run_name(loaded))
-            stack.enter_context(sole_use(run_dir))
+            run_dir = distributed.from_first(lambda: numbered_folder(output, _run_name(loaded)))
+            stack.enter_context(sole_use(run_dir) if distributed.is_first() else contextlib.nullcontext())
+        distributed.keep(STARTED, str(run_dir))
         log.debug("%s", _decisions(setup))
         log.info("%s\nrun directory: %s", summary(setup), run_dir)
         with stop:
@@ -109,9 +112,9 @@ def train(
                 saver.state = setup.new_state(len(feeds["train"].batches), number, saver.state.progress)
             with stop:
                 found = _phase(setup, number, feeds, tracker, saver, pause)
-        if stop.signal is not None:  # it came while the last epoch was saved
+        if number := distributed.largest(stop.signal or 0):  # it came while the last epoch was saved
             said = f"stopped after the last epoch; {run_dir / 'best.pth'} is complete; {REMEDY.format(run_dir)}"
-            raise Interrupted(stop.signal, said)
+            raise Interrupted(number, said)
         with _saying_what_is_saved(run_dir):
             return conclude(setup, feeds, tracker, saver, started, found)
 
@@ -125,13 +128,13 @@ def _phase(
         log.info("phase %d of %d: %s", number + 1, len(phases), _in_words(phases[number], setup))
     if phases[number].search == "auto" and not state.progress.begun:
         saver.save()  # so that a search that is killed can be resumed
-        found = search(setup, feeds, pause)
+        found = distributed.from_first(lambda: search(setup, feeds, pause))
         if found is not None:
             _take(found, setup, feeds, tracker, saver)
             return found
         if state.progress.found is not None:
             raise RunError(f"{saver.run_dir}: the search cannot be repeated here; what it found is in best.pth")
-    with threads_for(_step_size(setup.parts, feeds["train"])):
+    with threads_for(_step_size(setup.parts, feeds["train"])), setup.parts.network.replicated():
         fit(new_training(setup, feeds, state, pause), tracker, saver)
     if state.soup is not None and phases[number] is phases[-1]:
         _taste(setup.parts, feeds["val"], state.soup, saver)
@@ -189,7 +192,9 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
     section, batches = parts.config.train, len(feed.batches)
     criterion = parts.task.criterion(section.loss, setup.dataset.split("train").targets).to(parts.network.device)
     gather = Gather(state, batches, section.accumulate) if section.accumulate > 1 else None
-    mix = _mix(parts, state)
+    mix, divided = _mix(parts, state), None
+    if distributed.world() > 1:
+        divided = Divided(torch.tensor(list(feed.split.targets)), state, parts.config.seed)
     return Training(
         task=parts.task,
         state=state,
@@ -204,6 +209,7 @@ def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Call
             state.average,
             mix,
             setup.teach,
+            divided,
         ),
         validate=lambda after_batch: _validated(parts, feeds["val"], state, after_batch),
         pause=pause,
@@ -271,9 +277,10 @@ def _decisions(setup: Setup) -> str:
 
 def _pause(stop: StopRequest, saver: Saver) -> None:
     """Save where it is time; after a request to stop save, finish and raise Interrupted."""
-    if stop.signal is not None:
+    number = distributed.largest(stop.signal or 0)  # all ranks end after the same batch
+    if number:
         saver.finish()
-        raise Interrupted(stop.signal, f"stopped; continue with --resume {saver.run_dir}")
+        raise Interrupted(number, f"stopped; continue with --resume {saver.run_dir}")
     saver.save_if_due()
 
 
@@ -307,7 +314,8 @@ def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, 
     progress.head_found(asked, epochs, figures)
     loss, seconds = parts.task.figures(train)["loss"], time.perf_counter() - started
     tracker.epoch(EpochDone(epochs, loss, seconds, len(train.targets), improved=True), figures, None)
-    write_text(saver.run_dir / "search.csv", found.table())
+    if saver.writes:
+        write_text(saver.run_dir / "search.csv", found.table())
     saver.improved(val)
     tracker.improved(epochs, val)
     saver.finish()
@@ -339,6 +347,10 @@ def _learned(setup: Setup) -> dict[str, str]:
 
 
 def _describe(setup: Setup, config: str, run_dir: Path) -> None:
+    """Write what is known before training, and take away the result of a run that goes on."""
+    if not distributed.is_first():
+        return
+    (run_dir / RESULT).unlink(missing_ok=True)
     if probed := setup.parts.loaded.probed:
         write_text(run_dir / PROBED, json.dumps(probed, indent=2) + "\n")
     write_text(run_dir / "config.yaml", config)
@@ -354,7 +366,7 @@ def _tracker(setup: Setup, run_dir: Path, last: Checkpoint | None, make_tracker:
     parts, config = setup.parts, setup.parts.config
     tensorboard, done = config.output.tensorboard, last.epoch if last else 0
     tracker = make_tracker(run_dir, parts.task, config.train.epochs, tensorboard=tensorboard, done=done)
-    if tensorboard and last is None:
+    if tensorboard and last is None and distributed.is_first():
         classifier = parts.network.classifier
         stages, changing = classifier.backbone.stages, classifier.changing
         frozen = stages[: len(stages) - len(changing)]

@@ -17,6 +17,7 @@ from torch import Tensor, optim
 from tl_trainer import conformal
 from tl_trainer.checkpoint import Calibration, Checkpoint, save
 from tl_trainer.errors import RunError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.files import keep_previous
 from tl_trainer.ground.wording import shown
 from tl_trainer.metrics import Figures, Scores
@@ -226,6 +227,7 @@ class Saver:
         self.learned = learned
         self.calibrate = calibrate
         self.flush = flush  # for the logs: an epoch that last.pth counts is not logged again
+        self.writes = distributed.is_first()
         self._saved_at = time.monotonic()
         self._pause = SECONDS_BETWEEN_SAVES
 
@@ -259,6 +261,8 @@ class Saver:
 
         Raises RunError where the weights are no longer finite: the files of before are worth more.
         """
+        if not self.writes:
+            return
         started = time.monotonic()
         self._go_by_best()
         resume, progress = {**self.state.resume_data(), **self.learned}, self.state.progress

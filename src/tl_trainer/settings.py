@@ -17,6 +17,7 @@ from tl_trainer.data import transforms
 from tl_trainer.data.sources import check_root
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, SettingError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import listed
 from tl_trainer.models.backbones import empty_backbone, resolve_weights
 from tl_trainer.models.classifier import Classifier
@@ -83,6 +84,7 @@ def check_settings(loaded: Loaded) -> None:
         lambda: _check_stages(config),
         lambda: resolve_device(config.device),
         lambda: _check_refit(config),
+        lambda: _check_ranks(config),
         lambda: check_asked_root(loaded),
     ]
     for check in checks:
@@ -122,6 +124,23 @@ def _check_refit(config: Config) -> None:
         raise SettingError(
             "train.refit", f"needs a linear head that is found by the search, and {obstacle}; set it to false"
         )
+
+
+def _check_ranks(config: Config) -> None:
+    """What several ranks cannot do."""
+    world, train = distributed.world(), config.train
+    if world == 1:
+        return
+    if config.data.task == "multitask":
+        raise SettingError("data.task", "multitask: several heads are trained by one process; leave torchrun out")
+    if (rest := train.batch_size % world) and any(phase.search != "auto" for phase in config.phases):
+        sizes = " or ".join(str(size) for size in (train.batch_size - rest, train.batch_size - rest + world) if size)
+        raise SettingError(
+            "train.batch_size", f"{train.batch_size} images cannot be divided among {world} ranks; use {sizes}"
+        )
+    for key, value in (("train.mixup", train.mixup), ("train.cutmix", train.cutmix)):
+        if value is not None:
+            raise SettingError(key, "mixes images of a whole batch, which ranks divide; leave it out under torchrun")
 
 
 def _check_stages(config: Config) -> None:

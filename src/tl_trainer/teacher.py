@@ -14,7 +14,6 @@ from torch.nn.functional import kl_div
 from tl_trainer.assembly import Setup, restore
 from tl_trainer.config.data import expand
 from tl_trainer.config.schema import flat
-from tl_trainer.evaluate import evaluate
 from tl_trainer.runs import best_of
 
 # What the teacher computes with as the run does, and not as it was trained.
@@ -56,7 +55,7 @@ def teacher_of(setup: Setup) -> Teacher | None:
     seen = replace(split, images=split.images.decoded(parts.decoding))
     feed = parts.feeds.evaluation(seen, "train for the teacher", parts.pipeline)
     try:
-        logits = evaluate(feed.logits, feed.batches.epoch(0, parts.network.device)).logits
+        logits = parts.scores(feed, "teacher").logits
     finally:
         feed.batches.close()
     columns = [parts.task.classes.index(name) for name in setup.parts.task.classes]

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import to_pil_image
 
 from tl_trainer.errors import RunError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import is_worker_death
 from tl_trainer.ground.files import csv_text, write_text
 from tl_trainer.ground.progress import StatusLine
@@ -77,10 +78,12 @@ class Tracker:
         self._done = done
         self._drawn_at, self._drawn_epoch = time.monotonic(), 0
         columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
-        write_text(self.path, csv_text(columns, _rows(self.path)[:done]))
+        self.writes = distributed.is_first()
+        if self.writes:
+            write_text(self.path, csv_text(columns, _rows(self.path)[:done]))
         self.writer: Any = None
         self._status = StatusLine()
-        if tensorboard:
+        if tensorboard and self.writes:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
             try:
@@ -108,7 +111,7 @@ class Tracker:
         again after a resume is logged already.
         """
         shown = {name: val[name] for name in self.task.columns}
-        if done.epoch > self._done:
+        if done.epoch > self._done and self.writes:
             self._append((done.epoch, done.train_loss, *shown.values(), lr, round(done.seconds, 3)))
             scalars = {"train/loss": done.train_loss, **{f"val/{name}": value for name, value in shown.items()}}
             if lr is not None:

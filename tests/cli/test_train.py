@@ -44,16 +44,6 @@ def test_a_run_that_recovers_from_an_absurd_loss_goes_on(tl: Run, colours: Path)
     assert found["val"]["top1"] == 1.0
 
 
-@pytest.mark.parametrize(("count", "refused"), [("4", True), ("1", False), ("", False)])
-def test_one_of_several_processes_is_refused(
-    tl: Run, monkeypatch: pytest.MonkeyPatch, count: str, refused: bool
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", count)
-    done = tl("train", "--print-config")
-    assert done.returncode == (2 if refused else 0)
-    assert ("started as one of 4 processes (WORLD_SIZE), which is not supported yet" in done.stderr) == refused
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -75,7 +75,9 @@ def _order(batches: list[Batch]) -> list[list[int]]:
 
 def _equal(one: list[Batch], other: list[Batch]) -> bool:
     return len(one) == len(other) and all(
-        torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)
+        torch.equal(a, b)
+        for left, right in zip(one, other, strict=True)
+        for a, b in zip(left[:3], right[:3], strict=True)
     )
 
 

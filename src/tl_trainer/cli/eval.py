@@ -115,3 +115,7 @@ def _summary(result: dict[str, Any]) -> str:
         )
     lines += [f"report: {result['report']}"] if "report" in result else []
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ from tl_trainer.cli.main import (
     run_command,
     without_collection,
 )
+from tl_trainer.ground import distributed
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     overrides = overrides_of(args, {}, ON_A_CHECKPOINT)
+    distributed.require_alone("tl-export")
     path = args.checkpoint or default_checkpoint()
     with without_collection():
         from tl_trainer import api

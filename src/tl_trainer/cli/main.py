@@ -20,6 +20,7 @@ from typing import Any
 
 from tl_trainer import __version__
 from tl_trainer.errors import InputError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import as_trainer_error
 from tl_trainer.ground.signals import Terminated, raise_terminated
 from tl_trainer.ground.wording import printable_lines, shown
@@ -78,12 +79,13 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         _check_floors()
-        _check_alone()
+        distributed.join()
+        _silence_all_but_first(args)
         return command(args)
-    except Terminated:
-        return _fail(parser.prog, "terminated", 143)
-    except KeyboardInterrupt:
-        return _fail(parser.prog, "interrupted", 130)
+    except Terminated as signalled:
+        return _fail(parser.prog, "terminated", 143, signalled)
+    except KeyboardInterrupt as signalled:
+        return _fail(parser.prog, "interrupted", 130, signalled)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         sys.stderr.close()
         return 141
@@ -91,10 +93,13 @@ def run_command(parser: argparse.ArgumentParser, command: Command, argv: list[st
         if args.debug:
             traceback.print_exc()
         if (told := as_trainer_error(error)) is not None:
-            return _fail(parser.prog, str(told), told.exit_code)
-        return _fail(
-            parser.prog, f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where", 1
-        )
+            return _fail(parser.prog, str(told), told.exit_code, told)
+        if distributed.lost(error):
+            return _fail(parser.prog, "another rank has ended; torchrun says which", 1, error)
+        said = f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where"
+        return _fail(parser.prog, said, 1, error)
+    finally:
+        distributed.leave()
 
 
 @contextlib.contextmanager
@@ -177,6 +182,7 @@ def settings_of(args: argparse.Namespace, flags: Mapping[str, str]) -> dict[str,
 
 def checked(args: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
     """Check the data; what is printed of it."""
+    distributed.require_alone("to check the data")
     with without_collection():
         from tl_trainer import api
         from tl_trainer.checks_page import summary
@@ -186,9 +192,19 @@ def checked(args: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
     return json.dumps(result) if args.json else summary(result)
 
 
-def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: {printable_lines(message)}", file=sys.stderr)  # noqa: T201
+def _fail(program: str, message: str, code: int, error: BaseException) -> int:
+    """Say what is wrong, unless another rank has said it or what came of it; the exit code."""
+    if (teller := distributed.teller(error)) is not None:
+        print(f"{program}: {teller}{printable_lines(message)}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _silence_all_but_first(args: argparse.Namespace) -> None:
+    """Have rank 0 alone write on stdout and stderr, but for an error."""
+    if not distributed.is_first():
+        args.quiet = True
+        logging.getLogger("tl_trainer").setLevel(logging.CRITICAL + 1)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (to the end of the process)
 
 
 def _set_up_logging(args: argparse.Namespace) -> None:
@@ -214,15 +230,6 @@ class _BarSafeHandler(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _check_alone() -> None:
-    """Refuse to be one of several processes that torchrun has started: each would do the whole work."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise InputError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which is not supported yet; start "
-            "it once, without torchrun"
-        )
 
 
 @functools.cache

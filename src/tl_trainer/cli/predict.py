@@ -26,6 +26,7 @@ from tl_trainer.cli.main import (
     without_collection,
 )
 from tl_trainer.errors import InputError, RunError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.progress import bar, bars
 from tl_trainer.ground.wording import listed
 
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    distributed.require_alone("tl-predict")
     path = args.checkpoint or default_checkpoint()
     args.overrides = [word for word in args.paths if _is_override(word)]
     paths = [word for word in args.paths if word not in args.overrides]

@@ -27,6 +27,7 @@ from tl_trainer.cli.main import (
     worker_setting,
 )
 from tl_trainer.errors import DownloadError, InputError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import printable, unknown
 
 if TYPE_CHECKING:  # --help does not wait for torch
@@ -211,13 +212,16 @@ def _performed(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
     if args.folds is not None:
         if resume or args.dry_run:
             raise InputError("--folds trains no run; leave out --resume and --dry-run")
+        distributed.require_alone("--folds")
         result = api.cross_validate(args.config, folds=args.folds, progress=progress, **overrides)
         return json.dumps(result) if args.json else _folds_report(result)
     if args.find_lr:
         if resume or args.dry_run:
             raise InputError("--find-lr trains no run; leave out --resume and --dry-run")
+        distributed.require_alone("--find-lr")
         result, in_words = api.find_rate(args.config, progress=progress, **overrides), _rate_report
     elif args.dry_run:
+        distributed.require_alone("--dry-run")
         result, in_words = api.dry_run(args.config, resume=resume, progress=progress, **overrides), _dry_report
     else:
         stop = StopRequest((signal.SIGINT, signal.SIGTERM))
@@ -232,6 +236,7 @@ def _extended(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
         raise InputError(f"--add-class {args.add_class} needs --from DIR, the folder with its images")
     if args.config is not None or args.resume is not None:
         raise InputError("--add-class takes the checkpoint's configuration; leave out DATA, --config and --resume")
+    distributed.require_alone("--add-class")
     path, output = args.checkpoint or default_checkpoint(), overrides.pop("output.dir", "runs")
     with without_collection():
         from tl_trainer import api
@@ -319,3 +324,7 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:,.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,8 +12,9 @@ import io
 import os
 import time
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -22,6 +23,7 @@ from PIL import Image
 from tl_trainer.data import images
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import listed, printable
 
 # A file that was written this recently may be written again within the resolution of its time stamp.
@@ -299,6 +301,33 @@ def with_validation(
     splits["train"] = source.subset([i for i in range(len(source)) if i not in held_out])
     splits["val"] = source.subset(sorted(held_out))
     return Dataset(dataset.classes, {name: splits[name] for name in SPLIT_NAMES if name in splits}, dataset.where)
+
+
+def require_same(dataset: Dataset) -> Dataset:
+    """The dataset; DataError, naming the first difference, where ranks have found other classes, images or labels."""
+    if distributed.world() == 1:
+        return dataset
+
+    def lines() -> Iterator[str]:
+        yield from (f"the class {name!r}" for name in dataset.classes)
+        for name, split in dataset.splits.items():
+            labels = zip(split.names, split.targets, strict=True)
+            yield from (f"the {name} image {printable(image)} of class {label}" for image, label in labels)
+
+    digest = hashlib.sha256()
+    for line in lines():
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    found = distributed.gathered(digest.digest())
+    if len({*found}) == 1:
+        return dataset
+    other = next(rank for rank, of in enumerate(found) if of != found[0])
+    pairs = zip_longest(*(distributed.gathered([*lines()])[rank] for rank in (0, other)), fillvalue="nothing more")
+    names = distributed.gathered(distributed.name())
+    first, second = next((here, there) for here, there in pairs if here != there)
+    raise DataError(
+        f"{dataset.where} is not the same for all ranks: {names[0]} has {first} where {names[other]} has {second}; "
+        "give all hosts the same files"
+    )
 
 
 def name_hashes(names: Iterable[str]) -> list[int]:

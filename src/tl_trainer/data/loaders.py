@@ -39,11 +39,43 @@ START_METHOD = "fork" if sys.platform == "linux" else None
 
 
 class Batch(NamedTuple):
-    """inputs (N, ...), targets (N, ...) as the task has them, indices (N,) into the split."""
+    """inputs (N, ...), targets (N, ...) as the task has them, indices (N,) into the split.
+
+    whole: where ranks divide the batch, the indices of all of it; empty where this is all. share: how much of it is
+    here; 0 where that is one image as a stand-in, since the batch has fewer images than there are ranks.
+    """
 
     inputs: Tensor
     targets: Tensor
     indices: Tensor
+    whole: Sequence[int] = ()
+    share: float = 1.0
+
+    @property
+    def images(self) -> int:
+        """How many the whole batch has."""
+        return len(self.whole) or len(self.indices)
+
+
+class Part(NamedTuple):
+    """What a rank takes of a batch that all of them divide."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, rows: list[int]) -> list[int]:
+        """The rows of this rank; the first of all where there are too few for it."""
+        return rows[len(rows) * self.rank // self.world : len(rows) * (self.rank + 1) // self.world] or rows[:1]
+
+    def marked(self, batch: Batch, rows: list[int], count: int) -> Batch:
+        """The batch of the rows `of` these, with what it is a part of; count: of the images in the split."""
+        if self.world == 1:
+            return batch
+        own = len(rows) * (self.rank + 1) // self.world - len(rows) * self.rank // self.world
+        return batch._replace(whole=[row % count for row in rows], share=own / len(rows))
+
+
+WHOLE = Part()
 
 
 @dataclass(eq=False)
@@ -51,8 +83,8 @@ class ImageBatches:
     """Batches of images in a seeded order per epoch (`shuffle`), or in the split's own.
 
     Iterating over `epoch(e)` gives every image once, or every class equally often (`balanced`), the last batch being
-    smaller where it must, but not smaller than `smallest`. The same workers read all epochs, one at a time, until
-    `close` or until one is left in the middle.
+    smaller where it must, but not smaller than `smallest`; of each this is `part`. The same workers read all epochs,
+    one at a time, until `close` or until one is left in the middle.
     """
 
     split: Split
@@ -63,6 +95,7 @@ class ImageBatches:
     shuffle: bool = False
     smallest: int = 1
     balanced: bool = False
+    part: Part = WHOLE
     _places: list[Place] = field(default_factory=list, init=False)  # of the epoch under way
     _loader: DataLoader[Batch | TrainerError] | None = field(default=None, init=False)
 
@@ -70,20 +103,22 @@ class ImageBatches:
         """Batches per epoch."""
         return len(batch_starts(epoch_size(self.split.targets, self.balanced), self.batch_size, self.smallest))
 
-    def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on, on `device` and ready for the network."""
+    def epoch(self, epoch: int, device: torch.device, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every `step`-th batch of an epoch from number `start` on, on `device` and ready for the network."""
         rows = epoch_rows(self.split.targets, self.seed, epoch, self.balanced)
         order = batch_order(rows, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)
-        self._places[:] = [(epoch, indices) for indices in order[start:]]
+        order = order[start::step]
+        self._places[:] = [(epoch, self.part.of(rows)) for rows in order]
         if self._loader is None:
             self._loader = self._new_loader(device)
         pinned = device.type == "cuda"  # elsewhere a copy that does not wait may read memory that is used anew
         try:
-            for batch in _named_deaths(self._loader):
+            for rows, batch in zip(order, _named_deaths(self._loader), strict=True):
                 if isinstance(batch, TrainerError):
                     raise batch
                 inputs, targets = (part.to(device, non_blocking=pinned) for part in (batch.inputs, batch.targets))
-                yield Batch(self.pipeline.batch(inputs), targets, batch.indices)
+                batch = Batch(self.pipeline.batch(inputs), targets, batch.indices)
+                yield self.part.marked(batch, rows, len(self.split))
         except BaseException:
             self.close()
             raise
@@ -186,7 +221,7 @@ class _Batches(Dataset[Batch | TrainerError]):
         if get_worker_info() is None:
             return batch
         try:  # here, since in the thread that hands batches over a failure would be waited for, without an end
-            return Batch(*(tensor.share_memory_() for tensor in batch))  # type: ignore[no-untyped-call]
+            return Batch(*(tensor.share_memory_() for tensor in batch[:3]))  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             if os.strerror(errno.ENOSPC) not in str(error):
                 raise

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size
 from tl_trainer.errors import DataError, ImageError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.progress import bar
 
@@ -48,22 +50,21 @@ def verified(
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
     stamps = [split.images.stamp(row) for row in split.rows]
-    known = memory.recalled(stamps, split.images.decoding) if memory else {}
+    # What rank 0 remembers holds for all, so that no other has to remember anything.
+    known = distributed.from_first(lambda: memory.recalled(stamps, split.images.decoding) if memory else {})
     bad: dict[int, ImageError] = {}
     counted = dark or DarkImages()
     unread = [index for index in range(len(split)) if index not in known]
-    for index, reading in bar(_read(split, unread), f"checking {what} images", len(unread), unit="img"):
-        try:
-            digest, size, largest = reading.result()
-        except ImageError as error:
-            error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
-            bad[index] = error.with_traceback(None)
+    for index, reading in _by_all_ranks(bar(_read(split, unread), f"checking {what} images", len(unread), unit="img")):
+        if isinstance(reading, ImageError):
+            bad[index] = reading
         else:
+            digest, size, largest = reading
             known[index] = digest, size
             counted.add(split.name(index), largest)
             if largest:  # is not remembered, so that it is named in every run
                 stamps[index] = None
-    if memory:
+    if memory and distributed.is_first():
         found = ((stamps[index], *known[index]) for index in unread if index in known)
         kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.settled]
         memory.remember(kept)
@@ -101,16 +102,35 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 
 
+def _by_all_ranks(own: Iterable[tuple[int, Future[_Reading]]]) -> Iterator[tuple[int, _Reading | ImageError]]:
+    """What all ranks have read, in the order of the images."""
+
+    def read() -> list[tuple[int, _Reading | ImageError]]:
+        return [(index, _outcome(reading)) for index, reading in own]
+
+    return heapq.merge(*distributed.together(read), key=lambda pair: pair[0])
+
+
+def _outcome(reading: Future[_Reading]) -> _Reading | ImageError:
+    try:
+        return reading.result()
+    except ImageError as error:
+        error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
+        return error.with_traceback(None)
+
+
 def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[_Reading]]]:
-    """Each image's index and its reading, with a bounded number of them ahead. Pillow decodes without the GIL."""
+    """The index and the reading of each image that this rank reads, with a bounded number of them ahead. Pillow decodes
+    without the GIL."""
 
     def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
         return found, images.size_in_file(picture), images.dark(picture)
 
     with ThreadPoolExecutor(cores()) as pool:
-        for first in range(0, len(indices), _CHUNK):
-            chunk = indices[first : first + _CHUNK]
+        size = distributed.piece(len(indices), _CHUNK)
+        for number in distributed.handed_out(-(-len(indices) // size)):
+            chunk = indices[number * size : (number + 1) * size]
             yield from zip(chunk, [pool.submit(digest, index) for index in chunk], strict=True)
 
 

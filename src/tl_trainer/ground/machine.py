@@ -65,14 +65,15 @@ def memory_is_short() -> bool:
 def free_memory() -> int:
     """The bytes of memory that are free for use, caches of the system counted in; 4 GB where that is unknown.
 
-    In a container it is what its limit leaves, where that is less than what the machine has.
+    In a container it is what its limit leaves, where that is less than what the machine has; of several ranks on a host
+    each may use its part.
     """
     left = list(_left_by_limits())
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 left.append(int(line.split()[1]) * 1024)
-    return max(0, min(left, default=4_000_000_000))
+    return max(0, min(left, default=4_000_000_000)) // _sharers()
 
 
 def _left_by_limits() -> Iterator[int]:
@@ -119,8 +120,14 @@ def seconds_of(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use; of several ranks on a host each its part."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // _sharers())
+
+
+def _sharers() -> int:
+    """How many processes torchrun has started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @contextlib.contextmanager

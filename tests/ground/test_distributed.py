@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from conftest import Run, draw_split
+from tl_trainer import checkpoint
+from tl_trainer.ground import distributed
+
+ALIKE = ["device=cpu", "train.precision=fp32", "data.workers=0", "output.report=false", "output.tensorboard=false"]
+EPOCHS = [
+    "train.search=off", "train.epochs=2", "train.batch_size=8", "train.accumulate=2", "train.ema.decay=0.9",
+    "model.backbone=alexnet", "model.weights=none", "train.loss.class_weights=balanced",
+]  # fmt: skip
+
+
+def launched(*words: object) -> subprocess.CompletedProcess[str]:
+    """tl-train by two ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [*torchrun, "-m", "tl_trainer.cli.train", *map(str, words)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+
+
+def weights(run_dir: str) -> dict[str, Tensor]:
+    return checkpoint.load(Path(run_dir) / "best.pth").trained
+
+
+def rows(cache: Path) -> int:
+    """The feature rows that were written, each once or more."""
+    return sum(path.stat().st_size for path in cache.rglob("*.keys")) // 40
+
+
+def test_two_ranks_find_the_head_of_one(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the images without overlap; what they leave is bit for bit what one process leaves."""
+    monkeypatch.setenv("TL_CACHE", "two")
+    done = launched(colours, "--json", "--output", "many", *ALIKE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.count("run directory") == 1
+    assert rows(Path("two")) == 36
+    monkeypatch.setenv("TL_CACHE", "one")
+    alone = tl("train", colours, "--json", "--output", "alone", *ALIKE)
+    assert alone.returncode == 0, alone.stderr
+    many, one = json.loads(done.stdout), json.loads(alone.stdout)
+    assert (many["val"], many["search"]) == (one["val"], one["search"])
+    assert {path.name for path in Path(many["run_dir"]).iterdir()} == {
+        path.name for path in Path(one["run_dir"]).iterdir()
+    }
+    theirs, own = weights(many["run_dir"]), weights(one["run_dir"])
+    assert all(theirs[key].equal(own[key]) for key in own)
+
+
+def test_two_ranks_train_what_one_trains(tl: Run, tmp_path: Path) -> None:
+    """With 17 images the last batch has one, so one of the ranks has none of it."""
+    photos = tmp_path / "photos"
+    draw_split(photos / "train", 6, size=64)
+    (photos / "train" / "red" / "05.jpg").unlink()
+    draw_split(photos / "val", 2, size=65)
+    done = launched(photos, "--json", "--output", "many", *ALIKE, *EPOCHS)
+    assert done.returncode == 0, done.stderr
+    alone = tl("train", photos, "--json", "--output", "alone", *ALIKE, *EPOCHS)
+    assert alone.returncode == 0, alone.stderr
+    many, one = json.loads(done.stdout), json.loads(alone.stdout)
+    assert many["val"]["n"] == one["val"]["n"] == 6
+    theirs, own = weights(many["run_dir"]), weights(one["run_dir"])
+    assert all((theirs[key] - own[key]).abs().max() < 1e-5 for key in own)
+
+
+def test_an_error_of_one_rank_is_said_once_with_its_name(colours: Path) -> None:
+    (colours / "train" / "blue" / "03.jpg").write_bytes(b"no image")
+    done = launched(colours, *ALIKE)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("tl-train: ")]
+    assert len(said) == 1
+    assert said[0].startswith("tl-train: rank ")
+    assert "1 of 24 train images cannot be used" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, "started as one of 4 processes (WORLD_SIZE), and RANK is not set"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many', not a number of processes"),
+    ],
+)
+def test_a_world_that_cannot_be_is_named(
+    tl: Run, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], said: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    done = tl("train", "--print-config")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("count", ["1", "0", ""])
+def test_a_world_of_one_is_alone(tl: Run, monkeypatch: pytest.MonkeyPatch, count: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert tl("train", "--print-config").returncode == 0
+
+
+def test_alone_everything_gives_back_what_it_is_given() -> None:
+    assert distributed.gathered(3) == distributed.together(lambda: 3) == [3]
+    assert distributed.from_first(lambda: 3) == distributed.host_by_host(lambda: 3) == distributed.largest(3) == 3
+    assert [*distributed.handed_out(3)] == [0, 1, 2]
+    assert distributed.piece(10_000, 500, 16) == 500
