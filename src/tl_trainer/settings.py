@@ -131,16 +131,17 @@ def _check_ranks(config: Config) -> None:
     world, train = distributed.world(), config.train
     if world == 1:
         return
-    if config.data.task == "multitask":
-        raise SettingError("data.task", "multitask: several heads are trained by one process; leave torchrun out")
+    if config.data.task != "single":
+        raise SettingError("data.task", f"{config.data.task} is trained by one process so far; leave torchrun out")
     if (rest := train.batch_size % world) and any(phase.search != "auto" for phase in config.phases):
         sizes = " or ".join(str(size) for size in (train.batch_size - rest, train.batch_size - rest + world) if size)
         raise SettingError(
             "train.batch_size", f"{train.batch_size} images cannot be divided among {world} ranks; use {sizes}"
         )
-    for key, value in (("train.mixup", train.mixup), ("train.cutmix", train.cutmix)):
+    alone = {"mixup": train.mixup, "cutmix": train.cutmix, "soup": train.soup, "teacher": train.teacher.checkpoint}
+    for key, value in alone.items():
         if value is not None:
-            raise SettingError(key, "mixes images of a whole batch, which ranks divide; leave it out under torchrun")
+            raise SettingError(f"train.{key}", "is the work of one process so far; leave it or torchrun out")
 
 
 def _check_stages(config: Config) -> None:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from conftest import Run, draw_split
 from tl_trainer import checkpoint
+from tl_trainer.config.load import load
+from tl_trainer.errors import ConfigError
 from tl_trainer.ground import distributed
+from tl_trainer.settings import check_settings
 
 ALIKE = ["device=cpu", "train.precision=fp32", "data.workers=0", "output.report=false", "output.tensorboard=false"]
 EPOCHS = [
@@ -109,3 +112,19 @@ def test_alone_everything_gives_back_what_it_is_given() -> None:
     assert distributed.from_first(lambda: 3) == distributed.host_by_host(lambda: 3) == distributed.largest(3) == 3
     assert [*distributed.handed_out(3)] == [0, 1, 2]
     assert distributed.piece(10_000, 500, 16) == 500
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": {"source": "csv", "task": "multilabel"}}, "data.task: multilabel is trained by one process so far"),
+        ({"train": {"soup": 2, "batch_size": 8}}, "train.soup: is the work of one process so far"),
+        ({"train": {"epochs": 2, "batch_size": 7}}, "train.batch_size: 7 images cannot be divided among 2 ranks"),
+    ],
+)
+def test_what_ranks_do_not_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, dict[str, object]], message: str
+) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load(given))
