@@ -436,8 +436,8 @@ def test_resume_takes_a_run_or_nothing_and_never_an_override(
 ) -> None:
     calls: list[object] = []
 
-    def resume(*arguments: object, hold: bool) -> None:
-        assert hold
+    def resume(*arguments: object, hold: bool, again: bool) -> None:
+        assert hold and not again
         calls.append(arguments)
         raise errors.InputError("seen")
 
