@@ -601,14 +601,14 @@ def test_an_image_that_changes_between_two_views_is_not_skipped_in_one_of_them(
     tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     last_json(tl("train", "--data-dir", colours, "--epochs", 1, "--json", *SMALL, f"features.cache={cache}"))
-    original = assembly.evaluate
+    original = assembly.evaluate_together
 
     def then_change(*arguments: Any) -> Any:
         scores = original(*arguments)
         (colours / "val" / "red" / "00.jpg").write_bytes(b"not an image any more")
         return scores
 
-    monkeypatch.setattr(assembly, "evaluate", then_change)
+    monkeypatch.setattr(assembly, "evaluate_together", then_change)
     words = ("--checkpoint", "runs/run-1", "--tta", "flip", "--on-bad-image", "skip")
     result = tl("eval", *words)
     assert result.returncode == 2
