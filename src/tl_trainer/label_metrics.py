@@ -15,7 +15,18 @@ from torch.nn import functional
 
 from tl_trainer.checkpoint import Calibration
 from tl_trainer.data.label_texts import UNKNOWN
-from tl_trainer.metrics import BINS, FEWEST, PAIRS, Figures, Reliability, Scores, check_finite, newton_scale
+from tl_trainer.metrics import (
+    FEWEST,
+    PAIRS,
+    Figures,
+    Reliability,
+    Scores,
+    binned,
+    check_finite,
+    counted,
+    macro,
+    newton_scale,
+)
 
 HALF = 0.5
 
@@ -86,7 +97,7 @@ def figures(scores: Scores) -> Figures:
     return {
         "loss": losses.sum().item() / max(1, int(known(targets).sum())),
         "map": mean_average_precision(*scores),
-        "macro_f1": _macro(rows, "f1"),
+        "macro_f1": macro(rows, "f1"),
         "micro_f1": _micro(said, targets)["f1"],
         "subset_accuracy": subset_accuracy(said, targets),
         "n": len(targets),
@@ -142,10 +153,7 @@ def reliability(scores: Scores, temperature: float | None) -> Reliability:
     """How often a label is there among labels of like probability, over all images."""
     there = known(scores.targets)
     shares, had = probabilities(scores.logits, temperature)[there], (scores.targets[there] == 1).double()
-    bins = (shares * BINS).ceil().long().clamp(1, BINS) - 1
-    count = torch.bincount(bins, minlength=BINS)
-    mean = [torch.bincount(bins, weights=values, minlength=BINS) / count.clamp(min=1) for values in (shares, had)]
-    return Reliability(mean[0], mean[1], count)
+    return binned(shares, had)
 
 
 def measure(
@@ -180,7 +188,7 @@ def measure(
         undefined["calibration.after"] = withheld
     return {
         **figures(scores),
-        "macro": {key: _macro(rows, key) for key in ("precision", "recall", "f1")},
+        "macro": {key: macro(rows, key) for key in ("precision", "recall", "f1")},
         "micro": _micro(said, targets),
         "exact": subset_accuracy(said, targets),
         "labels_per_image": {
@@ -202,12 +210,11 @@ def calibration_of(scores: Scores, temperature: float | None) -> dict[str, float
     """Negative log-likelihood in nats, Brier score (0 to 1) and expected calibration error of a label that is known."""
     there = known(scores.targets)
     shares, had = probabilities(scores.logits, temperature)[there], (scores.targets[there] == 1).double()
-    bins = reliability(scores, temperature)
     scaled, number = scores.logits.double() / (temperature or 1.0), max(1, int(there.sum()))
     return {
         "nll": entry_losses(scaled, scores.targets).sum().item() / number,
         "brier": (shares - had).square().sum().item() / number,
-        "ece": ((bins.confidence - bins.accuracy).abs() * bins.images).sum().item() / number,
+        "ece": binned(shares, had).error,
     }
 
 
@@ -222,28 +229,8 @@ def _each(scores: Scores) -> list[Scores]:
 
 
 def _rows(said: Tensor, targets: Tensor) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and numbers of images of each label; None for what is undefined, as in `metrics`."""
-    right, times, support = (column.tolist() for column in counts(said, targets))
-    return [
-        {
-            "precision": _share(hits, predicted or there),
-            "recall": _share(hits, there),
-            "f1": _share(2 * hits, predicted + there),
-            "support": there,
-            "predicted": predicted,
-        }
-        for hits, predicted, there in zip(right, times, support, strict=True)
-    ]
-
-
-def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 7) if whole else None
-
-
-def _macro(rows: Sequence[dict[str, Any]], key: str) -> float:
-    """The mean over the labels that an image has or that were predicted, 0 for what is undefined."""
-    values = [row[key] or 0.0 for row in rows if row["support"] or row["predicted"]]
-    return sum(values) / len(values) if values else 0.0
+    """`metrics.counted` of each label."""
+    return [counted(*of) for of in zip(*(column.tolist() for column in counts(said, targets)), strict=True)]
 
 
 def _micro(said: Tensor, targets: Tensor) -> dict[str, float]:

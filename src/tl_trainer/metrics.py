@@ -94,6 +94,12 @@ class Reliability(NamedTuple):
     accuracy: Tensor
     images: Tensor
 
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean distance of confidence and accuracy."""
+        gaps = (self.confidence - self.accuracy).abs() * self.images
+        return (gaps.sum() / self.images.sum().clamp(min=1)).item()
+
 
 def figures(scores: Scores) -> Figures:
     """Loss, top-1 and top-5. With five classes or fewer, top-5 is 1. Raises AssertionError where there is no image."""
@@ -199,8 +205,12 @@ def _slope(scores: Scores, scale: float) -> tuple[float, float]:
 
 def reliability(scores: Scores, temperature: float | None) -> Reliability:
     """How often the first class is right among images of like confidence."""
-    confidence = _confidence(scores, temperature)
     right = (scores.logits.argmax(dim=1) == scores.targets).double()
+    return binned(_confidence(scores, temperature), right)
+
+
+def binned(confidence: Tensor, right: Tensor) -> Reliability:
+    """(N,) float64 each: probabilities, and 1 for what they are of and is so."""
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     count = torch.bincount(bins, minlength=BINS)
     mean = [torch.bincount(bins, weights=values, minlength=BINS) / count.clamp(min=1) for values in (confidence, right)]
@@ -253,7 +263,7 @@ def macro(rows: Sequence[dict[str, Any]], key: str) -> float:
     rows: as of `per_class`.
     """
     values: list[float] = [row[key] or 0.0 for row in rows if row["support"] or row["predicted"]]
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 AVERAGES: dict[str, Callable[[Sequence[dict[str, Any]]], float]] = {
@@ -275,22 +285,28 @@ def confusion(scores: Scores, classes: int) -> Confusion:
 
 
 def per_class(scores: Scores, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and numbers of images of each class; None for what is undefined: recall where the split
-    has no image of the class, the others where it was not predicted either.
-    """
+    """`counted` of each class, with its name."""
     targets, predicted = scores.targets, scores.logits.argmax(dim=1)
     counts = (torch.bincount(of, minlength=len(classes)) for of in (targets, predicted, targets[targets == predicted]))
     return [
-        {
-            "class": name,
-            "precision": _share(right, times or support),
-            "recall": _share(right, support),
-            "f1": _share(2 * right, times + support),
-            "support": support,
-            "predicted": times,
-        }
+        {"class": name, **counted(right, times, support)}
         for name, support, times, right in zip(classes, *(column.tolist() for column in counts), strict=True)
     ]
+
+
+def counted(right: int, times: int, support: int) -> dict[str, Any]:
+    """Precision, recall, F1 and numbers of images of a class, from how often it is predicted and right, predicted,
+    and there.
+
+    None is what is undefined: recall where no image has the class, the others where it was not predicted either.
+    """
+    return {
+        "precision": _share(right, times or support),
+        "recall": _share(right, support),
+        "f1": _share(2 * right, times + support),
+        "support": support,
+        "predicted": times,
+    }
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -321,6 +337,5 @@ def _calibration(scores: Scores, temperature: float | None) -> dict[str, float]:
         of_label = logs.gather(1, targets[:, None])
         nll -= of_label.sum().item()
         brier += (logs.exp().square().sum() - 2 * of_label.exp().sum() + len(targets)).item()
-    bins, images = reliability(scores, temperature), len(scores.targets)
-    gaps = (bins.confidence - bins.accuracy).abs() * bins.images
-    return {"nll": nll / images, "brier": brier / images, "ece": (gaps.sum() / images).item()}
+    images = len(scores.targets)
+    return {"nll": nll / images, "brier": brier / images, "ece": reliability(scores, temperature).error}
