@@ -23,7 +23,7 @@ from tl_trainer.config.data import DataSection
 from tl_trainer.config.load import Loaded, Overrides, from_checkpoint
 from tl_trainer.config.schema import Config
 from tl_trainer.data import transforms
-from tl_trainer.data.dataset import Dataset, Split, require_same, with_validation
+from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import DarkImages, Decoding
 from tl_trainer.data.loaders import worker_count
@@ -201,8 +201,7 @@ def set_up(
         check_views(config, train_pipeline)
         check_cutmix(config, train_pipeline)
         decoding = _decoding(config.data, train_pipeline, pipeline)
-        classes = resumed.classes if resumed else None
-        dataset = require_same(distributed.host_by_host(lambda: open_dataset(config.data, classes, decoding)))
+        dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
             raise DataError(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "

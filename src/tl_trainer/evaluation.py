@@ -15,14 +15,13 @@ from tl_trainer import conformal
 from tl_trainer.assembly import Parts, memory_of, with_val
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.data import DataSection, expand
-from tl_trainer.data.dataset import Dataset, Fit, Split, name_hashes, require_same
+from tl_trainer.data.dataset import Dataset, Split, name_hashes
 from tl_trainer.data.duplicates import across, unrepeated
 from tl_trainer.data.label_texts import classes_in
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import remembered, verified
 from tl_trainer.errors import DataError, InputError
-from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Scores
 from tl_trainer.plots import png
@@ -110,9 +109,7 @@ def evaluate_checkpoint(
         if tta is not None:
             raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
     pipelines = tta_pipelines(saved.preprocessing, tta)
-    fit: Fit = "any" if ignore_extra else "fewer"
-    opened = distributed.host_by_host(lambda: open_dataset(config.data, saved.classes, parts.decoding, fit))
-    dataset = require_same(opened)
+    dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
     _say_what_was_left_out(config.data, saved)
     what = what or _default_split(dataset, saved.val_split)
     if what in ("train", "val") and saved.val_split is not None:

@@ -22,7 +22,6 @@ from tl_trainer.feeds import Feed, Forward
 from tl_trainer.ground import distributed
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
-from tl_trainer.label_metrics import known
 from tl_trainer.metrics import Figures, Scores
 from tl_trainer.models.synced import counting
 from tl_trainer.optim import Average, weights_of
@@ -103,13 +102,13 @@ class Divided:
             yield
 
     def levelled(self, loss: Tensor, criterion: nn.Module, batch: Batch) -> Tensor:
-        """The part's loss, made so that the mean of all parts by their images is the loss of the whole batch.
+        """The part's loss, made so that the sum of all parts is the loss of the whole batch.
 
         A loss with weights of the classes divides by the weights of its images, not by their number.
         """
         parts = batch.indices, torch.tensor(batch.whole)
         own, whole = (weight_of(criterion, self.targets[rows]) / len(rows) for rows in parts)
-        return loss * (own / whole)
+        return loss * (own / whole) * batch.share
 
     def total(self, loss: float) -> float:
         """The loss of the whole batch from that of each part."""
@@ -117,15 +116,9 @@ class Divided:
 
 
 def weight_of(criterion: nn.Module, targets: Tensor) -> float:
-    """What the mean of a loss divides by: the weights of the labels, or how many are known."""
-    if targets.ndim == 2:
-        return max(1.0, float(known(targets).sum()))
+    """What the mean of a loss divides by: the weights of the labels, or how many there are."""
     weights = criterion.weight
     return float(weights.cpu()[targets].sum()) if isinstance(weights, Tensor) else float(len(targets))
-
-
-def _same(loss: float) -> float:
-    return loss
 
 
 @dataclass(frozen=True)
@@ -155,15 +148,18 @@ class Step:
         """
         with contextlib.nullcontext() if self.divided is None else self.divided.drawing(batch):
             loss = self.loss(batch)
-        total = _same if self.divided is None else self.divided.total
         if loss.device.type == "cuda":
             value = _underway(loss)
             self._learn(loss, batch.images)
-            return total(value())
-        found = total(loss.item())
+            return self._whole(value())
+        found = self._whole(loss.item())
         if math.isfinite(found):
             self._learn(loss, batch.images)
         return found
+
+    def _whole(self, loss: float) -> float:
+        """The loss of the whole batch."""
+        return loss if self.divided is None else self.divided.total(loss)
 
     def _learn(self, loss: Tensor, images: int) -> None:
         """Add the gradient of the batch's mean loss, and update the weights unless more batches are to come first."""
@@ -198,9 +194,9 @@ class Step:
         inputs, targets = (batch.inputs, batch.targets) if self.mix is None else self.mix(batch)
         logits = self.forward(inputs)
         loss: Tensor = self.criterion(logits, targets)
-        loss = loss if self.divided is None else self.divided.levelled(loss, self.criterion, batch)
-        loss = loss if self.teach is None else self.teach(loss, logits, batch.indices)
-        return loss if self.divided is None else loss * batch.share
+        if self.divided is not None:  # and there is no teacher
+            return self.divided.levelled(loss, self.criterion, batch)
+        return loss if self.teach is None else self.teach(loss, logits, batch.indices)
 
 
 def _underway(loss: Tensor) -> Callable[[], float]:

@@ -314,7 +314,7 @@ def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, 
     progress.head_found(asked, epochs, figures)
     loss, seconds = parts.task.figures(train)["loss"], time.perf_counter() - started
     tracker.epoch(EpochDone(epochs, loss, seconds, len(train.targets), improved=True), figures, None)
-    if saver.writes:
+    if distributed.is_first():
         write_text(saver.run_dir / "search.csv", found.table())
     saver.improved(val)
     tracker.improved(epochs, val)

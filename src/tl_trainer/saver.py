@@ -227,7 +227,6 @@ class Saver:
         self.learned = learned
         self.calibrate = calibrate
         self.flush = flush  # for the logs: an epoch that last.pth counts is not logged again
-        self.writes = distributed.is_first()
         self._saved_at = time.monotonic()
         self._pause = SECONDS_BETWEEN_SAVES
 
@@ -261,7 +260,7 @@ class Saver:
 
         Raises RunError where the weights are no longer finite: the files of before are worth more.
         """
-        if not self.writes:
+        if not distributed.is_first():
             return
         started = time.monotonic()
         self._go_by_best()

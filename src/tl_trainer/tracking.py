@@ -78,12 +78,11 @@ class Tracker:
         self._done = done
         self._drawn_at, self._drawn_epoch = time.monotonic(), 0
         columns = ("epoch", "train_loss", *(f"val_{name}" for name in task.columns), "lr", "seconds")
-        self.writes = distributed.is_first()
-        if self.writes:
+        if distributed.is_first():
             write_text(self.path, csv_text(columns, _rows(self.path)[:done]))
         self.writer: Any = None
         self._status = StatusLine()
-        if tensorboard and self.writes:
+        if tensorboard and distributed.is_first():
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
             try:
@@ -111,7 +110,7 @@ class Tracker:
         again after a resume is logged already.
         """
         shown = {name: val[name] for name in self.task.columns}
-        if done.epoch > self._done and self.writes:
+        if done.epoch > self._done and distributed.is_first():
             self._append((done.epoch, done.train_loss, *shown.values(), lr, round(done.seconds, 3)))
             scalars = {"train/loss": done.train_loss, **{f"val/{name}": value for name, value in shown.items()}}
             if lr is not None:

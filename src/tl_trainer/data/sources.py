@@ -9,7 +9,7 @@ from itertools import combinations
 
 from tl_trainer.config.data import DataSection, expand
 from tl_trainer.data.csv_table import check_found, open_csv
-from tl_trainer.data.dataset import Dataset, Fit
+from tl_trainer.data.dataset import Dataset, Fit, require_same
 from tl_trainer.data.demo import demo_folder
 from tl_trainer.data.folders import open_folders
 from tl_trainer.data.images import STANDARD, Decoding
@@ -18,6 +18,7 @@ from tl_trainer.data.skip import without
 from tl_trainer.data.torchvision_sources import open_torchvision
 from tl_trainer.data.webdataset import open_webdataset
 from tl_trainer.errors import SettingError
+from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import listed, printable
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,13 @@ def open_dataset(
     """The dataset that the configuration's `data` section names; where it has no splits of its own, one called `all`.
 
     What `data.skip` names is left out. `classes` is a checkpoint's class list, which the dataset must have as `fit`
-    says. `decoding` is for its images. Raises DataError, and SettingError for a wrong `data.skip`.
+    says. `decoding` is for its images. Raises DataError, also where ranks find different images, and SettingError for a
+    wrong `data.skip`.
     """
+    return require_same(distributed.host_by_host(lambda: _prepared(data, classes, decoding, fit)))
+
+
+def _prepared(data: DataSection, classes: list[str] | None, decoding: Decoding, fit: Fit) -> Dataset:
     dataset = _opened(data, classes, fit)
     if data.skip is not None:
         dataset = without(dataset, expand(data.skip))

@@ -13,7 +13,6 @@ import signal
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,12 +98,12 @@ def _round(store: Store, rank: int, world: int) -> str:
     """
     deadline = time.monotonic() + ANSWER
     if rank:
-        word = uuid.uuid4().hex
+        word = os.urandom(16).hex()
         store.set(f"hello/{rank}", word)
         answer = store.get(f"answer/{word}").decode()
         store.set(f"heard/{answer}/{rank}", "")
         return answer
-    drawn, silent = uuid.uuid4().hex, [*range(1, world)]
+    drawn, silent = os.urandom(16).hex(), [*range(1, world)]
     while silent:
         for other in silent:
             if store.check([f"hello/{other}"]):
