@@ -256,25 +256,20 @@ class Features:
         return self.store.take([self.keys[view][row] for row in rows.tolist()])
 
 
+@dataclass(eq=False)
 class FeatureBatches:
-    """Batches of cached features in the same order in which the images would come; epoch e uses view e mod K."""
+    """Batches of cached features in the same order in which the images would come; epoch e uses view e mod K.
 
-    def __init__(
-        self,
-        features: Features,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = False,
-        smallest: int = 1,
-        balanced: bool = False,
-        part: Part = WHOLE,
-    ) -> None:
-        self.features = features
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.smallest, self.balanced, self.part = smallest, balanced, part  # as for `ImageBatches`
+    The order is that of `ImageBatches` of the same settings.
+    """
+
+    features: Features
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = False
+    smallest: int = 1
+    balanced: bool = False
+    part: Part = WHOLE
 
     def __len__(self) -> int:
         """Batches per epoch."""

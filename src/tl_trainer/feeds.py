@@ -49,6 +49,12 @@ class Feed:
     embed: Forward
 
 
+def close(feeds: dict[str, Feed]) -> None:
+    """End what the feeds share among their epochs, such as processes."""
+    for feed in feeds.values():
+        feed.batches.close()
+
+
 @dataclass
 class Feeds:
     """Makes the feeds of one network. `extractor` is the feature cache, None where there is none."""

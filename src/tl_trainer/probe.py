@@ -19,6 +19,7 @@ from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config
 from tl_trainer.errors import ConfigError, Interrupted, RunError, SettingError
+from tl_trainer.feeds import close
 from tl_trainer.ground.files import make_folder
 from tl_trainer.ground.machine import seconds_of
 from tl_trainer.ground.signals import StopRequest
@@ -175,8 +176,7 @@ def _probed(candidate: Loaded, pause: Callable[[], None]) -> Probe:
         what = f"{parts.backbone['name']} cannot be compared, since its head is not found"
         raise RunError(f"{what}: {obstacle}; name one backbone") from None
     finally:
-        for feed in feeds.values():
-            feed.batches.close()
+        close(feeds)
     best = found.best
     assert best.loss is not None
     return Probe(

@@ -14,11 +14,12 @@ from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config
 from tl_trainer.data.loaders import Batch
 from tl_trainer.errors import InputError, RunError
+from tl_trainer.feeds import close
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.progress import bar
 from tl_trainer.loop import Training
 from tl_trainer.plots import png, rates_figure
-from tl_trainer.run import close, new_training, summary
+from tl_trainer.run import new_training, summary
 from tl_trainer.search import search
 from tl_trainer.teacher import teacher_of
 from tl_trainer.tracking import log_rates

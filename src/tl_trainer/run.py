@@ -29,7 +29,7 @@ from tl_trainer.data.loaders import ImageBatches, worker_count
 from tl_trainer.data.overview import Overview
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
-from tl_trainer.feeds import Feed
+from tl_trainer.feeds import Feed, close
 from tl_trainer.ground import distributed
 from tl_trainer.ground.files import csv_text, make_folder, numbered_folder, write_bytes, write_text
 from tl_trainer.ground.locks import sole_use
@@ -178,12 +178,6 @@ def _in_words(phase: PhaseSection, setup: Setup) -> str:
 def _trained(parts: Parts) -> int:
     """How many parameters train."""
     return sum(p.numel() for p in parts.network.classifier.parameters() if p.requires_grad)
-
-
-def close(feeds: dict[str, Feed]) -> None:
-    """End what the feeds share among their epochs, such as processes."""
-    for feed in feeds.values():
-        feed.batches.close()
 
 
 def new_training(setup: Setup, feeds: dict[str, Feed], state: State, pause: Callable[[], None]) -> Training:
