@@ -136,7 +136,8 @@ def test_a_sealed_file_of_other_things_is_refused(best: Path, wrong: Any) -> Non
 @pytest.mark.parametrize(
     "forged",
     [
-        {"targets": [3] * 24}, {"targets": [-1] * 24}, {"targets": ["red"] * 24}, {"paths": [b"a"] * 24},
+        {"targets": [(1, 0, 0)] * 24}, {"targets": [3] * 24}, {"targets": [-1] * 24}, {"targets": ["red"] * 24},
+        {"paths": [b"a"] * 24},
         {"features": torch.zeros(24, 3).half()}, {"val": torch.zeros(21, dtype=torch.int64)},
     ],
 )  # fmt: skip

@@ -154,7 +154,7 @@ def at_hand(parts: Parts, checkpoint: Path) -> Known | None:
         raise CheckpointError(f"{file}: not a file of tl-trainer's features; remove it, and it is made again")
     if content.pop("checkpoint") != seal_of(checkpoint):
         return None
-    if not _fits(kept := Known(**content), parts.features, len(parts.task.classes)):
+    if not _fits(kept := Known(**content), parts):
         raise CheckpointError(f"{file}: does not fit {checkpoint}; remove it, and it is made again")
     return kept
 
@@ -192,12 +192,13 @@ def _is_ours(content: Any) -> bool:
     return (features.ndim, val.ndim) == (2, 1) and len(features) == len(content["paths"]) == len(content["targets"])
 
 
-def _fits(kept: Known, width: int, classes: int) -> bool:
-    """Whether the features are as wide as those of the checkpoint, and each has a name and one of its classes."""
+def _fits(kept: Known, parts: Parts) -> bool:
+    """Whether the features are as wide as those of the checkpoint, and each has a name and a target of its task."""
+    classes, kind = len(parts.task.classes), int if parts.task.kind == "single" else tuple
     named = all(isinstance(path, str) for path in kept.paths)
-    labelled = all(is_target(target, classes) for target in kept.targets)
+    labelled = all(isinstance(target, kind) and is_target(target, classes) for target in kept.targets)
     floats = kept.features.is_floating_point() and kept.val.is_floating_point()
-    return kept.features.shape[1] == width and floats and named and labelled
+    return kept.features.shape[1] == parts.features and floats and named and labelled
 
 
 def _ignored(parts: Parts, file: Path, kept: int) -> None:
