@@ -121,4 +121,5 @@ def test_a_head_that_diverges_does_not_touch_the_others(monkeypatch: pytest.Monk
     (train, _), (val, targets) = samples(IMAGES, 1), samples(30, 2)
     heads = train_heads(train, (val.features, targets), PLAN, [Setting(1e30, 1e30), SETTINGS[0]])
     assert heads[0].epoch == 0
-    assert torch.equal(heads[1].logits, train_heads(train, (val.features, targets), PLAN, SETTINGS[:1])[0].logits)
+    alone = train_heads(train, (val.features, targets), PLAN, SETTINGS[:1])[0]
+    torch.testing.assert_close(heads[1].logits, alone.logits, atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ import heapq
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def verified(
     bad: dict[int, ImageError] = {}
     counted = dark or DarkImages()
     unread = [index for index in range(len(split)) if index not in known]
-    for index, reading in _by_all_ranks(bar(_read(split, unread), f"checking {what} images", len(unread), unit="img")):
+    for index, reading in _by_all_ranks(split, unread, what):
         if isinstance(reading, ImageError):
             bad[index] = reading
         else:
@@ -102,11 +102,14 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 
 
-def _by_all_ranks(own: Iterable[tuple[int, Future[_Reading]]]) -> Iterator[tuple[int, _Reading | ImageError]]:
-    """What all ranks have read, in the order of the images."""
+def _by_all_ranks(split: Split, indices: Sequence[int], what: str) -> Iterator[tuple[int, _Reading | ImageError]]:
+    """What all ranks have read of these images, in their order."""
 
     def read() -> list[tuple[int, _Reading | ImageError]]:
-        return [(index, _outcome(reading)) for index, reading in own]
+        with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without the GIL
+            own = _submitted(pool, split, indices)
+            shown = bar(own, f"checking {what} images", len(indices), unit="img")
+            return [(index, _outcome(reading)) for index, reading in shown]
 
     return heapq.merge(*distributed.together(read), key=lambda pair: pair[0])
 
@@ -119,19 +122,19 @@ def _outcome(reading: Future[_Reading]) -> _Reading | ImageError:
         return error.with_traceback(None)
 
 
-def _read(split: Split, indices: Sequence[int]) -> Iterator[tuple[int, Future[_Reading]]]:
-    """The index and the reading of each image that this rank reads, with a bounded number of them ahead. Pillow decodes
-    without the GIL."""
+def _submitted(
+    pool: ThreadPoolExecutor, split: Split, indices: Sequence[int]
+) -> Iterator[tuple[int, Future[_Reading]]]:
+    """The index and the reading of each image that this rank reads, with a bounded number of them ahead."""
 
     def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
         return found, images.size_in_file(picture), images.dark(picture)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        size = distributed.piece(len(indices), _CHUNK)
-        for number in distributed.handed_out(-(-len(indices) // size)):
-            chunk = indices[number * size : (number + 1) * size]
-            yield from zip(chunk, [pool.submit(digest, index) for index in chunk], strict=True)
+    size = distributed.piece(len(indices), _CHUNK)
+    for number in distributed.handed_out(-(-len(indices) // size)):
+        chunk = indices[number * size : (number + 1) * size]
+        yield from zip(chunk, [pool.submit(digest, index) for index in chunk], strict=True)
 
 
 @dataclass
