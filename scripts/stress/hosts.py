@@ -93,7 +93,7 @@ def small_shm(count: int, folder: Path, rng: random.Random) -> Outcome:
     for number in range(count):
         place, size = folder / str(number), rng.choice((32, 128, 256, 512))
         settings = [f"data.workers={rng.choice((1, 2, 4))}", f"train.batch_size={rng.choice((2, 4, 8))}",
-                    f"transforms.eval=[{{Resize: [{size}, {size}]}}]", "train.epochs=2",
+                    f"transforms.eval=[{{Resize: [{size}, {size}]}}]", "train.epochs=2", "train.optimizer.lr=1e-5",
                     f"transforms.train=[{{RandomResizedCrop: {size}}}]"]  # fmt: skip
         words = ("--data-dir", data, "--output", place / "runs", *RECIPES["workers 2"], *settings)
         child = command("train", *words, logs=place, prepare=lambda: _with_small_shm(1024))
