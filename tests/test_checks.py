@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from conftest import Run, last_json
 from tl_trainer import api, checks
@@ -58,6 +58,9 @@ def plant(root: Path) -> None:
     Image.eval(picture(904, "ants"), lambda value: value // 6).save(ants / "dark.png")
     shutil.copy(bees / "03.jpg", ants / "both.jpg")
     Image.new("RGB", (140, 120), "white").save(bees / "blank.png")
+    sorry = Image.new("RGB", (140, 120), "white")
+    ImageDraw.Draw(sorry).text((30, 50), "image not found", fill="black")
+    sorry.save(bees / "sorry.png")
     (bees / "broken.jpg").write_bytes(b"")
     picture(999, "bees").save(ants / "wrong.jpg", quality=92)
 
@@ -93,6 +96,7 @@ def of_kind(checked: dict[str, Any], kind: str) -> list[Row]:
         ("two labels", "train/bees/03.jpg", "bees",
          r"the same file as train/ants/both\.jpg, which has the label ants", "train/ants/both.jpg"),
         ("blank", "train/bees/blank.png", "bees", "nearly one colour", ""),
+        ("empty", "train/bees/sorry.png", "bees", r"9\d% of its pixels have one shade", ""),
         ("dark", "train/ants/dark.png", "ants", r"its mean brightness is \d% of white", ""),
         ("blurred", "train/bees/blurred.png", "bees", r"blurred: .* deviations less sharp than is usual .*", ""),
         ("tiny", "train/bees/tiny.png", "bees", r"20 x 17 pixels, enlarged more than twice for .* 64 x 64", ""),
@@ -109,8 +113,8 @@ def test_each_fault_is_found_as_what_it_is(
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("unreadable", 1), ("copy across splits", 1), ("copy", 1), ("two labels", 2), ("blank", 1), ("dark", 1),
-     ("tiny", 1), ("long", 1)],
+    [("unreadable", 1), ("copy across splits", 1), ("copy", 1), ("two labels", 2), ("blank", 1), ("empty", 1),
+     ("dark", 1), ("tiny", 1), ("long", 1)],
 )  # fmt: skip
 def test_nothing_else_is_called_so(checked: dict[str, Any], kind: str, count: int) -> None:
     assert len(of_kind(checked, kind)) == count == checked["counts"][kind]
@@ -138,7 +142,7 @@ def test_the_command_that_is_shown_trains_without_them(checked: dict[str, Any], 
     program, *words = shlex.split(checked["train_without"])
     assert program == "tl-train"
     again = tl("check", *words[:-2], f"data.skip={words[-1]}", "--json")
-    assert "skip.csv: 6 of 33 train images are left out" in again.stderr
+    assert "skip.csv: 6 of 34 train images are left out" in again.stderr
     found = last_json(again)
     assert not {"unreadable", "two labels", "copy", "copy across splits", "blank"} & found["counts"].keys()
     assert [row["path"] for row in rows(found["skip"])] == [row["path"] for row in rows(checked["skip"])]
@@ -162,7 +166,7 @@ def test_nothing_is_changed_and_the_page_shows_the_pairs(checked: dict[str, Any]
     assert json.loads((Path(checked["page"]).parent / "check.json").read_text()) == {
         key: value for key, value in checked.items() if key != "root"
     }
-    assert len([*(checked["root"] / "photos").rglob("*.*")]) == 4 * COUNT + 10
+    assert len([*(checked["root"] / "photos").rglob("*.*")]) == 4 * COUNT + 11
 
 
 # What the command says

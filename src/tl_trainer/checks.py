@@ -40,8 +40,9 @@ from tl_trainer.tables import FOLDS
 
 log = logging.getLogger(__name__)
 
-LOOK_VERSION = 1  # to be raised with every change to `data.pixels`
+LOOK_VERSION = 2  # to be raised with every change to `data.pixels`
 DARK = 0.1  # mean brightness of 1: a tenth of the grey values is left to tell one thing from another
+EMPTY = 0.9  # of the pixels of one shade: a line of text on paper, hardly a photograph of something
 BLANK = 2 / 255  # deviation of grey of 1: what compression alone makes of a single colour
 LONG = 3.0  # times the shorter side: a centre crop leaves less than a third of the image
 LISTED = 0.1  # of all images, the label suspects that are listed: what a person can look through
@@ -279,6 +280,9 @@ def _looked(seen: Look, size: int) -> Iterator[Finding]:
         elif seen.brightness[image] < DARK:
             light = float(seen.brightness[image])
             yield Finding("dark", image, f"its mean brightness is {light:.0%} of white", 1 - light)
+        elif seen.uniform[image] > EMPTY:
+            share = float(seen.uniform[image])
+            yield Finding("empty", image, f"{share:.0%} of its pixels have one shade", share)
         if dull[image] > suspects.FAR and not blank[image]:
             reason = f"blurred: {dull[image]:.1f} deviations less sharp than is usual in this data"
             yield Finding("blurred", image, reason, float(dull[image]))

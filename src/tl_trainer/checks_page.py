@@ -53,6 +53,11 @@ KINDS = {
         "Does the image belong to its class? On the right is the nearest other image of that class. Not in skip.csv.",
     ),
     "blank": ("nearly one colour", "Nothing can be seen in them. skip.csv leaves them out."),
+    "empty": (
+        "mostly one shade",
+        "Is it a placeholder such as 'image not found'? Not in skip.csv: to leave it out, copy its row from "
+        "findings.csv.",
+    ),
     "dark": ("very dark", "Can you tell what they show? Not in skip.csv."),
     "blurred": ("blurred", "Far less sharp than the other images. Not in skip.csv."),
     "tiny": ("tiny", "The network sees them enlarged. Bring larger ones where there are any. Not in skip.csv."),

@@ -14,13 +14,16 @@ _WAVES = int(BITS**0.5)  # along each side
 # The waves of the cosine transform, (_WAVES, _GRID), without the constant one.
 _COSINES = np.cos(np.pi / _GRID * np.outer(np.arange(1, _WAVES + 1), np.arange(_GRID) + 0.5))
 
-NUMBERS = 5 + BITS  # of an image's Look
+_SHADE = 17  # of 256 greys, which count as one: of paper, with the noise of JPEG
+
+NUMBERS = 6 + BITS  # of an image's Look
 
 
 class Look(NamedTuple):
     """Of N images: sides in pixels, up to SIDE exact; brightness and contrast (mean and deviation of grey) of 1.
 
-    sharpness: the variance of the Laplacian, for greys of 255 (Pech-Pacheco et al., 2000). hashes: (N, BITS) of 1, -1.
+    sharpness: the variance of the Laplacian, for greys of 255 (Pech-Pacheco et al., 2000). uniform: the share of the
+    pixels that have the most common shade of grey. hashes: (N, BITS) of 1, -1.
     """
 
     width: np.ndarray
@@ -28,13 +31,13 @@ class Look(NamedTuple):
     brightness: np.ndarray
     contrast: np.ndarray
     sharpness: np.ndarray
+    uniform: np.ndarray
     hashes: np.ndarray
 
     @classmethod
     def of(cls, rows: np.ndarray) -> Look:
         """From rows of `look`, (N, NUMBERS)."""
-        width, height, brightness, contrast, sharpness = rows[:, :5].T
-        return cls(width, height, brightness, contrast, sharpness, rows[:, 5:])
+        return cls(*rows[:, :-BITS].T, rows[:, -BITS:])
 
 
 def look(picture: Image.Image) -> np.ndarray:
@@ -44,10 +47,12 @@ def look(picture: Image.Image) -> np.ndarray:
     if min(grey.size) > SIDE:
         small = grey.copy()
         small.thumbnail((max(grey.size), SIDE) if grey.width > grey.height else (SIDE, max(grey.size)))
-    values = np.asarray(small, dtype=np.float32)
+    greys = np.asarray(small)
+    shades = np.convolve(np.bincount(greys.ravel(), minlength=256), np.ones(_SHADE))
+    values = greys.astype(np.float32)
     padded = np.pad(values, 1, mode="edge")
     edges = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * values
-    numbers = [*picture.size, values.mean() / 255, values.std() / 255, edges.var()]
+    numbers = [*picture.size, values.mean() / 255, values.std() / 255, edges.var(), shades.max() / values.size]
     return np.array([*numbers, *_hash(grey)], dtype=np.float32)
 
 
