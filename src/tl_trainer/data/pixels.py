@@ -37,7 +37,8 @@ class Look(NamedTuple):
     @classmethod
     def of(cls, rows: np.ndarray) -> Look:
         """From rows of `look`, (N, NUMBERS)."""
-        return cls(*rows[:, :-BITS].T, rows[:, -BITS:])
+        width, height, brightness, contrast, sharpness, uniform = rows[:, :-BITS].T
+        return cls(width, height, brightness, contrast, sharpness, uniform, rows[:, -BITS:])
 
 
 def look(picture: Image.Image) -> np.ndarray:
