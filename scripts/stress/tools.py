@@ -34,7 +34,6 @@ from tl_trainer.cli import train as tl_train
 from tl_trainer.errors import CheckpointError
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.saver import Saver
-from tl_trainer.single_label import SingleLabel
 from tl_trainer.tracking import Tracker
 
 # What the commands import when they need it: here, so that a child does not have to.
@@ -240,19 +239,11 @@ class EagerSaver(Saver):
         self.save()
 
 
-class Undrawn(SingleLabel):
-    """A task without pictures: to draw them takes longer than the rest of a run as small as these."""
+class Undrawn(Tracker):
+    """Draws nothing for TensorBoard: that takes longer than the rest of a run as small as these."""
 
-    def pictures(self, scores: object) -> Iterator[Any]:
-        """None."""
-        return iter(())
-
-    precision_recall = pictures
-
-
-def undrawn(run_dir: Path, task: SingleLabel, epochs: int, **options: Any) -> Tracker:
-    """A tracker that draws nothing for TensorBoard."""
-    return Tracker(run_dir, Undrawn(task.classes), epochs, **options)
+    def _draw(self, *_: object) -> None:
+        pass
 
 
 def hooked(
@@ -272,7 +263,7 @@ def hooked(
     return prepare
 
 
-without_pictures = hooked(make_tracker=undrawn)
+without_pictures = hooked(make_tracker=Undrawn)
 with_pictures = hooked(make_tracker=Tracker)
 save_always = hooked(make_saver=EagerSaver)
 
