@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from conftest import Run, draw_split
+from stress import tools
 from tl_trainer import checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.errors import ConfigError
@@ -22,8 +25,24 @@ EPOCHS = [
 ]  # fmt: skip
 
 
+def ranks(count: int, *words: object) -> list[subprocess.CompletedProcess[str]]:
+    """tl-train by ranks that are forked from here, each with the environment that torchrun gives it."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": str(count)}
+    children = [
+        tools.command("train", *words, logs=Path(f"rank-{rank}"), cache=Path("cache"),
+                      prepare=partial(tools.os.environ.update, at, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(count)
+    ]  # fmt: skip
+    codes = [child.wait() for child in children]
+    return [
+        subprocess.CompletedProcess(words, code, child.out.read_text(), child.said())
+        for code, child in zip(codes, children, strict=True)
+    ]
+
+
 def launched(*words: object) -> subprocess.CompletedProcess[str]:
-    """tl-train by two ranks."""
+    """tl-train by two ranks of torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [*torchrun, "-m", "tl_trainer.cli.train", *map(str, words)]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
@@ -38,18 +57,18 @@ def rows(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.rglob("*.keys")) // 40
 
 
-def test_two_ranks_find_the_head_of_one(tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_find_the_head_of_one(count: int, tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They share the images without overlap; what they leave is bit for bit what one process leaves."""
-    monkeypatch.setenv("TL_CACHE", "two")
-    done = launched(colours, "--json", "--output", "many", *ALIKE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert done.stderr.count("run directory") == 1
-    assert rows(Path("two")) == 36
+    done = ranks(count, colours, "--json", "--output", "many", *ALIKE)
+    assert [rank.returncode for rank in done] == [0] * count, done
+    assert [rank.stdout.count("\n") for rank in done] == [1, *[0] * (count - 1)]
+    assert [rank.stderr.count("run directory") for rank in done] == [1, *[0] * (count - 1)]
+    assert rows(Path("cache")) == 36
     monkeypatch.setenv("TL_CACHE", "one")
     alone = tl("train", colours, "--json", "--output", "alone", *ALIKE)
     assert alone.returncode == 0, alone.stderr
-    many, one = json.loads(done.stdout), json.loads(alone.stdout)
+    many, one = json.loads(done[0].stdout), json.loads(alone.stdout)
     assert (many["val"], many["search"]) == (one["val"], one["search"])
     assert {path.name for path in Path(many["run_dir"]).iterdir()} == {
         path.name for path in Path(one["run_dir"]).iterdir()
@@ -58,17 +77,18 @@ def test_two_ranks_find_the_head_of_one(tl: Run, colours: Path, monkeypatch: pyt
     assert all(theirs[key].equal(own[key]) for key in own)
 
 
-def test_two_ranks_train_what_one_trains(tl: Run, tmp_path: Path) -> None:
-    """With 17 images the last batch has one, so one of the ranks has none of it."""
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_ranks_train_what_one_trains(count: int, tl: Run, tmp_path: Path) -> None:
+    """With 17 images the last batch has one, so all ranks but one have none of it."""
     photos = tmp_path / "photos"
     draw_split(photos / "train", 6, size=64)
     (photos / "train" / "red" / "05.jpg").unlink()
     draw_split(photos / "val", 2, size=65)
-    done = launched(photos, "--json", "--output", "many", *ALIKE, *EPOCHS)
-    assert done.returncode == 0, done.stderr
+    done = ranks(count, photos, "--json", "--output", "many", *ALIKE, *EPOCHS)
+    assert [rank.returncode for rank in done] == [0] * count, done
     alone = tl("train", photos, "--json", "--output", "alone", *ALIKE, *EPOCHS)
     assert alone.returncode == 0, alone.stderr
-    many, one = json.loads(done.stdout), json.loads(alone.stdout)
+    many, one = json.loads(done[0].stdout), json.loads(alone.stdout)
     assert many["val"]["n"] == one["val"]["n"] == 6
     theirs, own = weights(many["run_dir"]), weights(one["run_dir"])
     assert all((theirs[key] - own[key]).abs().max() < 1e-5 for key in own)

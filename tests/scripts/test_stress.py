@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import random
@@ -12,10 +11,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-stress: Any = importlib.import_module("stress.__main__")
-hosts: Any = importlib.import_module("stress.hosts")
-tools: Any = importlib.import_module("stress.tools")
+from stress import __main__ as stress
+from stress import hosts, tools
 
 COUNTS = {
     "kill-training": 3,
