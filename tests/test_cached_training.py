@@ -6,8 +6,6 @@ from __future__ import annotations
 import csv
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 
 from conftest import COLOURS, Run, last_json
+from stress import tools
 from tl_trainer import checkpoint
 
 SMALL = (
@@ -245,13 +244,12 @@ def test_a_cache_that_would_be_too_large_is_refused(tl: Run, pictures: Path) -> 
 def test_a_run_that_is_killed_while_it_extracts_is_gone_on_with(tl: Run, tmp_path: Path) -> None:
     draw_split(tmp_path / "many", 40, seed=5)
     words = ["--data-dir", "many", *SMALL, "train.epochs=1", "train.precision=fp32"]
-    program = Path(sys.executable).with_name("tl-train")
-    with subprocess.Popen([program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (records := list(Path("cache").rglob("*.keys"))) or not records[0].stat().st_size:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    child = tools.command("train", *words, logs=tmp_path / "logs", cache=tmp_path / "cache")
+    while not (records := list(Path("cache").rglob("*.keys"))) or not records[0].stat().st_size:
+        assert not child.poll(), child.said()
+        time.sleep(0.01)
+    child.end_group()
+    assert child.wait() == -signal.SIGKILL
     written = sum(path.stat().st_size for path in Path("cache").rglob("*.keys")) // 40
     result = tl("train", *words)
     done = last_json(result)

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ import yaml
 from PIL import Image
 
 from conftest import COLOURS, Run, console, draw_split, last_json
+from stress import tools
 from tl_trainer import assembly, checkpoint, outcome, predict
 from tl_trainer.data.images import Decoding
 from tl_trainer.feature_store import FeatureStore
@@ -149,17 +149,13 @@ def test_resume_after_sigterm_ends_where_an_uninterrupted_run_ends(tl: Run, colo
     arguments = ["--data-dir", str(colours), "--epochs", "30", *SMALL, "model.head.dropout=0.3",
                  "transforms.train=[{RandomResizedCrop: 64}]", "output.tensorboard=false"]  # fmt: skip
     whole = last_json(tl("train", *arguments, "--json", "--output", "whole"))
-    program = Path(sys.executable).with_name("tl-train")
-    process = subprocess.Popen([program, *arguments, "--output", "cut"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch  3/30"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert "continue with --resume cut/run-1" in rest
+    child = tools.command("train", *arguments, "--output", "cut", logs=Path("logs"), cache=Path("cache"))
+    while "\nepoch  3/30" not in child.said():
+        assert not child.poll(), child.said()
+        time.sleep(0.005)
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
+    assert "continue with --resume cut/run-1" in child.said()
     stopped = checkpoint.load(Path("cut/run-1/last.pth"))
     assert 3 <= stopped.epoch < 30
 

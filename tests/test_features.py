@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -774,52 +772,52 @@ def test_a_damaged_row_costs_one(cache: Cache, split: Split, caplog: pytest.LogC
     assert cache.run(split)[0] == 0
 
 
-# Extracts a folder's features into a cache. Before each batch from number `stop` on it says so and waits for a word.
-PROGRAM = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from test_features import CPU, IDENTITY, Extractor, Prefixes, known, pipeline, rows_of, split_of
-
-    class Waiting(Prefixes):
-        def compute(self, images):
-            if self.prefix.calls >= int(sys.argv[4]):
-                print("waiting", flush=True)
-                sys.stdin.readline()
-            return super().compute(images)
-
-    extractor = Extractor(Waiting(), IDENTITY, Path(sys.argv[3]), 10**9, CPU)
-    found = extractor.features(known(split_of(Path(sys.argv[2]))), "train", pipeline())
-    print(extractor.computed, rows_of(found).flatten().tolist())
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def start(images: Path, cache: Path, stop: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, (Path(__file__).parent, images, cache, stop))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, text=True, **pipes)
+class Waiting(Prefixes):
+    """Before each batch from number `stop` on it says so and waits for a word."""
+
+    def __init__(self, stop: int, pipe: Connection) -> None:
+        super().__init__()
+        self.stop, self.pipe = stop, pipe
+
+    def compute(self, images: Tensor) -> Tensor:
+        if self.prefix.calls >= self.stop:
+            self.pipe.send("waiting")
+            self.pipe.recv()
+        return super().compute(images)
 
 
-def wait_until_waiting(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n", process.communicate()[1]
+def extract(images: Path, cache: Path, stop: int, pipe: Connection) -> None:
+    """Send how many features were computed, and all of them."""
+    extractor = Extractor(Waiting(stop, pipe), IDENTITY, cache, 10**9, CPU)
+    found = extractor.features(known(split_of(images)), "train", pipeline())
+    pipe.send((extractor.computed, rows_of(found).numpy()))
+
+
+def start(images: Path, cache: Path, stop: int) -> tuple[BaseProcess, Connection]:
+    """Another process that extracts a folder's features into a cache, once it waits."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=extract, args=(images, cache, stop, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    assert ours.recv() == "waiting"
+    return process, ours
 
 
 def test_two_processes_at_once_both_end_with_the_right_features(cache: Cache, split: Split, tmp_path: Path) -> None:
-    words = tmp_path / "images", cache.folder, 0
-    with start(*words) as one, start(*words) as two:
-        for process in (one, two):
-            wait_until_waiting(process)  # each has found that all rows are missing
-        for process in (two, one):
-            assert process.stdin is not None
-            process.stdin.write("go\n")  # the first batches at the same time, the others after each other
-            process.stdin.flush()
-        for process in (one, two):
-            out, err = process.communicate("go\n" * COUNT, timeout=60)
-            assert process.returncode == 0, err
-            computed, _, values = out.splitlines()[-1].partition(" ")
-            assert int(computed) == COUNT
-            torch.testing.assert_close(torch.tensor(json.loads(values)), expected(split).flatten(), rtol=0, atol=1e-5)
+    started = [start(tmp_path / "images", cache.folder, 0) for _ in range(2)]  # each found that all rows are missing
+    for _, pipe in reversed(started):
+        pipe.send("go")  # the first batches at the same time, the others after each other
+    for process, pipe in started:
+        while (said := pipe.recv()) == "waiting":
+            pipe.send("go")
+        computed, values = said
+        assert computed == COUNT
+        torch.testing.assert_close(torch.from_numpy(values), expected(split), rtol=0, atol=1e-5)
+        process.join()
+        assert process.exitcode == 0
     computed, found = cache.run(split)
     assert computed == 0
     assert_right(found)
@@ -827,9 +825,9 @@ def test_two_processes_at_once_both_end_with_the_right_features(cache: Cache, sp
 
 def test_a_killed_extraction_is_gone_on_with(cache: Cache, split: Split, tmp_path: Path) -> None:
     batches = COUNT // AT_ONCE
-    with start(tmp_path / "images", cache.folder, batches) as process:
-        wait_until_waiting(process)
-        process.kill()
+    process, _ = start(tmp_path / "images", cache.folder, batches)
+    process.kill()
+    process.join()
     computed, found = cache.run(split)
     assert computed == COUNT - batches * AT_ONCE
     _, undisturbed = Cache(tmp_path / "another").run(split)
