@@ -3,16 +3,15 @@ give wrong ones; room is made by removing what was not used for longest."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
 import json
 import logging
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from forked import forked
 from tl_trainer import feature_store
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.feature_store import ABANDONED_SECONDS, KEY_BYTES, FeatureStore, clear, folder_size, make_room
@@ -175,28 +175,22 @@ def test_rows_of_many_segments_come_in_the_order_asked_for(tmp_path: Path) -> No
     assert_holds(FeatureStore(tmp_path / "store"), [13, 2, 0, 15, 5, 3, 11, 10, 1, 4, 14, 12])
 
 
-APPEND_FOR_EVER = """
-    import itertools, sys
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[2])
-    from test_feature_store import add
-    from tl_trainer.feature_store import FeatureStore
-
-    store = FeatureStore(Path(sys.argv[1]))
+def append_for_ever(folder: Path, pipe: Connection) -> None:
+    store = FeatureStore(folder)
     for batch in itertools.count():
         add(store, list(range(batch * 16, batch * 16 + 16)))
-        print(batch, flush=True)
-"""
+        pipe.send(batch)
 
 
 def test_a_killed_writer_leaves_whole_rows_only(tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    program = [sys.executable, "-c", textwrap.dedent(APPEND_FOR_EVER), str(folder), str(Path(__file__).parent)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        done = list(itertools.islice(process.stdout, 5))
-        process.kill()
-        done += list(process.stdout)
+    process, pipe = forked(append_for_ever, folder)
+    done = [pipe.recv() for _ in range(5)]
+    process.kill()
+    process.join()
+    with contextlib.suppress(EOFError):
+        while True:
+            done.append(pipe.recv())
     finished = 16 * len(done)
     assert finished >= 80
     store = FeatureStore(folder)

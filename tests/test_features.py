@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from forked import forked
 from tiny import FakeDevice, files_of, paths_of
 from tl_trainer import features as module_under_test
 from tl_trainer.config.data import DataSection
@@ -772,9 +773,6 @@ def test_a_damaged_row_costs_one(cache: Cache, split: Split, caplog: pytest.LogC
     assert cache.run(split)[0] == 0
 
 
-FORK = multiprocessing.get_context("fork")
-
-
 class Waiting(Prefixes):
     """Before each batch from number `stop` on it says so and waits for a word."""
 
@@ -798,12 +796,9 @@ def extract(images: Path, cache: Path, stop: int, pipe: Connection) -> None:
 
 def start(images: Path, cache: Path, stop: int) -> tuple[BaseProcess, Connection]:
     """Another process that extracts a folder's features into a cache, once it waits."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=extract, args=(images, cache, stop, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    assert ours.recv() == "waiting"
-    return process, ours
+    process, pipe = forked(extract, images, cache, stop)
+    assert pipe.recv() == "waiting"
+    return process, pipe
 
 
 def test_two_processes_at_once_both_end_with_the_right_features(cache: Cache, split: Split, tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ import io
 import logging
 import os
 import sqlite3
-import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,7 @@ import pytest
 from PIL import Image
 
 from conftest import draw_split
+from forked import forked
 from tiny import files_of, paths_of
 from tl_trainer.config.data import DataSection
 from tl_trainer.data import images, verify
@@ -492,42 +492,23 @@ def test_threads_at_once(split: Split) -> None:
     assert found == [expected(split)] * 24
 
 
-PROGRAM = """
-    import sys
-    from pathlib import Path
-    from tl_trainer.config.data import DataSection
-    from tl_trainer.data.dataset import Files, Split
-    from tl_trainer.data.verify import Memory, verified
-
-    memory, *paths = map(Path, sys.argv[1:])
-    split = Split(Files(paths, [path.name for path in paths]), [0] * len(paths), range(len(paths)))
-    print("ready", flush=True)
-    sys.stdin.readline()
+def verify_again_and_again(split: Split, memory: Path, pipe: Connection) -> None:
+    pipe.recv()
     for _ in range(20):
         memory.unlink(missing_ok=True)
-        found = verified(split, "train", DataSection(), Memory(memory)).hashes
-    print(*(digest.hex() for digest in found))
-"""
+        found = hashes(split, memory)
+    pipe.send(found)
 
 
 def test_processes_at_once(split: Split, tmp_path: Path) -> None:
     """Both start with no database, again and again, and take each other's away."""
-    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "memory.sqlite", *paths_of(split)]
-    processes = [
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert out.split() == [digest.hex() for digest in expected(split)]
+    started = [forked(verify_again_and_again, split, tmp_path / "memory.sqlite") for _ in range(2)]
+    for _, pipe in started:
+        pipe.send("go")
+    for process, pipe in started:
+        assert pipe.recv() == expected(split)
+        process.join()
+        assert process.exitcode == 0
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text on this system")
