@@ -172,7 +172,7 @@ def _for_checking(loaded: Loaded) -> Loaded:
             "%s (%s) is not used for the check: %s do not tell similar images apart; %s is used instead",
             *(config.model.backbone, weights, why, model.backbone),
         )
-    data = config.data.model_copy(update={"on_bad_image": "skip", "on_duplicates": "warn"})
+    data = config.data.skipping_bad().model_copy(update={"on_duplicates": "warn"})
     features = config.features.model_copy(update={"views": "auto"})
     train = TrainSection(batch_size=config.train.batch_size, precision=config.train.precision)
     changed = {"data": data, "model": model, "transforms": transforms, "features": features, "train": train}

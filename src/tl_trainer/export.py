@@ -120,7 +120,7 @@ def _pictures(parts: Parts) -> tuple[Pictures, str]:
     """Validation images where they are there, else generated ones; what to call them."""
     try:
         split = reopened(parts).split("val").sample(IMAGES)
-        split = verified(split, "val", parts.config.data.model_copy(update={"on_bad_image": "skip"}), None)
+        split = verified(split, "val", parts.config.data.skipping_bad(), None)
     except InputError as error:
         log.warning("checked on generated images, since the validation images are not there: %s", error)
         return [*_generated()], "generated images"

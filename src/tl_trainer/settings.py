@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tl_trainer import checkpoint
 from tl_trainer.config.data import expand
 from tl_trainer.config.load import COMMAND_LINE, Loaded, Override
@@ -19,9 +17,8 @@ from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, SettingError
 from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import listed
-from tl_trainer.models.backbones import empty_backbone, resolve_weights
-from tl_trainer.models.classifier import Classifier
-from tl_trainer.models.extra import extend, spatial_shape
+from tl_trainer.models.backbones import resolve_weights
+from tl_trainer.models.build import empty_classifier
 from tl_trainer.network import resolve_device
 from tl_trainer.runs import best_of
 
@@ -145,16 +142,14 @@ def _check_ranks(config: Config) -> None:
 
 
 def _check_stages(config: Config) -> None:
-    model = config.model
+    model, phases = config.model, config.train.phases
     try:
         size = resolve_weights(model.backbone, "none", config.transforms.size).preset.crop
     except SettingError:  # which the check before has said
         return
-    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
-    extend(backbone, model.extra, spatial_shape(backbone, size) if model.extra else ())
-    phases, frozen = config.train.phases, len(backbone.stages)
     start = "all" if phases else model.trainable
-    classifier = Classifier(backbone, nn.Identity(), start, freeze_batchnorm=config.train.freeze_batchnorm)
+    classifier = empty_classifier(model, size, start, freeze_batchnorm=config.train.freeze_batchnorm)
+    frozen = len(classifier.backbone.stages)
     for number, phase in enumerate(phases):
         key = f"train.phases[{number}].trainable"
         try:

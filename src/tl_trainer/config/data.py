@@ -12,6 +12,7 @@ from tl_trainer.config.section import Section
 
 Source = Literal["imagefolder", "csv", "webdataset", "parquet", "cifar10", "cifar100", "flowers102", "demo"]
 Task = Literal["single", "multilabel", "multitask"]
+SKIP_BAD = "data.on_bad_image=skip"  # the remedy in messages
 SOURCES_OF = {"multilabel": ("imagefolder", "csv", "parquet"), "multitask": ("csv", "parquet")}
 
 
@@ -226,6 +227,15 @@ class DataSection(Section):
         taken = {"", "path", "error", "set", "accepted", *(f"{column}_probability" for column in columns)}
         if wrong := [column for column in columns if column in taken or {"=", ":"} & {*column}]:
             raise ValueError(f"{self.source}.label_columns: a head cannot be called {wrong[0]!r}; rename the column")
+
+    @property
+    def skips_bad(self) -> bool:
+        """Whether images that cannot be read are left out."""
+        return self.on_bad_image == "skip"
+
+    def skipping_bad(self) -> DataSection:
+        """The same section, but images that cannot be read are left out."""
+        return self.model_copy(update={"on_bad_image": "skip"})
 
     @property
     def table(self) -> LabelledSection:

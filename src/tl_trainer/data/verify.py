@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tl_trainer.config.data import DataSection
+from tl_trainer.config.data import SKIP_BAD, DataSection
 from tl_trainer.data import images
 from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size
@@ -94,10 +94,9 @@ def _with_contents(split: Split, indices: list[int], known: dict[int, tuple[byte
 
 def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     listing = "\n".join(str(bad[index]) for index in sorted(bad)[:2])
-    if data.on_bad_image == "error":
+    if not data.skips_bad:
         raise DataError(
-            f"{len(bad)} of {of} cannot be used; replace or remove them, or leave them out with "
-            f"data.on_bad_image=skip\n{listing}"
+            f"{len(bad)} of {of} cannot be used; replace or remove them, or leave them out with {SKIP_BAD}\n{listing}"
         )
     log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 

@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tl_trainer.config.data import DataSection, WebDatasetSection, expand
+from tl_trainer.config.data import SKIP_BAD, DataSection, WebDatasetSection, expand
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Stamp, from_content, stamp_of
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.data.listing import LONGEST_LABEL, ClassNames, Listing, is_label
@@ -149,7 +149,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _judge_cut(cut: dict[Path, Index], shards: list[Path], data: DataSection) -> None:
-    """Name the shards that are cut; DataError where `data.on_bad_image` does not skip what is missing."""
+    """Name the shards that are cut; DataError where bad images are not skipped."""
     if not cut:
         return
     of = f"{len(cut)} of {len(shards)} shards are not whole"
@@ -157,10 +157,8 @@ def _judge_cut(cut: dict[Path, Index], shards: list[Path], data: DataSection) ->
         f"{path}: cannot be read from byte {end:,} on; {len(samples):,} samples before it are complete"
         for path, (samples, end) in list(cut.items())[:2]
     )
-    if data.on_bad_image == "error":
-        raise DataError(
-            f"{of}; fetch or write them again, or take their complete samples with data.on_bad_image=skip\n{listing}"
-        )
+    if not data.skips_bad:
+        raise DataError(f"{of}; fetch or write them again, or take their complete samples with {SKIP_BAD}\n{listing}")
     log.warning("%s, and only their complete samples are used, e.g.\n%s", of, listing)
 
 

@@ -1,11 +1,11 @@
-"""A classifier from its section of the configuration: with a new head, or as a checkpoint has it."""
+"""A classifier from its section of the configuration: with a new head, as a checkpoint has it, or empty."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.schema import ModelSection
@@ -39,6 +39,13 @@ def new_classifier(
     if random:
         log.warning("frozen stages are random; set model.trainable to the first of them: %s", random[0])
     return classifier, size
+
+
+def empty_classifier(model: ModelSection, size: int, trainable: str, *, freeze_batchnorm: bool) -> Classifier:
+    """Without weights and head, to ask about its stages. size: that of the images."""
+    backbone = empty_backbone(model.backbone, model.weights != "none", model.tap, size)
+    extend(backbone, model.extra, spatial_shape(backbone, size) if model.extra else ())
+    return Classifier(backbone, nn.Identity(), trainable, freeze_batchnorm=freeze_batchnorm)
 
 
 def saved_classifier(saved: Checkpoint, model: ModelSection, size: int | None, seed: int) -> Classifier:
