@@ -117,7 +117,7 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str | Me
     """Files as they are, the images below folders and in tar archives, what globs match, for `-` the paths on stdin.
 
     Raises InputError for a folder or an archive without images and a glob that matches nothing. A file that does not
-    exist is passed on: it becomes an error row.
+    exist and a folder that cannot be read are passed on: they become error rows.
     """
     for argument in arguments:
         if argument == "-":
@@ -128,10 +128,7 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str | Me
             for path in itertools.chain([first], listed):
                 yield from images_in(Path(path)) if _is_archive(path) else [path]
         elif os.path.isdir(argument):  # noqa: PTH112  (Path's own raises for a name that is too long)
-            found = [str(file) for file in walk(Path(argument)) if file.suffix.lower() in images.ENDINGS]
-            if not found:
-                raise InputError(f"{argument}: no images in this folder (endings: {' '.join(images.ENDINGS)})")
-            yield from found
+            yield from _images_below(argument)
         elif _is_archive(argument):
             member = None
             for member in images_in(Path(argument)):
@@ -145,6 +142,16 @@ def expand_inputs(arguments: Iterable[str], stdin: IO[str]) -> Iterator[str | Me
             yield from expand_inputs(matches, stdin)
         else:
             yield argument
+
+
+def _images_below(folder: str) -> list[str]:
+    """The images, and last the folders that cannot be read."""
+    unreadable: list[str] = []
+    files = walk(Path(folder), lambda error: unreadable.append(error.filename))
+    found = [str(file) for file in files if file.suffix.lower() in images.ENDINGS] + unreadable
+    if not found:
+        raise InputError(f"{folder}: no images in this folder (endings: {' '.join(images.ENDINGS)})")
+    return found
 
 
 def _is_archive(path: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tl_trainer.data.dataset import Dataset, Fit
 from tl_trainer.data.folders import open_folders, walk
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.errors import DataError
+from tl_trainer.predict import expand_inputs
 
 ANIMALS = {"bee": (200, 180, 20), "ant": (60, 30, 10)}  # not in lexicographic order
 
@@ -331,13 +335,34 @@ def test_of_two_links_to_a_folder_the_first_counts(
         (tmp_path / "ant" / name).symlink_to(tmp_path / "elsewhere")
     real_walk = os.walk
 
-    def ordered_walk(top: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
-        for parent, folders, files in real_walk(top, followlinks=followlinks):
+    def ordered_walk(top: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, files in real_walk(top, **options):
             folders.sort(reverse=backwards)
             yield str(parent), folders, files
 
     monkeypatch.setattr(os, "walk", ordered_walk)
     assert walk(tmp_path / "ant") == [tmp_path / "ant" / "1.jpg", tmp_path / "ant" / "a" / "0.jpg"]
+
+
+@pytest.mark.parametrize("closed", ["train/ants", "train/ants/deep", "val"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+    """As root, tests can read any folder."""
+    for name in ("train/ants/deep", "train/bees", "val/ants", "val/bees"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jpg").touch()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == tmp_path / closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError) as caught:
+        open_folders(tmp_path, None)
+    named = f"{tmp_path / closed}: this folder cannot be read (Permission denied); allow it, or move it away"
+    assert str(caught.value) == named
+    assert str(tmp_path / closed) in [*expand_inputs([str(tmp_path)], io.StringIO())]
 
 
 def test_files_come_in_the_order_of_their_paths_which_is_not_that_of_their_text(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from tl_trainer.data.dataset import SPLIT_NAMES, SPLIT_OF, Dataset, Files, Fit, Split, enforce_classes
 from tl_trainer.data.images import ENDINGS
@@ -55,11 +57,11 @@ def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact", task
 
 def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
     """Name what looks like a part of the dataset and is not used: images in no class, folders beside the splits."""
-    loose = [path for folder in folders.values() for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS]
+    loose = [entry.path for folder in folders.values() for entry in _entries(folder) if _is_image(entry)]
     if loose:
         log.warning("%s: %d image(s) in no class folder are not used, e.g. %s", root, len(loose), loose[0])
     used = {*folders.values()}
-    beside = [path.name for path in sorted(root.iterdir()) if path.is_dir() and path not in used]
+    beside = [entry.name for entry in _entries(root) if _is_folder(entry) and Path(entry) not in used]
     if beside and root not in used:
         log.warning("%s: folders beside the splits are not used: %s", root, listed(beside))
 
@@ -122,7 +124,20 @@ def _only_folders(folder: Path) -> bool:
 
 def _folders_in(folder: Path) -> list[str]:
     """The names of the folders in it that are not hidden, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
+    return [entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    reason = error.strerror or "unknown reason"
+    raise DataError(f"{error.filename}: this folder cannot be read ({reason}); allow it, or move it away") from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -132,9 +147,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return Path(entry.name).suffix.lower() in ENDINGS
+
+
 def _has_images(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(Path(entry.name).suffix.lower() in ENDINGS for entry in entries)
+    return any(map(_is_image, _entries(folder)))
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -190,15 +208,18 @@ def _content(split: Split, index: int) -> bytes:
         return split.name(index).encode("utf-8", "surrogateescape")
 
 
-def walk(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, following links but never round a loop."""
-    return [Path(path) for path in _walk(str(folder))]
+def walk(folder: Path, on_error: Callable[[OSError], object] = _refuse) -> list[Path]:
+    """All files below `folder`, sorted, following links but never round a loop.
+
+    on_error: what to do about a folder that cannot be read; DataError where it is not given.
+    """
+    return [Path(path) for path in _walk(str(folder), on_error)]
 
 
-def _walk(top: str) -> list[str]:
+def _walk(top: str, on_error: Callable[[OSError], object] = _refuse) -> list[str]:
     found: list[str] = []
     seen: set[str] = set()
-    for parent, folders, files in os.walk(top, followlinks=True):
+    for parent, folders, files in os.walk(top, onerror=on_error, followlinks=True):
         place = os.path.realpath(parent)
         if place in seen:
             folders.clear()
