@@ -173,7 +173,8 @@ def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str], *, 
     for label, name in enumerate(classes):
         before, top = len(paths), str(folder / name)
         inside = (folder / name).relative_to(root).as_posix()
-        for path in _walk(top):  # text: a Path for each of a million files would take longer than all the rest
+        there = os.path.isdir(top)  # noqa: PTH112  (it may be absent)
+        for path in _walk(top) if there else ():  # text: a Path for each of a million files would take most of the time
             relative = inside + path[len(top) :].replace(os.sep, "/")
             if os.path.splitext(path)[1].lower() in ENDINGS:  # noqa: PTH122
                 paths.append(path)
