@@ -28,7 +28,7 @@ from tl_trainer.config.load import Loaded, Override, data_at, to_yaml
 from tl_trainer.config.load import load as load_config
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.errors import InputError
-from tl_trainer.evaluation import evaluate_checkpoint, require_one_label
+from tl_trainer.evaluation import Evaluation, evaluate_checkpoint, require_one_label
 from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import in_sentences
 from tl_trainer.ground.files import make_folder, numbered_folder, previous
@@ -267,13 +267,16 @@ class Model:
             evaluation = evaluate_checkpoint(self._parts, split, tta, ignore_extra=ignore_extra, coverage=coverage)
             if folder is None or not distributed.is_first():
                 return evaluation.headline
-            loaded = self._parts.loaded
-            known = at_hand(self._parts, self._checkpoint)
-            nearest = None if known is None else partial(known.nearest_in, self._parts, count=NEIGHBOURS)
-            about: dict[str, Any] = {"nearest": nearest}
-            about |= {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}
-            page = write_report(folder, evaluation, self._parts.network.classifier, self._parts.pipeline, about)
+            with distributed.alone():  # the other ranks are done
+                page = self._report(folder, evaluation)
             return {**evaluation.headline, "report": str(page)}
+
+    def _report(self, folder: Path, evaluation: Evaluation) -> Path:
+        known, loaded = at_hand(self._parts, self._checkpoint), self._parts.loaded
+        nearest = None if known is None else partial(known.nearest_in, self._parts, count=NEIGHBOURS)
+        about: dict[str, Any] = {"nearest": nearest}
+        about |= {"name": loaded.name, "checkpoint": str(self._checkpoint), "config": to_yaml(loaded.config)}
+        return write_report(folder, evaluation, self._parts.network.classifier, self._parts.pipeline, about)
 
     def embed(self, images: Source | Iterable[Source], *, batch_size: int = 16) -> Tensor:
         """What the head sees of each image, (N, features) float32 on the CPU. ImageError for one that is unreadable."""

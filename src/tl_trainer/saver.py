@@ -260,10 +260,10 @@ class Saver:
 
         Raises RunError where the weights are no longer finite: the files of before are worth more.
         """
+        started = time.monotonic()
+        self._go_by_best()  # on every rank: they have to agree on what is the best
         if not distributed.is_first():
             return
-        started = time.monotonic()
-        self._go_by_best()
         resume, progress = {**self.state.resume_data(), **self.learned}, self.state.progress
         trained = self.state.classifier.trained_state()
         if not all(value.isfinite().all() for value in trained.values()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ def demo_folder() -> Path:
     """The dataset in ImageFolder layout, drawn once into the cache folder."""
     folder = cache_folder() / f"demo-v{VERSION}"
     if not folder.is_dir():
-        draft = folder.with_name(f"{folder.name}-{os.getpid()}.tmp")
+        draft = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}.tmp")
         shutil.rmtree(draft, ignore_errors=True)
         _draw_all(draft)
         try:

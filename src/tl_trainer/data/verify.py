@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tl_trainer.config.data import SKIP_BAD, DataSection
 from tl_trainer.data import images
@@ -30,8 +30,16 @@ from tl_trainer.ground.progress import bar
 log = logging.getLogger(__name__)
 
 _CHUNK = 500
-_Reading = tuple[bytes, tuple[int, int], float]  # an image's hash and size, and what `images.dark` says of it
 _COLUMNS = [*Stamp._fields, "hash", "width", "height"]
+
+
+class _Reading(NamedTuple):
+    """An image's hash and size, what `images.dark` says of it, and the stamp of the file that was read."""
+
+    digest: bytes
+    size: tuple[int, int]
+    largest: float
+    stamp: Stamp | None
 
 
 def verified(
@@ -59,10 +67,10 @@ def verified(
         if isinstance(reading, ImageError):
             bad[index] = reading
         else:
-            digest, size, largest = reading
-            known[index] = digest, size
-            counted.add(split.name(index), largest)
-            if largest:  # is not remembered, so that it is named in every run
+            known[index] = reading.digest, reading.size
+            counted.add(split.name(index), reading.largest)
+            # A dark image is named in every run. And a rank on another host may have read another file.
+            if reading.largest or reading.stamp != stamps[index]:
                 stamps[index] = None
     if memory and distributed.is_first():
         found = ((stamps[index], *known[index]) for index in unread if index in known)
@@ -128,7 +136,8 @@ def _submitted(
 
     def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
-        return found, images.size_in_file(picture), images.dark(picture)
+        stamp = split.images.stamp(split.rows[index])
+        return _Reading(found, images.size_in_file(picture), images.dark(picture), stamp)
 
     size = distributed.piece(len(indices), _CHUNK)
     for number in distributed.handed_out(-(-len(indices) // size)):

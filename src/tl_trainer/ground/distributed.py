@@ -28,6 +28,8 @@ Value = TypeVar("Value")
 ANSWER = 300.0  # seconds in which all ranks have to be there
 LONGEST = datetime.timedelta(days=1)  # that a rank may wait for another one, such as for the head to be found
 ORPHANED = 5.0  # seconds that a rank has for its end after the end of torchrun
+# What Gloo and NCCL say of a rank that has ended.
+LOST = ("losed by peer", "reset by peer", "roken pipe", "remote process exited")
 PIECES = 8  # per rank, into which work is cut, so that a slow rank does not hold up the others
 
 
@@ -68,8 +70,10 @@ def join() -> None:
             f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and {missing[0]} is not set; start "
             "it with torchrun, or once without WORLD_SIZE"
         )
+    parent = os.getppid()
     import torch
     from torch import distributed as dist
+    from torch.distributed import distributed_c10d as c10d
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -80,15 +84,16 @@ def join() -> None:
         lasting, _, _ = next(iter(rendezvous("env://", timeout=patience)))
         store = PrefixStore(_round(lasting, rank, world), lasting)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST)
-    except (dist.DistError, TimeoutError, OSError) as error:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    except (RuntimeError, TimeoutError, OSError) as error:  # as Gloo raises where it cannot connect
         raise InputError(
             f"rank {rank} on {socket.gethostname()} found no other rank at {place} within {ANSWER:.0f} s: "
-            f"{str(error).splitlines()[0]}; is that port open between the hosts?"
+            f"{str(error).splitlines()[0]}; are that port and those of Gloo, on GLOO_SOCKET_IFNAME, open between hosts?"
         ) from error
+    getattr(c10d, "set_timeout", c10d._set_pg_timeout)(LONGEST)  # the first has taken the place of the second
     name = f"rank {rank} on {socket.gethostname()}"
     _group = _Group(rank, world, int(os.environ["LOCAL_RANK"]), name, store, lasting)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
 def _round(store: Store, rank: int, world: int) -> str:
@@ -328,5 +333,5 @@ def lost(error: BaseException) -> bool:
     return (
         _group is not None
         and type(error).__name__ in ("RuntimeError", "DistBackendError", "DistNetworkError")
-        and (any(words in str(error) for words in ("losed by peer", "reset by peer", "roken pipe", "NCCL", "gloo")))
+        and any(words in str(error) for words in LOST)
     )

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     The order is fsync(file) < rename < fsync(folder), so that after a power cut either the old or the new content is
     there. Raises RunError, with the old file untouched and no temporary file left, where the disk is full.
     """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")  # hosts that share a folder share pids too
     try:
         with temporary.open("wb") as file:
             write(file)

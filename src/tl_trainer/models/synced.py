@@ -49,8 +49,9 @@ def _forward(norm: _BatchNorm, images: Tensor) -> Tensor:
         return type(norm).forward(norm, images)
     axes = [0, *range(2, images.ndim)]
     inputs, count = images.float(), images.numel() / images.shape[1] * _counted.get()
-    own = torch.stack([torch.full_like(inputs[0].flatten(1)[:, 0], count), *torch.var_mean(inputs, axes, correction=0)])
-    rows = torch.zeros(distributed.world(), *own.shape, device=own.device)
+    variance, mean = torch.var_mean(inputs, axes, correction=0)
+    own = torch.stack([torch.full_like(mean, count), variance, mean])
+    rows = torch.zeros(distributed.world(), *own.shape, dtype=own.dtype, device=own.device)
     rows[distributed.rank()] = own  # each rank fills its row, so their sum is all rows, with gradients
     counts, variances, means = _Sum.apply(rows).unbind(1)
     total = counts.sum(0)
