@@ -101,6 +101,16 @@ def test_a_column_is_a_head_and_an_empty_cell_is_not_known(tmp_path: Path) -> No
     assert differ((1, 0, -1), (0, 1, 1))
 
 
+def test_a_class_that_is_left_out_says_nothing_of_its_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "labels.csv").write_text("id,colour,size,tags,split\na,pink,big,dark,val\nb,red,huge,,val\n")
+    dataset = open_csv(tmp_path, COLUMNS, CLASSES, "any", "multitask")
+    assert [dataset.split("val").targets[row][:5] for row in (0, 1)] == [
+        tuple(-1 if name.startswith("colour") else int(name == "size=big") for name in CLASSES[:5]),
+        tuple(-1 if name.startswith("size") else int(name == "colour=red") for name in CLASSES[:5]),
+    ]
+    assert "labels that the checkpoint does not have are left out: colour=pink, size=huge" in caplog.text
+
+
 def test_wrong_tables_are_named(tmp_path: Path) -> None:
     single = CsvSection(label_columns=["colour", "size"], split_column="split")
     with pytest.raises(DataError, match=r"csv:3: no label in any of colour, size; fill in one, or leave the row out"):
@@ -117,6 +127,8 @@ def test_wrong_tables_are_named(tmp_path: Path) -> None:
         ({"csv": {"label_columns": ["colour"]}}, "has a head per column; name two or more in csv.label_columns"),
         ({"csv": {"label_columns": ["a", "b"], "multilabel_columns": ["c"]}}, "has c, which is none of label_columns"),
         ({"csv": {"label_columns": ["a=b", "c"]}}, "a head cannot be called 'a=b'; rename the column"),
+        ({"csv": {"label_columns": ["a/b", "c"]}}, "a head cannot be called 'a/b'; rename the column"),
+        ({"csv": {"label_columns": ["c", "c"]}}, "label_columns: names 'c' twice; leave one out"),
         ({"csv": {"label_columns": ["path", "c"]}}, "a head cannot be called 'path'; rename the column"),
         ({"csv": {"label_columns": ["c", "c_probability"]}}, "a head cannot be called 'c_probability'; rename"),
         ({"source": "imagefolder"}, "task multitask reads csv, parquet, and source is imagefolder"),

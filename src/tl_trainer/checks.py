@@ -158,8 +158,8 @@ def _for_checking(loaded: Loaded) -> Loaded:
     with located(loaded):
         check_one(loaded)
         if config.data.task != "single":
-            why = "a check compares the one class of each image, and here it may have several; check it with"
-            raise SettingError("data.task", f"{why} data.task=single, or leave the check out")
+            why = "a check compares the one class of each image, and here it may have several;"
+            raise SettingError("data.task", f"{why} to find copies and odd images, check them in one folder per class")
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = (
         config.model.model_copy(update={"trainable": "head", "extra": [], "head": HeadSection()}),

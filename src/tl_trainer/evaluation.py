@@ -24,6 +24,7 @@ from tl_trainer.data.verify import remembered, verified
 from tl_trainer.errors import DataError, InputError
 from tl_trainer.ground.wording import listed, printable
 from tl_trainer.metrics import Scores
+from tl_trainer.multitask import MultiTask
 from tl_trainer.plots import png
 from tl_trainer.tasks import Task
 
@@ -110,10 +111,11 @@ def evaluate_checkpoint(
             raise InputError(f"--coverage was calibrated without --tta; leave --tta {tta} out")
     pipelines = tta_pipelines(saved.preprocessing, tta)
     dataset = open_dataset(config.data, saved.classes, parts.decoding, "any" if ignore_extra else "fewer")
-    _say_what_was_left_out(config.data, saved)
     what = what or _default_split(dataset, saved.val_split)
     if what in ("train", "val") and saved.val_split is not None:
         dataset = with_val(config, dataset, parts.task, saved)
+    if what != "val" or saved.val_split is None:  # of a val split that was drawn only what was used is evaluated
+        _say_what_was_left_out(config.data, saved)
     _leave_out_unwritable_cache(parts)
     if not (split := dataset.split(what)):
         raise DataError(
@@ -156,7 +158,8 @@ def _say_what_was_seen(parts: Parts, split: Split, coverage: float | None) -> No
             "test split or with --data-dir",
             seen,
         )
-    if parts.task.kind != "single":
+    tasks = [head.task for head in parts.task.heads] if isinstance(parts.task, MultiTask) else [parts.task]
+    if any(task.kind == "multilabel" for task in tasks):
         log.warning(
             "the thresholds were chosen on %d of these images, so precision, recall and F1 are slightly too good; mean "
             "average precision takes no threshold",

@@ -31,6 +31,12 @@ from tl_trainer.metrics import (
 HALF = 0.5
 
 
+def above(shares: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """(N, L): which probabilities reach their threshold; none reaches 1, that of a label that is never said."""
+    limits = torch.tensor(thresholds, dtype=torch.float64)
+    return (shares >= limits) & (limits < 1)
+
+
 def known(targets: Tensor) -> Tensor:
     """(N, L): whether somebody says."""
     return targets != UNKNOWN
@@ -167,7 +173,7 @@ def measure(
     check_finite(scores.logits)
     temperature, thresholds = calibration or (None, [HALF] * len(classes))
     targets, shares = scores.targets, probabilities(scores.logits, temperature)
-    said = shares >= torch.tensor(thresholds, dtype=torch.float64)
+    said = above(shares, thresholds)
     rows = _rows(said, targets)
     precisions, of_label = average_precisions(scores.logits, targets), _each(scores)
     trusted = None if withheld is not None else temperature

@@ -26,7 +26,7 @@ class LabelPredictions:
         self.page = "labels.html" if isinstance(task, MultiLabel) else "heads.html"
         self.said = task.said(scores.logits, calibration)
         self.most_probable = task.most_probable(scores.logits, calibration, MOST)
-        self.wrong = [index for index in task.wrong(scores) if self._differences(index)]
+        self.wrong = [index for index in task.wrong(scores, calibration) if self._differences(index)]
 
     def _differences(self, index: int) -> list[int]:
         """The labels that are wrong, those that were missed first."""

@@ -200,7 +200,7 @@ class MultiLabel:
     def _said(self, shares: Tensor, calibration: Calibration | None) -> Tensor:
         """(N, L) bool."""
         thresholds = calibration.thresholds if calibration else [label_metrics.HALF] * len(self.classes)
-        return shares >= torch.tensor(thresholds, dtype=torch.float64)
+        return label_metrics.above(shares, thresholds)
 
     def _prediction(self, shares: Tensor, index: int) -> Prediction:
         return Prediction(self.classes[index], index, round(shares[index].item(), 6))
@@ -218,11 +218,13 @@ class MultiLabel:
         """The surest mistakes, surest first: an image's index, and what was predicted for it."""
         return {index: self.caption((scores.logits[index] >= 0).tolist()) for index in self.wrong(scores)[:count]}
 
-    def wrong(self, scores: Scores) -> list[int]:
+    def wrong(self, scores: Scores, calibration: Calibration | None = None) -> list[int]:
         """The images with a label that is wrong, those of the highest loss of one label first."""
+        said, targets = self._said(self.probabilities(scores.logits, calibration), calibration), scores.targets
+        wrong = (label_metrics.known(targets) & (said != (targets == 1))).any(dim=1)
         worst = label_metrics.entry_losses(*scores).amax(dim=1)
         order = worst.sort(descending=True, stable=True).indices.tolist()
-        return [index for index in order if worst[index] > math.log(2)]
+        return [index for index in order if wrong[index]]
 
     def curves(self, scores: Scores) -> dict[str, float]:
         """What TensorBoard shows of each label: its average precision, where the labels are not too many."""

@@ -316,13 +316,13 @@ class MultiTask:
                 found.append({**pair, "label": names[pair["label"]], "predicted": names[pair["predicted"]]})
         return sorted(found, key=lambda pair: -pair["count"])[: metrics.PAIRS]
 
-    def wrong(self, scores: Scores) -> list[int]:
+    def wrong(self, scores: Scores, calibration: Calibration | None = None) -> list[int]:
         """The images with the surest mistakes of any head, surest first."""
         best: dict[int, int] = {}
-        for head in self.heads:
+        for head, cuts in self._calibrated(calibration):
             rows, _ = head.own(scores.targets)
             at, part = rows.nonzero()[:, 0].tolist(), head.part(scores)
-            for rank, index in enumerate(head.task.wrong(part)):
+            for rank, index in enumerate(head.task.wrong(part, cuts)):
                 best[at[index]] = min(rank, best.get(at[index], rank))
         return sorted(best, key=lambda index: best[index])
 

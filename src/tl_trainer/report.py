@@ -61,7 +61,7 @@ def write_report(
         predictions = Predictions(split, classes, scores, checkpoint.calibration)
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
-        "per_class.csv": csv_text(measured["per_class"][0], (row.values() for row in measured["per_class"])),
+        "per_class.csv": csv_text(next(iter(measured["per_class"]), ()), (row.values() for row in measured["per_class"])),
         **predictions.tables(),
         "report.html": template(predictions.page).render(
             measured=measured,

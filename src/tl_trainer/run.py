@@ -241,8 +241,9 @@ def summary(setup: Setup) -> str:
     parts, splits = setup.parts, setup.dataset.splits
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     overview = "\n".join(Overview.of(setup.dataset).lines())
+    drawn = ", val drawn from the images" if setup.drawn else ""
     return (
-        f"{counts} images in {len(setup.dataset.classes)} classes\n{overview}\n"
+        f"{counts} images in {len(setup.dataset.classes)} classes{drawn}\n{overview}\n"
         f"{parts.backbone['name']} ({parts.backbone['weights']}), {_trained(parts):,} parameters train\n"
         f"{parts.network.describe()}"
     )

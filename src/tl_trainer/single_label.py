@@ -252,7 +252,7 @@ class SingleLabel:
         said = scores.logits.argmax(dim=1).tolist()
         return {index: self.classes[said[index]] for index in self.wrong(scores)[:count]}
 
-    def wrong(self, scores: Scores) -> list[int]:
+    def wrong(self, scores: Scores, _: float | None = None) -> list[int]:
         """The images that are put into a wrong class, the surest first."""
         return metrics.surest_mistakes(scores, None, len(scores.targets))
 

@@ -275,6 +275,11 @@ def test_any_bytes_are_a_configuration_or_a_trainer_error(content: bytes) -> Non
             "(valid: adam, adamw, sgd)",
         ),
         (
+            "train: {thresholds: precision>=2}",
+            "c.yaml:1: train.thresholds: should be a number, or f1, or precision>= and a share of 1, such as "
+            "precision>=0.9, not 'precision>=2'",
+        ),
+        (
             "data: {source: imagefoldr}",
             "c.yaml:1: data.source: unknown value 'imagefoldr'; did you mean 'imagefolder'? "
             "(valid: cifar10, cifar100, csv, demo, flowers102, imagefolder, parquet, torchvision:<Class>, webdataset)",

@@ -92,6 +92,11 @@ def test_one_label_in_every_row_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     assert "every image has exactly one label; data.task: single makes" in caplog.text
 
 
+def test_another_separator_than_the_one_that_is_set_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opened(tmp_path, "id,tags,split\na.jpg,cat;dog,train\nb.jpg,dog;cat,train\nc.jpg,cat,train\n", SEPARATED)
+    assert "labels such as 'cat;dog' look like several in one; separate them with label_separator=';'" in caplog.text
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_parquet_has_lists_or_texts_or_columns(tmp_path: Path, listed: bool) -> None:
     pyarrow = pytest.importorskip("pyarrow")

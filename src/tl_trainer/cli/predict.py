@@ -87,8 +87,8 @@ def _predict(args: argparse.Namespace) -> int:
     extras = Extras(args.explain, args.neighbours, args.reject, args.coverage, args.embed, args.force)
     if model.temperature is None:
         log.info(
-            "the probabilities are not calibrated and often too high: the run has not ended, or had fewer than 30 "
-            "validation images"
+            "the probabilities are not calibrated and often too high, as of a run that has not ended or had fewer than "
+            "30 val images; the second is mended by more of them: add some, or raise data.val_fraction"
         )
     rows = model.rows(
         expand_inputs(paths, sys.stdin),

@@ -12,6 +12,7 @@ from tl_trainer.config.section import Section
 
 Source = Literal["imagefolder", "csv", "webdataset", "parquet", "cifar10", "cifar100", "flowers102", "demo"]
 Task = Literal["single", "multilabel", "multitask"]
+LOADED = r"^torchvision:[A-Za-z0-9]+$"
 SKIP_BAD = "data.on_bad_image=skip"  # the remedy in messages
 SOURCES_OF = {"multilabel": ("imagefolder", "csv", "parquet"), "multitask": ("csv", "parquet")}
 
@@ -33,6 +34,13 @@ class LabelledSection(Section):
         default_factory=list,
         description="Of label_columns, where data.task is multitask, those with any number of labels, separated.",
     )
+
+    @field_validator("label_columns", "multilabel_columns")
+    @classmethod
+    def _check_columns(cls, columns: list[str]) -> list[str]:
+        if twice := [column for column in columns if columns.count(column) > 1]:
+            raise ValueError(f"names {twice[0]!r} twice; leave one out")
+        return columns
 
 
 class CsvSection(LabelledSection):
@@ -129,7 +137,7 @@ class ParquetSection(LabelledSection):
 
 
 class DataSection(Section):
-    source: Source | Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$")] = Field(
+    source: Source | Annotated[str, Field(pattern=LOADED)] = Field(
         "imagefolder",
         description="imagefolder, csv, webdataset, parquet, cifar10, cifar100, flowers102, demo, or "
         "torchvision:<Class> for another of its classification datasets.",
@@ -225,7 +233,7 @@ class DataSection(Section):
             raise ValueError(f"{self.source}.multilabel_columns has {wrong[0]}, which is none of label_columns")
         # The columns of tl-predict --format csv.
         taken = {"", "path", "error", "set", "accepted", *(f"{column}_probability" for column in columns)}
-        if wrong := [column for column in columns if column in taken or {"=", ":"} & {*column}]:
+        if wrong := [column for column in columns if column in taken or {*"=:/\\\0"} & {*column}]:
             raise ValueError(f"{self.source}.label_columns: a head cannot be called {wrong[0]!r}; rename the column")
 
     @property

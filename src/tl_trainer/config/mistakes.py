@@ -9,19 +9,25 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tl_trainer.config.data import LOADED
 from tl_trainer.config.schema import Config
 from tl_trainer.config.section import KeyPath
+from tl_trainer.config.training import THRESHOLDS
 from tl_trainer.ground.wording import shown, unknown
 
 MAX_PROBLEMS = 30  # that are named
 
-# What pydantic's errors ask for, in our words; the only pattern is that of data.source.
+# What pydantic's errors ask for, in our words.
 _PHRASES = {
     "model_type": "keys and values", "dict_type": "keys and values", "list_type": "a list", "string_type": "text",
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "bool_type": "true or false", "string_pattern_mismatch": "torchvision:<Class>", "greater_than": "more than {gt:g}",
+    "bool_type": "true or false", "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:g} or more", "less_than": "less than {lt:g}", "less_than_equal": "{le:g} or less",
 }  # fmt: skip
+_PATTERNS = {
+    LOADED: "torchvision:<Class>",
+    THRESHOLDS: "f1, or precision>= and a share of 1, such as precision>=0.9",
+}
 
 
 def problems(error: ValidationError) -> list[tuple[KeyPath, str]]:
@@ -72,6 +78,8 @@ def _choices(item: ErrorDetails) -> list[str]:
     """What would have been right instead, in words."""
     if item["type"] == "literal_error":
         return re.findall(r"'([^']+)'", item["ctx"]["expected"])
+    if item["type"] == "string_pattern_mismatch":
+        return [_PATTERNS[item["ctx"]["pattern"]]]
     phrase = _PHRASES.get(item["type"], item["msg"].removeprefix("Input should ").removeprefix("be "))
     return [phrase.format(**item.get("ctx", {}))]
 

@@ -6,7 +6,6 @@ import csv
 import logging
 import os
 from array import array
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 from tl_trainer.config.data import CsvSection
 from tl_trainer.data.dataset import SPLIT_OF, Below, Dataset, Files, Fit
 from tl_trainer.data.images import ENDINGS
-from tl_trainer.data.label_texts import BETWEEN, label_texts
+from tl_trainer.data.label_texts import BETWEEN, label_texts, several_in_one
 from tl_trainer.data.listing import Listing
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import unknown
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SEVERAL = 0.1  # of the labels, above which those that are made of others are named
 SAMPLE = 20  # rows whose images are looked for before any is read
 
 
@@ -62,27 +60,13 @@ def open_csv(
         return listing.dataset(classes, "the checkpoint", fit)
     classes = listing.train_labels()
     listing.check_classes(classes, section.label_column, "data.csv.label_column")
-    if several is None:
-        _name_several(classes, table)
+    if several is None and (found := several_in_one(classes)):
+        log.warning(
+            "%s: labels such as %r look like several labels in one, and each becomes a class of its own; to have "
+            "images with several labels: data.task=multilabel data.csv.label_separator=%r",
+            *(table, *found),
+        )
     return listing.dataset(classes, "the train rows", fit)
-
-
-def _name_several(classes: list[str], table: Path) -> None:
-    """Say where labels look like several in one."""
-    for separator in "|;, ":
-        parts = {label: [part.strip() for part in label.split(separator)] for label in classes if separator in label}
-        known = {label for label in classes if label not in parts}
-        if separator != " ":  # "polar bear" and "brown bear" share a word, and are one label each
-            times = Counter(part for several in parts.values() for part in several)
-            known |= {part for part, count in times.items() if count > 1}
-        several = [label for label, split in parts.items() if known.issuperset(split)]
-        if len(several) > SEVERAL * len(classes):
-            log.warning(
-                "%s: labels such as %r look like several labels in one, and each becomes a class of its own; to have "
-                "images with several labels: data.task=multilabel data.csv.label_separator=%r",
-                *(table, several[0], separator),
-            )
-            return
 
 
 def check_found(dataset: Dataset, section: CsvSection) -> None:

@@ -161,6 +161,8 @@ def _class_names(folder: Path) -> list[str]:
         for ending, source in ((".tar", "webdataset"), (".parquet", "parquet")):
             if found := sorted(path.name for path in folder.glob(f"*{ending}")):
                 raise DataError(f"{folder}: no class folders in it, but {listed(found)}; set data.source={source}")
+        if table := next(iter(sorted(folder.glob("*.csv"))), None):
+            raise DataError(f"{folder}: no class folders in it, but {table.name}; give the table itself: {table}")
         raise DataError(f"{folder}: no class folders in it; put the images of each class into a folder with its name")
     return names
 

@@ -15,8 +15,23 @@ from tl_trainer.config.data import LabelledSection
 from tl_trainer.ground.wording import listed, shown
 
 UNKNOWN = -1
+SEVERAL = 0.1  # of the labels, above which those that are made of others are named
 BETWEEN = "\0"  # the values of columns that are read as one text; no white space, which is stripped
 VALUES = {"1": 1, "0": 0, "": UNKNOWN, "1.0": 1, "0.0": 0, "true": 1, "false": 0}
+
+
+def several_in_one(names: Sequence[str]) -> tuple[str, str] | None:
+    """A name that looks like several labels in one, and what separates them, where many do."""
+    for separator in "|;, ":
+        parts = {label: [part.strip() for part in label.split(separator)] for label in names if separator in label}
+        known = {label for label in names if label not in parts}
+        if separator != " ":  # "polar bear" and "brown bear" share a word, and are one label each
+            times = Counter(part for several in parts.values() for part in several)
+            known |= {part for part, count in times.items() if count > 1}
+        several = [label for label, split in parts.items() if known.issuperset(split)]
+        if len(several) > SEVERAL * len(names):
+            return several[0], separator
+    return None
 
 
 class LabelTexts(Protocol):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_trainer.data.dataset import SPLIT_NAMES, Dataset, Fit, Images, Split
-from tl_trainer.data.label_texts import Heads, LabelTexts
+from tl_trainer.data.label_texts import Heads, LabelTexts, several_in_one
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable, unknown
 
@@ -64,8 +64,12 @@ class Listing:
         values = self._values(self.several)
         had = [[label for label, value in values[code].items() if value == 1] for code in codes]
         if codes and not isinstance(self.several, Heads) and all(len(labels) == 1 for labels in had):
-            what = "%s: every image has exactly one label; data.task: single makes classes that exclude each other"
-            log.warning(what, self.where)
+            if several := several_in_one(sorted({*self.names})):
+                what = "%s: labels such as %r look like several in one; separate them with label_separator=%r"
+                log.warning(what, self.where, *several)
+            else:
+                what = "%s: every image has exactly one label; data.task: single makes classes that exclude each other"
+                log.warning(what, self.where)
         try:
             return self.several.classes(label for labels in had for label in labels)
         except ValueError as error:
@@ -123,9 +127,9 @@ class Listing:
     def _of_several(self, several: LabelTexts, classes: list[str], fixed_by: str, fit: Fit) -> Dataset:
         """The dataset of images with several labels; where others may be there too, these are left out of images."""
         values, known = self._values(several), {*classes}
-        extra = {code: label for code, of in enumerate(values) for label in of if label not in known}
+        extra = [(code, label) for code, of in enumerate(values) for label in of if label not in known]
         if extra and fit != "any":
-            code, label = next(iter(extra.items()))
+            code, label = extra[0]
             more = "; --ignore-extra leaves such labels out" if fit == "fewer" else ""
             wrong = unknown("label", label, classes)
             raise DataError(f"{printable(self.place(self._row(code)))}: {wrong}, fixed by {fixed_by}{more}")
@@ -134,8 +138,9 @@ class Listing:
                 "%s: labels that %s does not have are left out: %s",
                 self.where,
                 fixed_by,
-                listed(sorted({*extra.values()})),
+                listed(sorted({label for _, label in extra})),
             )
+            values = [{name: value for name, value in of.items() if name in known} for of in values]
         targets = [tuple(of[name] if name in of else several.absent(name, of) for name in classes) for of in values]
         splits = {}
         for name in (split for split in (*SPLIT_NAMES, "all") if split in self.splits):
