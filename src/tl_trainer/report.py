@@ -59,9 +59,10 @@ def write_report(
         predictions = LabelPredictions(split, task, scores, checkpoint.calibration)
     else:
         predictions = Predictions(split, classes, scores, checkpoint.calibration)
+    per_class = measured["per_class"]
     texts = {
         "metrics.json": json.dumps(measured, indent=1, allow_nan=False) + "\n",
-        "per_class.csv": csv_text(next(iter(measured["per_class"]), ()), (row.values() for row in measured["per_class"])),
+        "per_class.csv": csv_text(next(iter(per_class), ()), (row.values() for row in per_class)),
         **predictions.tables(),
         "report.html": template(predictions.page).render(
             measured=measured,
