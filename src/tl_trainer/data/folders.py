@@ -92,8 +92,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 def _splits_in(folder: Path) -> dict[str, list[str]]:
     """The folders in it that have the name of a split, by the split, in the order of SPLIT_NAMES."""
-    names = _folders_in(folder)
-    found = {split: [name for name in names if SPLIT_OF.get(name.lower()) == split] for split in SPLIT_NAMES}
+    # By name first: of a link only another look says whether it is a folder, and a class may have 100,000 of them.
+    names = [entry.name for entry in _entries(folder) if entry.name.lower() in SPLIT_OF and _is_folder(entry)]
+    found = {split: [name for name in names if SPLIT_OF[name.lower()] == split] for split in SPLIT_NAMES}
     return {split: present for split, present in found.items() if present}
 
 
