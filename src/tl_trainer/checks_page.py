@@ -55,8 +55,8 @@ KINDS = {
     "blank": ("nearly one colour", "Nothing can be seen in them. skip.csv leaves them out."),
     "empty": (
         "mostly one shade",
-        "Is it a placeholder such as 'image not found'? Not in skip.csv: to leave it out, copy its row from "
-        "findings.csv.",
+        "Is it a placeholder that says only that an image was not found? Not in skip.csv: to leave it out, copy its "
+        "row from findings.csv.",
     ),
     "dark": ("very dark", "Can you tell what they show? Not in skip.csv."),
     "blurred": ("blurred", "Far less sharp than the other images. Not in skip.csv."),
