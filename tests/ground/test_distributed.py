@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def ranks(count: int, *words: object) -> list[subprocess.CompletedProcess[str]]:
         at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": str(count)}
     children = [
         tools.command("train", *words, logs=Path(f"rank-{rank}"), cache=Path("cache"),
-                      prepare=partial(tools.os.environ.update, at, RANK=str(rank), LOCAL_RANK=str(rank)))
+                      prepare=partial(os.environ.update, at, RANK=str(rank), LOCAL_RANK=str(rank)))
         for rank in range(count)
     ]  # fmt: skip
     codes = [child.wait() for child in children]
