@@ -20,6 +20,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ class FeatureStore:
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
         try:
-            places = np.array([self.index[key] for key in keys]).reshape(-1, 2)
+            places = np.fromiter(chain.from_iterable(self.index[key] for key in keys), int).reshape(-1, 2)
         except KeyError as error:
             raise RunError(
                 f"{self.folder} was removed or changed while it was in use; run it again, and with a higher "

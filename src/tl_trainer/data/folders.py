@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -128,17 +128,19 @@ def _folders_in(folder: Path) -> list[str]:
     return [entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")]
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _refuse(error: OSError) -> NoReturn:
+    reason = error.strerror or "unknown reason"
+    raise DataError(f"{error.filename}: this folder cannot be read ({reason}); allow it, or move it away") from error
+
+
+def _entries(folder: str | Path, on_error: Callable[[OSError], object] = _refuse) -> list[os.DirEntry[str]]:
+    """What is in it, in the order of the names."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        _refuse(error)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    reason = error.strerror or "unknown reason"
-    raise DataError(f"{error.filename}: this folder cannot be read ({reason}); allow it, or move it away") from error
+        on_error(error)
+        return []
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -177,7 +179,8 @@ def _scan(folder: Path, classes: list[str], root: Path, left_out: list[str], *, 
         before, top = len(paths), str(folder / name)
         inside = (folder / name).relative_to(root).as_posix()
         there = os.path.isdir(top)  # noqa: PTH112  (it may be absent)
-        for path in _walk(top) if there else ():  # text: a Path for each of a million files would take most of the time
+        # Text: a Path for each of a million files would take most of the time.
+        for path in _walk(top, set()) if there else ():
             relative = inside + path[len(top) :].replace(os.sep, "/")
             if os.path.splitext(path)[1].lower() in ENDINGS:  # noqa: PTH122
                 paths.append(path)
@@ -213,22 +216,20 @@ def _content(split: Split, index: int) -> bytes:
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object] = _refuse) -> list[Path]:
-    """All files below `folder`, sorted, following links but never round a loop.
+    """All files below `folder`, in the order of their paths, following links but never round a loop.
 
     on_error: what to do about a folder that cannot be read; DataError where it is not given.
     """
-    return [Path(path) for path in _walk(str(folder), on_error)]
+    return [Path(path) for path in _walk(str(folder), set(), on_error)]
 
 
-def _walk(top: str, on_error: Callable[[OSError], object] = _refuse) -> list[str]:
-    found: list[str] = []
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(top, onerror=on_error, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders.sort()  # the same order everywhere, so that of two links to a folder the same one counts
-        found += [os.path.join(parent, name) for name in files]  # noqa: PTH118
-    return sorted(found, key=lambda path: os.path.normcase(path).split(os.sep))  # noqa: PTH206  (the order of Paths)
+def _walk(top: str, seen: set[str], on_error: Callable[[OSError], object] = _refuse) -> Iterator[str]:
+    place = os.path.realpath(top)
+    if place in seen:  # the order is the same everywhere, so that of two links to a folder the same one counts
+        return
+    seen.add(place)
+    for entry in _entries(top, on_error):
+        if _is_folder(entry):
+            yield from _walk(entry.path, seen, on_error)
+        else:
+            yield entry.path
