@@ -50,10 +50,11 @@ def main() -> None:
             }
             result = tl_trainer.train(settings, data__root=str(args.data))
             model = tl_trainer.load(result["checkpoint"], device="cpu", train__precision="fp32")
+            expected = [*model.rows(paths, topk=len(model.classes))]
             for name, run in (("onnx", onnx), ("pt2", pt2)):
                 out = Path(folder, f"{len(rows)}.{name}")
                 model.export(name, out)
-                rows.append((backbone, name, len(paths), *compared(model, run(out), paths)))
+                rows.append((backbone, name, len(paths), *compared(expected, run(out))))
     report(COLUMNS, rows, {"rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})
 
 
@@ -77,11 +78,9 @@ def pt2(path: Path) -> Callable[[np.ndarray[Any, Any]], Any]:
     return run
 
 
-def compared(
-    model: tl_trainer.Model, run: Callable[[np.ndarray[Any, Any]], Any], paths: list[Path]
-) -> tuple[float, float, float, float]:
+def compared(rows: list[Any], run: Callable[[np.ndarray[Any, Any]], Any]) -> tuple[float, float, float, float]:
     same, sure, largest, seconds = [], [], 0.0, 0.0
-    for row in model.rows(paths, topk=len(model.classes)):
+    for row in rows:
         expected = np.array([one.probability for one in sorted(row.predictions, key=lambda one: one.index)])
         pixels = np.array(images.load(Path(row.path)))[None]
         started = time.perf_counter()
@@ -91,7 +90,7 @@ def compared(
         if row.predictions[0].probability - row.predictions[1].probability > 1e-3:
             sure.append(same[-1])
         largest = max(largest, float(np.abs(found - expected).max()))
-    return float(np.mean(same)), float(np.mean(sure)), largest, 1000 * seconds / len(paths)
+    return float(np.mean(same)), float(np.mean(sure)), largest, 1000 * seconds / len(rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tl_trainer.errors import ConfigError, DataError, InputError
 from tl_trainer.metrics import Scores
 from tl_trainer.multitask import MultiTask, multitask
 from tl_trainer.network import Network
+from tl_trainer.range_test import FEWEST, find_rate
 
 COLUMNS = CsvSection(label_columns=["colour", "size", "tags"], multilabel_columns=["tags"], split_column="split")
 CLASSES = ["colour=blue", "colour=green", "colour=red", "size=big", "size=small", "tags:dark", "tags:left"]
@@ -332,3 +333,23 @@ def test_the_bundled_configuration_trains(tl: Run, photos: Path) -> None:
         tl("train", "--config", "multitask.yaml", *columns, *network, *words, "data.csv.labels=some.csv")
     )
     assert {"colour/top1", "size/top1"} < result["val"].keys()
+
+
+def test_a_head_without_a_label_in_val_is_named_and_the_range_test_trains_all_heads(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (photos / "labels.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    for row in rows:
+        row |= {"id": str(photos / row["id"]), "size": row["size"] if row["split"] == "train" else ""}
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    loaded = load(
+        {**SMALL, "output": {**SMALL["output"], "dir": str(tmp_path / "runs")}}, [("data.root", str(tmp_path))]
+    )
+    found = find_rate(loaded)
+    assert found["batches"] == FEWEST
+    said = "val has no image of 'size=big', 'size=small'; a head's figures are over its other classes, and a head"
+    assert any(message.startswith(said) for message in caplog.messages)

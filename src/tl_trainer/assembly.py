@@ -25,12 +25,12 @@ from tl_trainer.config.schema import Config
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
-from tl_trainer.data.images import DarkImages, Decoding
+from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import worker_count
-from tl_trainer.data.overview import name_scarce
+from tl_trainer.data.overview import name_absent, name_scarce
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
-from tl_trainer.data.verify import Memory, verified
+from tl_trainer.data.verify import Memory, all_verified
 from tl_trainer.errors import CheckpointError, DataError, SettingError
 from tl_trainer.evaluate import evaluate_together
 from tl_trainer.features import Extractor, FeatureBatches, features_folder
@@ -203,24 +203,20 @@ def set_up(
         decoding = _decoding(config.data, train_pipeline, pipeline)
         dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
+            remedy = "is the folder one level too high or too low?"
+            if config.data.task != "single":
+                remedy = "a question of yes or no is a class column with these two words, and data.task=single"
             raise DataError(
-                f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; "
-                "is the folder one level too high or too low?"
+                f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; {remedy}"
             )
         task, drawn = task_of(config.data.task, config.train, dataset.classes), "val" not in dataset.splits
         dataset = with_val(config, dataset, task, resumed)
         inspect(dataset, task, drawn)
         check_teacher(config.train.teacher.checkpoint, dataset.classes)
-        memory = None if dry else memory_of(config)
-        dark = DarkImages()
-        skipped: dict[str, dict[str, str]] = {name: {} for name in dataset.splits}
-        splits = {
-            name: verified(split, name, config.data, memory, dark, skipped[name])
-            for name, split in dataset.splits.items()
-        }
-        dark.warn(f"{sum(map(len, splits.values()))} images")
+        splits, skipped = all_verified(dataset.splits, config.data, None if dry else memory_of(config))
         splits, duplicates = unrepeated(splits, config.data)
         name_scarce(dataset, splits["train"], drawn=drawn)
+        name_absent(dataset.classes, splits["val"], "val", task.of_absent)
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _classifier(config, weights, dataset.classes, image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:

@@ -17,7 +17,7 @@ from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.data import DataSection, expand
 from tl_trainer.data.dataset import Dataset, Split, name_hashes
 from tl_trainer.data.duplicates import across, unrepeated
-from tl_trainer.data.label_texts import classes_in
+from tl_trainer.data.overview import name_absent
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import tta_pipelines
 from tl_trainer.data.verify import remembered, verified
@@ -130,7 +130,8 @@ def evaluate_checkpoint(
         duplicates = [*duplicates, *learned]
         for sentence in learned:
             log.warning("%s; the network was trained on these, so the figures are too good", sentence)
-    _name_absent(saved.classes, split, dataset.where if what == "all" else f"the {what} split of {dataset.where}")
+    place = dataset.where if what == "all" else f"the {what} split of {dataset.where}"
+    name_absent(saved.classes, split, place, parts.task.of_absent)
     names = [f"{what} (view {number} of {len(pipelines)})" if tta else what for number, _ in enumerate(pipelines, 1)]
     feeds = ((parts.feeds.evaluation(split, name, view), name) for name, view in zip(names, pipelines, strict=True))
     views: Sequence[Scores] = [parts.scores(feed, name) for feed, name in feeds]
@@ -192,18 +193,6 @@ def _default_split(dataset: Dataset, drawn: Tensor | None) -> str:
     if "test" in dataset.splits or "all" not in dataset.splits:
         return "test" if "test" in dataset.splits else "val"
     return "val" if drawn is not None and {*drawn.tolist()} <= {*name_hashes(dataset.splits["all"].names)} else "all"
-
-
-def _name_absent(classes: Sequence[str], split: Split, place: str) -> None:
-    """Say which classes have no image in the split, and what the figures make of them."""
-    present = classes_in(split.targets)
-    if absent := [name for label, name in enumerate(classes) if label not in present]:
-        names = listed([*map(repr, absent)])
-        log.warning(
-            "%s has no image of %s; recalls and balanced accuracy are over the other classes, and in macro F1 such a "
-            "class counts as 0 where it was predicted",
-            *(place, names),
-        )
 
 
 def _leave_out_unwritable_cache(parts: Parts) -> None:

@@ -66,6 +66,10 @@ class MultiLabel:
     """Each image has any number of labels; a target is as `data.label_texts` has it."""
 
     kind = "multilabel"
+    of_absent = (
+        "mean average precision is over the other labels, and in macro F1 such a label counts as 0 where it was "
+        "predicted"
+    )
     shown = ("map", "mAP")
     columns: tuple[str, ...] = ("loss", "map", "macro_f1", "micro_f1", "subset_accuracy")
 

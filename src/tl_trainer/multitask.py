@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORDS = {"top1": "top-1", "balanced_accuracy": "balanced", **LABEL_WORDS}
+TINY = torch.finfo(torch.float32).tiny
 COMMON = ("precision", "recall", "f1", "support", "predicted")  # of the figures of a class, those that every head has
 
 
@@ -95,7 +96,6 @@ class HeadsLoss(nn.Module):
 
     member: Tensor
     counts: Tensor
-    weights: Tensor
     spread: Tensor
 
     def __init__(self, heads: Sequence[Head], binary: Sequence[nn.Module], weights: Tensor, smoothing: float) -> None:
@@ -109,9 +109,8 @@ class HeadsLoss(nn.Module):
         member = torch.zeros(len(self.columns), len(single))
         for number, part in enumerate(torch.split(torch.arange(len(self.columns)), self.sizes) if single else ()):
             member[part, number] = 1
-        self.register_buffer("member", member)  # (columns, heads): which class is of which head
+        self.register_buffer("member", member * weights[self.columns, None])  # (columns, heads): how much it counts
         self.register_buffer("counts", torch.tensor([head.weight for head in single]))
-        self.register_buffer("weights", weights[self.columns])
         self.register_buffer("spread", smoothing / member.sum(dim=0)[member.argmax(dim=1)] if single else member)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -123,16 +122,14 @@ class HeadsLoss(nn.Module):
     def _cross_entropies(self, logits: Tensor, targets: Tensor) -> Tensor:
         if not (self.in_order and len(self.columns) == logits.shape[1]):
             logits, targets = logits[:, self.columns], targets[:, self.columns]
-        log_shares = torch.cat([part.log_softmax(dim=1) for part in torch.split(logits, self.sizes, dim=1)], dim=1)
-        there = targets.clamp(min=0).to(logits)
-        wanted = there
+        wanted, member = targets.clamp(min=0).float(), self.member
+        shares = self.counts / (wanted.sum(dim=0) @ member).clamp(min=TINY)
         if self.smoothing:
-            known = label_metrics.known(targets).to(logits)
-            wanted = there * (1 - self.smoothing) + known * self.spread
-        sums = (wanted * log_shares).sum(dim=0) * self.weights
-        label_weights = (there.sum(dim=0) * self.weights) @ self.member
-        losses = (sums @ self.member) / label_weights.clamp(min=torch.finfo(logits.dtype).tiny)
-        return -(losses * self.counts).sum()
+            wanted = wanted * (1 - self.smoothing) + label_metrics.known(targets).float() * self.spread
+        # Images along the last axis: a softmax over a few neighbouring numbers is not vectorised.
+        parts = torch.split(logits.float().T.contiguous(), self.sizes)
+        log_shares = torch.cat([part.log_softmax(dim=0) for part in parts])
+        return -((wanted * (member @ shares)).T * log_shares).sum()
 
 
 class MultiTask:
@@ -140,6 +137,7 @@ class MultiTask:
 
     kind = "multitask"
     shown = ("mean", "mean")
+    of_absent = "a head's figures are over its other classes, and a head without any counts for nothing in the mean"
 
     def __init__(self, heads: Sequence[Head], best: str = "mean", stop: str | None = None) -> None:
         """best, stop: mean, the weighted mean of the figures by which the heads are judged, or loss."""

@@ -47,6 +47,10 @@ class SingleLabel:
 
     kind = "single"
     shown = ("top1", "top-1")  # the figure that a run is told by: its key, and its name
+    of_absent = (  # what the figures make of a class without an image
+        "recalls and balanced accuracy are over the other classes, and in macro F1 such a class counts as 0 where it "
+        "was predicted"
+    )
     columns: tuple[str, ...] = ("loss", "top1", "top5")  # of the figures, those in metrics.csv and TensorBoard
 
     def __init__(self, classes: Sequence[str], best: str = "top1", stop: str | None = None) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_trainer.data.dataset import Dataset, Files, Split
-from tl_trainer.data.overview import Overview
+from tl_trainer.data.overview import Overview, name_absent
 
 
 def split(*counts: int, sizes: Sequence[tuple[int, int]] = ()) -> Split:
@@ -74,3 +74,17 @@ def test_the_median_is_that_of_numpy(widths: list[int]) -> None:
     found = Overview.of(Dataset(["ants"], {"train": split(len(sizes), sizes=sizes)}, "photos"))
     expected = np.percentile(widths, [0, 50, 100], method="lower")
     assert [width for width, _ in found.sizes] == expected.tolist()
+
+
+def test_what_nobody_says_of_a_label_is_not_counted_as_its_absence() -> None:
+    targets = [(1, 0), (1, -1), (-1, 1), (0, -1)]
+    some = Split(Files([], []), targets, range(len(targets)))
+    found = Overview.of(Dataset(["wet", "dark"], {"train": some, "val": some}, "photos"))
+    assert found.baseline("val") == 2 / 3
+    assert found.lines()[-1] == "the most frequent label, wet, is on 66.7% of the 3 val images where it is known"
+
+
+def test_a_class_without_an_image_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    name_absent(["ants", "bees", "wasps"], split(2, 0, 1), "val", "what follows")
+    name_absent(["ants", "bees"], split(2, 1), "val", "what follows")
+    assert caplog.messages == ["val has no image of 'bees'; what follows"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from tl_trainer.data.dataset import Dataset, Split
-from tl_trainer.data.label_texts import images_of_each
+from tl_trainer.data.label_texts import UNKNOWN, classes_in, images_of_each
 from tl_trainer.ground.wording import listed, printable
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,15 @@ class Overview:
     """The class names, of each split the number of images of each class, and the sizes of all images.
 
     sizes: width and height of the smallest, the median and the largest by their pixels; empty before they are read.
-    images: how many each split has, where they may have several labels; else empty.
+    images, unknown: of each split, how many there are, and of how many nobody says whether they have a class, where
+    they may have several labels; else empty.
     """
 
     classes: list[str]
     counts: dict[str, list[int]]
     sizes: tuple[tuple[int, int], ...] = ()
     images: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Dataset) -> Overview:
@@ -42,7 +44,8 @@ class Overview:
             sizes.update(split.sizes)
         several = any(isinstance(split.targets[0], tuple) for split in splits.values() if len(split))
         images = {name: len(split) for name, split in splits.items()} if several else {}
-        return cls(dataset.classes, counts, _extremes(sizes) if sizes else (), images)
+        unknown = {name: images_of_each(splits[name].targets, classes, UNKNOWN) for name in images}
+        return cls(dataset.classes, counts, _extremes(sizes) if sizes else (), images, unknown)
 
     @property
     def by_size(self) -> list[int]:
@@ -51,13 +54,17 @@ class Overview:
 
     def baseline(self, split: str) -> float:
         """The majority baseline: how often the class with the most training images is right."""
-        return self.counts[split][self.by_size[0]] / (self.images.get(split) or sum(self.counts[split]))
+        most, counts = self.by_size[0], self.counts[split]
+        known = self.images[split] - self.unknown[split][most] if self.images else sum(counts)
+        return counts[most] / max(1, known)
 
     def baseline_in_words(self, split: str) -> str:
         """The baseline as a sentence."""
-        most = printable(self.classes[self.by_size[0]])
+        most, known = printable(self.classes[self.by_size[0]]), f"the {split} images"
         if self.images:
-            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of the {split} images"
+            if unknown := self.unknown[split][self.by_size[0]]:
+                known = f"the {self.images[split] - unknown:,} {split} images where it is known"
+            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of {known}"
         return f"always saying {most} would be right for {self.baseline(split):.1%} of the {split} images"
 
     def sizes_in_words(self) -> str:
@@ -113,3 +120,10 @@ def name_scarce(dataset: Dataset, train: Split, *, drawn: bool) -> None:
     if lost:
         what = "train has no image of %s left, and what was never seen is not predicted; replace them or remove it"
         log.warning(what, listed(lost))
+
+
+def name_absent(classes: list[str], split: Split, place: str, follows: str) -> None:
+    """Say which classes have no image in a split; follows: what the figures make of them."""
+    present = classes_in(split.targets)
+    if absent := [repr(name) for label, name in enumerate(classes) if label not in present]:
+        log.warning("%s has no image of %s; %s", place, listed(absent), follows)

@@ -42,6 +42,16 @@ class _Reading(NamedTuple):
     stamp: Stamp | None
 
 
+def all_verified(
+    splits: dict[str, Split], data: DataSection, memory: Memory | None
+) -> tuple[dict[str, Split], dict[str, dict[str, str]]]:
+    """The splits of a run as `verified` gives them, and of each the images that cannot be read, and why."""
+    dark, skipped = DarkImages(), {name: dict[str, str]() for name in splits}
+    good = {name: verified(split, name, data, memory, dark, skipped[name]) for name, split in splits.items()}
+    dark.warn(f"{sum(map(len, good.values()))} images")
+    return good, skipped
+
+
 def verified(
     split: Split,
     what: str,
