@@ -52,13 +52,13 @@ def test_a_damaged_result_is_one_of_a_run_that_has_not_ended() -> None:
 
 
 def test_the_runs_are_listed_beside_each_other(tl: Run, own_logging: None) -> None:
-    _run("photos-1", 20, 0.9375, **{"data.root": "my/photos"})
+    _run("photos-1", 20, 0.9375, **{"data.root": "my/photos", "train.epochs": 3})
     _run("breeds-1", 10, None, **{"data.source": "csv", "data.root": "d", "model.backbone": "timm/vit_small_patch16"})
     done = tl("train", "--list", "runs")
     assert done.stdout == (
-        "run            data          backbone                val    test  time\n"
+        "run            data          backbone                val    test  time       settings\n"
         "runs/breeds-1  d/labels.csv  timm/vit_small_patch16               not ended\n"
-        "runs/photos-1  my/photos     efficientnet_lite0      93.8%        0:01:15\n"
+        "runs/photos-1  my/photos     efficientnet_lite0      93.8%        0:01:15    train.search=off train.epochs=3\n"
     )
     assert tl("train", "--list", "runs", "runs/p*").stdout.count("\n") == 2
     assert "--list runs q*: nothing matches" in tl("train", "--list", "runs", "q*").stderr

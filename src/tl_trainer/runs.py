@@ -5,18 +5,23 @@ from __future__ import annotations
 import glob
 import json
 import logging
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import yaml
 
+from tl_trainer.config.schema import Config, flat
 from tl_trainer.errors import InputError
 from tl_trainer.ground.wording import printable
 
 log = logging.getLogger(__name__)
 
 BEST, RESULT = "best.pth", "result.json"  # the latter is written last of all: where it is missing, so is more
+SETTINGS_SHOWN = 72  # characters
+TELLING = ("seed", "transforms.", "model.", "train.", "features.views")
 PROBED = "probed.json"  # the backbones that were compared, if any, before the run began
 
 
@@ -68,18 +73,27 @@ def best_of(path: Path) -> Path:
 
 
 def table(pattern: str) -> list[str]:
-    """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, how long it took."""
-    rows = [("run", "data", "backbone", "val", "test", "time")]
+    """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, time, other settings."""
+    rows = [("run", "data", "backbone", "val", "test", "time", "settings")]
     for run in runs_of("runs/*" if pattern == "*" else pattern):
         described = run.path / "config.yaml"
         config = yaml.safe_load(described.read_text(encoding="utf-8")) if described.is_file() else {}
         val, test = (_cell(run.result.get(split, {})) for split in ("val", "test"))
         took = str(timedelta(seconds=round(run.result["seconds"]))) if run.result else "not ended"
         backbone = config.get("model", {}).get("backbone", "")
-        rows.append((printable(str(run.path)), _data(config.get("data", {})), backbone, val, test, took))
+        settings = shorten(" ".join(_settings(config)), SETTINGS_SHOWN, placeholder=" …")
+        rows.append((printable(str(run.path)), _data(config.get("data", {})), backbone, val, test, took, settings))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines if len(lines) > 1 else []
+
+
+def _settings(config: dict[str, Any]) -> Iterator[str]:
+    """What is not as in the defaults and tells one run on the same data from another, as on the command line."""
+    defaults = dict(flat(Config().model_dump(mode="json")))
+    for key, value in flat(config):
+        if key.startswith(TELLING) and key != "model.backbone" and value != defaults.get(key):
+            yield f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _data(section: dict[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""What `tl-train --list` shows: backbones, transforms, bundled configurations and runs whose names match a pattern."""
+"""What `tl-train --list` shows: backbones, transforms, bundled configurations and runs whose names match a pattern.
+
+torch and torchvision, which take seconds, are imported by the lists that need them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,8 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
-from torchvision.models import get_model_weights
-
 from tl_trainer import runs
 from tl_trainer.config.load import bundled_folder
-from tl_trainer.data.transforms import TRANSFORMS
-from tl_trainer.models import embedded, timm_models, torchvision_models
 
 ROW = "{:44} {:>8} {:>5}  {:22} {:>6}  {}"
 
@@ -26,6 +24,8 @@ def backbones(pattern: str) -> list[str]:
 
 def transforms(pattern: str) -> list[str]:
     """The names that `transforms` takes."""
+    from tl_trainer.data.transforms import TRANSFORMS
+
     return [name for name in sorted([*TRANSFORMS, "ToTensor"]) if fnmatch(name.lower(), pattern.lower())]
 
 
@@ -44,11 +44,18 @@ LISTS: dict[str, Callable[[str], list[str]]] = {
 
 
 def _own(pattern: str) -> Iterator[str]:
+    from tl_trainer.models import embedded
+
     if fnmatch(embedded.NAME, pattern):
         yield ROW.format(embedded.NAME, "4.7 M", 224, "DEFAULT", "75.1%", "comes with tl-trainer")
 
 
 def _torchvision(pattern: str) -> Iterator[str]:
+    import torch
+    from torchvision.models import get_model_weights
+
+    from tl_trainer.models import torchvision_models
+
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in sorted(torchvision_models.NAMES):
         if fnmatch(name, pattern):
@@ -64,6 +71,8 @@ def _torchvision(pattern: str) -> Iterator[str]:
 
 def _timm(pattern: str) -> Iterator[str]:
     """timm's registry has neither sizes nor figures. It is slow to import, and so only read where it is asked for."""
+    from tl_trainer.models import timm_models
+
     if not pattern.startswith(timm_models.PREFIX):
         if pattern == "*":
             yield "and more than a thousand of timm: tl-train --list backbones 'timm/*'"
