@@ -179,7 +179,7 @@ def test_the_command_tells_it(config: dict[str, Any], tl: Run, tmp_path: Path) -
 def test_what_is_refused_before_an_image_is_read(
     config: dict[str, Any], folds: int, overrides: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tl_trainer.assembly.verified", None)
+    monkeypatch.setattr("tl_trainer.data.verify.verified", None)
     with pytest.raises((InputError, ConfigError, DataError), match=message):
         tl_trainer.cross_validate(config, folds=folds, **overrides)
 

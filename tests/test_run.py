@@ -15,6 +15,7 @@ import tl_trainer
 from tl_trainer import assembly, checkpoint, run, search
 from tl_trainer.assembly import set_up
 from tl_trainer.config.load import Loaded, load
+from tl_trainer.data import verify
 from tl_trainer.errors import DataError, InputError, Interrupted
 from tl_trainer.features import FeatureBatches
 from tl_trainer.ground.signals import StopRequest
@@ -39,7 +40,7 @@ def test_images_are_verified_before_anything_is_built_and_once_each(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
-    verified, build = assembly.verified, assembly.new_classifier
+    verified, build = verify.verified, assembly.new_classifier
 
     def note_split(split: Any, what: str, *arguments: Any) -> Any:
         happened.append(what)
@@ -49,7 +50,7 @@ def test_images_are_verified_before_anything_is_built_and_once_each(
         happened.append("classifier")
         return build(*arguments, **options)
 
-    monkeypatch.setattr(assembly, "verified", note_split)
+    monkeypatch.setattr(verify, "verified", note_split)
     monkeypatch.setattr(assembly, "new_classifier", note_classifier)
     run.train(loaded, None, StopRequest())
     assert happened == ["train", "val", "classifier"]

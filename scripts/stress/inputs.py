@@ -19,7 +19,6 @@ from PIL import Image
 
 from stress.checkpoints import in_children
 from stress.tools import RECIPES, Child, Outcome, command, draw, with_pictures, without_privileges
-from tl_trainer import assembly
 from tl_trainer.config.load import load
 from tl_trainer.data import images, verify
 from tl_trainer.data.dataset import Split
@@ -241,15 +240,15 @@ def _long_paths(long: str, data: Path, checkpoint: Path) -> list[tuple[Any, ...]
 def _vanishing(place: Path, recipe: str) -> Child:
     """A run that finds an image when it looks, and not any more when it reads."""
     data = draw(place / "data")
-    victim = data / "train" / "green" / "00.png"
+    victim, verify_split = data / "train" / "green" / "00.png", verify.verified
 
     def verified(*arguments: Any) -> Split:
-        split = verify.verified(*arguments)
+        split = verify_split(*arguments)
         victim.unlink(missing_ok=True)
         return split
 
     def prepare() -> None:
-        assembly.verified = verified
+        verify.verified = verified
 
     words = ("--data-dir", data, "--output", place / "runs", *RECIPES[recipe])
     return command("train", *words, logs=place, prepare=prepare)

@@ -22,7 +22,6 @@ import torchvision
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
 from stress.tools import RECIPES, Child, Outcome, command, draw, hooked, trained
-from tl_trainer import assembly
 from tl_trainer.data import verify
 from tl_trainer.data.dataset import Split
 from tl_trainer.ground import downloads as downloading
@@ -101,20 +100,20 @@ def _named(lines: list[str], victim: Path) -> bool:
 
 def _at_moment(moment: str, victim: Path, change: Callable[[Path], object], batch: int) -> Callable[[], None]:
     """Have a run's image replaced at a batch of its first epoch, or between its check and its features."""
-    left = itertools.count(batch - 1, -1)
+    left, verify_split = itertools.count(batch - 1, -1), verify.verified
 
     def after_batch(_: object) -> None:
         if next(left) == 0:
             change(victim)
 
     def verified(split: Split, what: str, *arguments: Any) -> Split:
-        found = verify.verified(split, what, *arguments)
+        found = verify_split(split, what, *arguments)
         if what == victim.parents[1].name:
             change(victim)
         return found
 
     def prepare() -> None:
-        assembly.verified = verified
+        verify.verified = verified
 
     return prepare if moment == "extraction" else hooked(after_batch)
 
