@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tl_trainer.config.data import SKIP_BAD, DataSection
 from tl_trainer.data import images
@@ -170,9 +170,10 @@ class Memory:
         """Hash and size of the images whose stamp is remembered and whose size `decoding` accepts, by their index."""
         if not self._readable or not os.path.exists(self.path):  # noqa: PTH110 (Path's raises in a closed folder)
             return {}
-        known: dict[tuple[Any, ...], tuple[bytes, tuple[int, int]]] = {}
-        wanted = {stamp for stamp in stamps if stamp}
-        ends = [end(stamp.path for stamp in wanted) for end in (min, max)] if wanted else [b"", b""]
+        known: dict[bytes, tuple[bytes, tuple[int, int]]] = {}
+        sizes: dict[tuple[int, int], tuple[int, int]] = {}  # one object for all images of a size, often most of them
+        wanted = {stamp.path: stamp for stamp in stamps if stamp}
+        ends = [end(wanted) for end in (min, max)] if wanted else [b"", b""]
 
         def read(connection: sqlite3.Connection) -> None:
             # One scan from the first path to the last: hundreds of thousands of single lookups take several times as
@@ -182,13 +183,14 @@ class Memory:
                 "AND typeof(width) = 'integer' AND typeof(height) = 'integer'",
                 (*ends, hashlib.sha256().digest_size),
             )
-            known.update((row[:4], (row[4], row[5:])) for row in rows if row[:4] in wanted)
+            for path, *times, digest, width, height in rows:
+                if (stamp := wanted.get(path)) and stamp == (path, *times):
+                    known[stamp.path] = digest, sizes.setdefault((width, height), (width, height))
 
         self._use(read)
-        accepted = {size: size for size in {size for _, size in known.values()} if _accepts(decoding, size)}
-        found = ((index, known[stamp]) for index, stamp in enumerate(stamps) if stamp in known)
-        # One object for all images of a size, which are often most of them.
-        return {index: (digest, accepted[size]) for index, (digest, size) in found if size in accepted}
+        accepted = {size for size in sizes if _accepts(decoding, size)}
+        found = ((index, known[stamp.path]) for index, stamp in enumerate(stamps) if stamp and stamp.path in known)
+        return {index: (digest, size) for index, (digest, size) in found if size in accepted}
 
     def remember(self, rows: list[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
         """Keep a row of each image: its stamp, hash, width and height."""
