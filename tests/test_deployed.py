@@ -13,6 +13,7 @@ from tiny import tiny_classifier
 from tl_trainer.data.transforms import Pipeline, Preprocessing, spell_out
 from tl_trainer.deployed import Deployed, Pixels
 from tl_trainer.errors import InputError
+from tl_trainer.metrics import Activation
 
 PRESET = Preprocessing(resize=12, crop=8, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), interpolation="bilinear")
 
@@ -39,8 +40,9 @@ def test_it_gives_what_the_pipeline_and_the_classifier_give(items: Any) -> None:
     torch.testing.assert_close(Pixels(one)(batch), view.expand(2, -1, -1, -1))
     with torch.no_grad():
         expected = (classifier(view)[0] / 2.5).softmax(dim=0)
-        torch.testing.assert_close(Deployed(None, classifier, 2.5)(view)[0], expected)
-        torch.testing.assert_close(Deployed(Pixels(one), classifier, 2.5)(batch)[1], expected)
+        head = [Activation(len(expected), 2.5, several=False)]
+        torch.testing.assert_close(Deployed(None, classifier, head)(view)[0], expected)
+        torch.testing.assert_close(Deployed(Pixels(one), classifier, head)(batch)[1], expected)
 
 
 @pytest.mark.parametrize(

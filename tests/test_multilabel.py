@@ -29,7 +29,7 @@ from tl_trainer.config.training import LossSection
 from tl_trainer.deployed import Deployed
 from tl_trainer.errors import CheckpointError, ConfigError, DataError, InputError
 from tl_trainer.export import described
-from tl_trainer.metrics import Scores
+from tl_trainer.metrics import Activation, Scores
 from tl_trainer.multilabel import BinaryLoss, MultiLabel
 from tl_trainer.search import find_mlp
 from tl_trainer.tables import Table
@@ -293,7 +293,7 @@ def test_an_export_gives_each_label_its_own_probability(found: dict[str, Any], t
     assert parts.saved is not None
     assert described(parts, "tensor")["thresholds"] == parts.saved.thresholds
     batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    shares = Deployed(None, parts.network.classifier, 2.0, several=True)(batch)
+    shares = Deployed(None, parts.network.classifier, [Activation(3, 2.0, several=True)])(batch)
     torch.testing.assert_close(shares, (parts.network.classifier(batch) / 2).sigmoid())
 
 

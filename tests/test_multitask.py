@@ -287,9 +287,15 @@ def test_evidence_safetensors_and_what_is_refused(trained: dict[str, Any], photo
         iter(model.rows([photos / "1.png"], extras=tl_trainer.Extras(evidence=tmp_path / "evidence", neighbours=1)))
     )
     assert len([*(tmp_path / "evidence").iterdir()]) == len(row.predictions) >= 2
-    assert model.export("safetensors", tmp_path / "x.safetensors")["agreement"] == 1
-    with pytest.raises(InputError, match="has one output of probabilities, and this network has several heads"):
-        model.export("pt2", tmp_path / "x.pt2")
+    for to in ("safetensors", "pt2", "hub"):
+        assert model.export(to, tmp_path / f"x.{to}")["agreement"] == 1
+    described = json.loads((tmp_path / "x.hub" / "config.json").read_text())["tl_trainer"]
+    assert [(head["classes"], head["several"]) for head in described["heads"]] == [(3, False), (2, False), (2, True)]
+    card = (tmp_path / "x.hub" / "README.md").read_text()
+    assert (
+        f"- 3 to 4: the softmax of the logits divided by {described['heads'][1]['temperature']}\n- 5 to 6: the sig"
+        in card
+    )
     with pytest.raises(InputError, match="sets of classes of which one is right"):
         model.evaluate(coverage=0.9)
     with pytest.raises(ConfigError, match="--folds judges classifiers of one class"):

@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tl_trainer.data.resampling import FILTERS, Resample, Sampling
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError
+from tl_trainer.metrics import Activation
 from tl_trainer.models.classifier import Classifier
 
 _NOTHING = (v2.Identity, v2.RGB, v2.ToImage, v2.PILToTensor, v2.ToPureTensor)
@@ -36,24 +37,19 @@ class Pixels(nn.Module):
 
 
 class Deployed(nn.Module):
-    """Pixels, or what the network takes where `pixels` is None -> probabilities (N, classes) with the temperature.
+    """Pixels, or what the network takes where `pixels` is None -> the probabilities (N, classes) of all heads."""
 
-    several: whether an image may have several of the classes, each with a probability of its own.
-    """
-
-    def __init__(
-        self, pixels: Pixels | None, classifier: Classifier, temperature: float | None, *, several: bool = False
-    ) -> None:
+    def __init__(self, pixels: Pixels | None, classifier: Classifier, heads: Sequence[Activation]) -> None:
         super().__init__()
         stages = [stage.module for stage in (*classifier.frozen, *classifier.trained)]
         self.network = nn.Sequential(pixels or nn.Identity(), *stages, nn.Flatten(1), classifier.head)
-        self.temperature, self.several = temperature or 1.0, several
+        self.heads = heads
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
-        logits = logits / self.temperature
-        return logits.sigmoid() if self.several else logits.softmax(dim=1)
+        logits = torch.split(self.network(images), [head.classes for head in self.heads], dim=1)
+        scaled = [(own / head.temperature, head.several) for own, head in zip(logits, self.heads, strict=True)]
+        return torch.cat([own.sigmoid() if several else own.softmax(dim=1) for own, several in scaled], dim=1)
 
 
 class _Normalisation(nn.Module):

@@ -23,7 +23,6 @@ from torch import Tensor
 
 import tl_trainer
 from tl_trainer.assembly import Parts, reopened
-from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.data.verify import verified
 from tl_trainer.deployed import Deployed, Pixels
 from tl_trainer.errors import InputError, RunError
@@ -74,10 +73,6 @@ def export(parts: Parts, to: str, out: Path, origin: str = "image", *, force: bo
     about = out / "check.json" if to == "hub" else out.with_name(f"{out.name}.json")
     if not force and (there := [path for path in (out, about) if path.exists()]):
         raise InputError(f"{there[0]} exists; choose another name, or replace it with --force")
-    if parts.task.kind == "multitask" and to != "safetensors":
-        raise InputError(
-            f"--to {to} has one output of probabilities, and this network has several heads; use --to safetensors"
-        )
     origin = origin if to in ("onnx", "pt2") else "tensor"
     pixels = Pixels(parts.pipeline) if origin == "image" else None
     make_folder(out.parent, "OUT")
@@ -104,10 +99,12 @@ def described(parts: Parts, origin: str) -> dict[str, Any]:
     """What an export says of itself, as plain data."""
     saved = parts.saved
     assert saved is not None
+    heads = parts.task.activations(saved.calibration)
     return {
         "labels": saved.classes,
         "temperature": saved.temperature,
         **({} if saved.thresholds is None else {"task": parts.task.kind, "thresholds": saved.thresholds}),
+        **({"heads": [head._asdict() for head in heads]} if len(heads) > 1 else {}),
         "input": "uint8 (N, H, W, 3), upright RGB" if origin == "image" else "float32 (N, 3, H, W), preprocessed",
         "output": "probabilities (N, classes)",
         "preprocessing": saved.preprocessing,
@@ -152,15 +149,10 @@ def _compared(parts: Parts, run: Run, views: Sequence[Tensor], inputs: Sequence[
     return Check(of, len(inputs), same, difference if difference == difference else float("inf"))
 
 
-def _temperature(saved: Checkpoint | None) -> float | None:
-    """That of the one head."""
-    return saved.temperature if saved is not None and isinstance(saved.temperature, float) else None
-
-
 def _program(parts: Parts, pixels: Pixels | None, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
     """The classifier as torch's program, for batches of any number and, from pixels, of any height and width."""
-    saved, dim = parts.saved, torch.export.Dim
-    deployed = Deployed(pixels, parts.network.classifier, _temperature(saved), several=parts.task.kind != "single")
+    dim, calibration = torch.export.Dim, parts.saved.calibration if parts.saved else None
+    deployed = Deployed(pixels, parts.network.classifier, parts.task.activations(calibration))
     sizes = {0: dim("N"), **({1: dim("H"), 2: dim("W")} if pixels is not None else {})}
     example = torch.cat([inputs[0], inputs[0]])
     with _exporting(parts), torch.no_grad():

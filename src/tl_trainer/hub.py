@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 
 from tl_trainer.assembly import Parts
 from tl_trainer.errors import InputError
+from tl_trainer.metrics import Activation
 from tl_trainer.models import embedded
 from tl_trainer.models.chain import TAPS
 from tl_trainer.models.heads import UnitLinear
@@ -37,7 +39,7 @@ import timm
 model = timm.create_model("local-dir:<this folder>", pretrained=True).eval()
 ```
 
-It gives logits. Probabilities are the {softmax} of the logits divided by {temperature}.
+It gives logits. {probabilities}
 """
 
 
@@ -113,6 +115,18 @@ def _card(parts: Parts, about: dict[str, Any]) -> str:
         backbone=saved.backbone["name"],
         weights=saved.backbone["weights"],
         figures="\n".join(figures),
-        softmax="softmax" if parts.task.kind == "single" else "sigmoid",
-        temperature=saved.temperature or 1.0,
+        probabilities=_probabilities(parts.task.activations(saved.calibration)),
     )
+
+
+def _probabilities(heads: Sequence[Activation]) -> str:
+    """What the logits have to go through, in words."""
+    words = [f"the {'sigmoid' if head.several else 'softmax'} of the logits" for head in heads]
+    if len(heads) == 1:
+        return f"Probabilities are {words[0]} divided by {heads[0].temperature}."
+    ends = [*accumulate(head.classes for head in heads)]
+    rows = [
+        f"- {end - head.classes} to {end - 1}: {said} divided by {head.temperature}"
+        for end, head, said in zip(ends, heads, words, strict=True)
+    ]
+    return "\n".join(["Probabilities are, of the classes", *rows])

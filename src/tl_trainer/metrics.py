@@ -41,6 +41,14 @@ class Prediction:
     probability: float
 
 
+class Activation(NamedTuple):
+    """How the logits of a head become probabilities; several: each by itself, else their sum is 1."""
+
+    classes: int
+    temperature: float
+    several: bool
+
+
 class Scores(NamedTuple):
     """What a pass over a split leaves: logits (N, classes) float32 and targets (N, ...), on the CPU."""
 

@@ -19,7 +19,7 @@ from tl_trainer.config.training import LossSection
 from tl_trainer.data.label_texts import images_of_each
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable
-from tl_trainer.metrics import CURVES, Figures, Prediction, Scores, is_better
+from tl_trainer.metrics import CURVES, Activation, Figures, Prediction, Scores, is_better
 from tl_trainer.plots import co_occurrence_figure, reliability_figure
 from tl_trainer.stratification import stratified, with_copies
 
@@ -179,6 +179,11 @@ class MultiLabel:
     def probabilities(self, logits: Tensor, calibration: Calibration | None) -> Tensor:
         """(N, L) float64."""
         return label_metrics.probabilities(logits, calibration.temperature if calibration else None)
+
+    def activations(self, calibration: Calibration | None) -> list[Activation]:
+        """As for `SingleLabel`."""
+        temperature = calibration.temperature if calibration else None
+        return [Activation(len(self.classes), temperature or 1.0, several=True)]
 
     def predictions(self, logits: Tensor, calibration: Calibration | None, count: int) -> list[list[Prediction]]:
         """What tl-predict shows of each image: at most `count` labels, the most probable first."""

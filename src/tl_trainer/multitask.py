@@ -20,7 +20,7 @@ from tl_trainer import label_metrics, metrics
 from tl_trainer.checkpoint import Calibration
 from tl_trainer.config.training import LossSection, TrainSection
 from tl_trainer.data.label_texts import HAS, IS, heads_in
-from tl_trainer.metrics import Figures, Prediction, Scores, is_better
+from tl_trainer.metrics import Activation, Figures, Prediction, Scores, is_better
 from tl_trainer.multilabel import WORDS as LABEL_WORDS
 from tl_trainer.multilabel import MultiLabel
 from tl_trainer.plots import reliability_figure
@@ -237,6 +237,10 @@ class MultiTask:
         """(N, classes) float64; those of a head with one class per image have the sum 1."""
         own = self._calibrated(calibration)
         return torch.cat([head.task.probabilities(logits[:, head.of], cuts) for head, cuts in own], dim=1)
+
+    def activations(self, calibration: Calibration | None) -> list[Activation]:
+        """One for each head."""
+        return [one for head, cuts in self._calibrated(calibration) for one in head.task.activations(cuts)]
 
     def blocks(self, logits: Tensor, calibration: Calibration | None, count: int) -> list[dict[str, Block]]:
         """What each head says of each image, with at most `count` of its classes."""

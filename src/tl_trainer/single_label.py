@@ -19,7 +19,7 @@ from tl_trainer import metrics
 from tl_trainer.config.training import LossSection
 from tl_trainer.errors import DataError
 from tl_trainer.ground.wording import listed, printable
-from tl_trainer.metrics import CURVES, Figures, Prediction, Scores, is_better
+from tl_trainer.metrics import CURVES, Activation, Figures, Prediction, Scores, is_better
 from tl_trainer.plots import confusion_figure, reliability_figure
 from tl_trainer.stratification import with_copies
 
@@ -227,6 +227,10 @@ class SingleLabel:
     def probabilities(self, logits: Tensor, temperature: float | None) -> Tensor:
         """(N, classes) float64."""
         return metrics.probabilities(logits, temperature)
+
+    def activations(self, temperature: float | None) -> list[Activation]:
+        """How an export makes probabilities of the logits."""
+        return [Activation(len(self.classes), temperature or 1.0, several=False)]
 
     def labels(self, logits: Tensor, temperature: float | None) -> None:
         """None: an image has one label, the first of `predictions`."""

@@ -79,7 +79,8 @@ def test_they_train_with_the_head_and_come_back_from_the_checkpoint(data: None) 
     parts, images = restore(Path(result["checkpoint"])), torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         logits = parts.network.logits(parts.network.features(images))
-        torch.testing.assert_close(Deployed(None, parts.network.classifier, None)(images), logits.softmax(dim=1))
+        deployed = Deployed(None, parts.network.classifier, parts.task.activations(None))
+        torch.testing.assert_close(deployed(images), logits.softmax(dim=1))
     cam = GradCam(parts.network.classifier)
     cam.heat(images, torch.tensor([0, 1]))
     assert cam.stages[(cam._cut or 0) - 1] is parts.network.classifier.backbone.stages[-2].module
