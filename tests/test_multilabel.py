@@ -335,5 +335,5 @@ def test_one_label_is_told_to_be_a_class_of_two(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     (tmp_path / "labels.csv").write_text("id,wet\n0.png,1\n", encoding="utf-8")
     data = {"source": "csv", "task": "multilabel", "root": str(tmp_path), "csv": {"label_columns": ["wet"]}}
-    with pytest.raises(DataError, match=r"needs two; a question of yes or no is a class column"):
+    with pytest.raises(DataError, match=r"needs two; a question of yes or no is one column"):
         tl_trainer.train({"data": data}, output__dir=str(tmp_path / "runs"))

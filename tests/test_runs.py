@@ -51,6 +51,20 @@ def test_a_damaged_result_is_one_of_a_run_that_has_not_ended() -> None:
     assert [line.split()[-2:] for line in table("*")[1:]] == [["not", "ended"]] * 2
 
 
+@pytest.mark.parametrize(
+    "damaged", ["a: [", "", "- a", "model:\ndata: {source: csv}", "train: {lr: 2026-01-01}\nmodel: 3"]
+)
+def test_a_damaged_configuration_ends_no_list(damaged: str) -> None:
+    (_run("a-1", 0, 0.5) / "config.yaml").write_text(damaged)
+    assert [line.split()[0] for line in table("*")] == ["run", "runs/a-1"]
+
+
+def test_settings_are_cut_and_move_no_cursor() -> None:
+    _run("a-1", 0, 0.5, **{"model.weights": "w" * 90, "model.tap": "a\x1b[31mb"})
+    settings = table("*")[1].split()[-2:]
+    assert settings == [f"model.weights={'w' * 31}…", "model.tap=a\\x1b[31mb"]
+
+
 def test_the_runs_are_listed_beside_each_other(tl: Run, own_logging: None) -> None:
     _run("photos-1", 20, 0.9375, **{"data.root": "my/photos", "train.epochs": 3})
     _run("breeds-1", 10, None, **{"data.source": "csv", "data.root": "d", "model.backbone": "timm/vit_small_patch16"})

@@ -27,7 +27,7 @@ from tl_trainer.data.dataset import Dataset, Split, with_validation
 from tl_trainer.data.duplicates import unrepeated
 from tl_trainer.data.images import Decoding
 from tl_trainer.data.loaders import worker_count
-from tl_trainer.data.overview import name_absent, name_scarce
+from tl_trainer.data.overview import name_scarce
 from tl_trainer.data.sources import open_dataset
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.data.verify import Memory, all_verified
@@ -204,8 +204,8 @@ def set_up(
         dataset = open_dataset(config.data, resumed.classes if resumed else None, decoding)
         if len(dataset.classes) < 2:
             remedy = "is the folder one level too high or too low?"
-            if config.data.task != "single":
-                remedy = "a question of yes or no is a class column with these two words, and data.task=single"
+            if config.data.source in ("csv", "parquet"):
+                remedy = "a question of yes or no is one column with two classes, and data.task=single"
             raise DataError(
                 f"{dataset.where} has one class, {dataset.classes[0]!r}, and a classifier needs two; {remedy}"
             )
@@ -216,7 +216,6 @@ def set_up(
         splits, skipped = all_verified(dataset.splits, config.data, None if dry else memory_of(config))
         splits, duplicates = unrepeated(splits, config.data)
         name_scarce(dataset, splits["train"], drawn=drawn)
-        name_absent(dataset.classes, splits["val"], "val", task.of_absent)
         image = pipeline.image(splits["train"].open(0))
         classifier, size = _classifier(config, weights, dataset.classes, image)
         if classifier.trains_batch_norm and len(splits["train"]) == 1:

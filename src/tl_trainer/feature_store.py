@@ -144,7 +144,7 @@ class FeatureStore:
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
         try:
-            places = np.fromiter(chain.from_iterable(self.index[key] for key in keys), int).reshape(-1, 2)
+            places = np.fromiter(chain.from_iterable(self.index[key] for key in keys), np.int64).reshape(-1, 2)
         except KeyError as error:
             raise RunError(
                 f"{self.folder} was removed or changed while it was in use; run it again, and with a higher "

@@ -94,8 +94,8 @@ class HeadsLoss(nn.Module):
     asked for. smoothing: the mass that is spread over the classes of such a head.
     """
 
-    member: Tensor
-    counts: Tensor
+    class_weights: Tensor
+    head_weights: Tensor
     spread: Tensor
 
     def __init__(self, heads: Sequence[Head], binary: Sequence[nn.Module], weights: Tensor, smoothing: float) -> None:
@@ -109,8 +109,8 @@ class HeadsLoss(nn.Module):
         member = torch.zeros(len(self.columns), len(single))
         for number, part in enumerate(torch.split(torch.arange(len(self.columns)), self.sizes) if single else ()):
             member[part, number] = 1
-        self.register_buffer("member", member * weights[self.columns, None])  # (columns, heads): how much it counts
-        self.register_buffer("counts", torch.tensor([head.weight for head in single]))
+        self.register_buffer("class_weights", member * weights[self.columns, None])  # (columns, heads)
+        self.register_buffer("head_weights", torch.tensor([head.weight for head in single]))
         self.register_buffer("spread", smoothing / member.sum(dim=0)[member.argmax(dim=1)] if single else member)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -122,14 +122,14 @@ class HeadsLoss(nn.Module):
     def _cross_entropies(self, logits: Tensor, targets: Tensor) -> Tensor:
         if not (self.in_order and len(self.columns) == logits.shape[1]):
             logits, targets = logits[:, self.columns], targets[:, self.columns]
-        wanted, member = targets.clamp(min=0).float(), self.member
-        shares = self.counts / (wanted.sum(dim=0) @ member).clamp(min=TINY)
+        wanted = targets.clamp(min=0).float()
+        weights = wanted.sum(dim=0) @ self.class_weights  # (heads,): those of the labels in this batch
+        factors = self.head_weights * (weights > 0) / weights.clamp(min=TINY)
         if self.smoothing:
             wanted = wanted * (1 - self.smoothing) + label_metrics.known(targets).float() * self.spread
-        # Images along the last axis: a softmax over a few neighbouring numbers is not vectorised.
-        parts = torch.split(logits.float().T.contiguous(), self.sizes)
-        log_shares = torch.cat([part.log_softmax(dim=0) for part in parts])
-        return -((wanted * (member @ shares)).T * log_shares).sum()
+        parts = torch.split(logits.float(), self.sizes, dim=1)
+        log_shares = torch.cat([part.log_softmax(dim=1) for part in parts], dim=1)
+        return -(wanted * (self.class_weights @ factors) * log_shares).sum()
 
 
 class MultiTask:
@@ -137,7 +137,10 @@ class MultiTask:
 
     kind = "multitask"
     shown = ("mean", "mean")
-    of_absent = "a head's figures are over its other classes, and a head without any counts for nothing in the mean"
+    of_absent = (
+        "a head's figures are over its other classes, but in macro F1 such a class counts as 0 where it was predicted; "
+        "a head without any image counts for nothing in the mean"
+    )
 
     def __init__(self, heads: Sequence[Head], best: str = "mean", stop: str | None = None) -> None:
         """best, stop: mean, the weighted mean of the figures by which the heads are judged, or loss."""

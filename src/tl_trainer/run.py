@@ -26,7 +26,7 @@ from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
 from tl_trainer.config.training import PhaseSection
 from tl_trainer.data.dataset import fingerprint, name_hashes
 from tl_trainer.data.loaders import ImageBatches, worker_count
-from tl_trainer.data.overview import Overview
+from tl_trainer.data.overview import Overview, name_absent
 from tl_trainer.errors import Interrupted, RunError
 from tl_trainer.features import FeatureBatches
 from tl_trainer.feeds import Feed, close
@@ -95,8 +95,7 @@ def train(
             run_dir = distributed.from_first(lambda: numbered_folder(output, _run_name(loaded)))
             stack.enter_context(sole_use(run_dir) if distributed.is_first() else contextlib.nullcontext())
         distributed.keep(STARTED, str(run_dir))
-        log.debug("%s", _decisions(setup))
-        log.info("%s\nrun directory: %s", summary(setup), run_dir)
+        _announce(setup, run_dir)
         with stop:
             _describe(setup, to_yaml(loaded.config), run_dir)
             tracker = stack.enter_context(contextlib.closing(_tracker(setup, run_dir, last, make_tracker)))
@@ -234,6 +233,15 @@ def _validated(parts: Parts, feed: Feed, state: State, after_batch: Callable[[],
     said = "better, so taken for this epoch" if average.better else "not better"
     log.info("average of the weights: val %.4f  %s, %s", figures["loss"], task.in_words(figures), said)
     return others if average.better else scores
+
+
+def _announce(setup: Setup, run_dir: Path) -> None:
+    """Say what is about to be trained, and which classes val and test have no image of."""
+    dataset, task = setup.dataset, setup.parts.task
+    log.debug("%s", _decisions(setup))
+    log.info("%s\nrun directory: %s", summary(setup), run_dir)
+    for name in [name for name in ("val", "test") if name in dataset.splits]:
+        name_absent(dataset.classes, dataset.split(name), name, task.of_absent)
 
 
 def summary(setup: Setup) -> str:

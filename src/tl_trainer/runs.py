@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import yaml
@@ -20,7 +20,7 @@ from tl_trainer.ground.wording import printable
 log = logging.getLogger(__name__)
 
 BEST, RESULT = "best.pth", "result.json"  # the latter is written last of all: where it is missing, so is more
-SETTINGS_SHOWN = 72  # characters
+VALUE_SHOWN = 32  # characters of a setting
 TELLING = ("seed", "transforms.", "model.", "train.", "features.views")
 PROBED = "probed.json"  # the backbones that were compared, if any, before the run began
 
@@ -76,35 +76,43 @@ def table(pattern: str) -> list[str]:
     """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, time, other settings."""
     rows = [("run", "data", "backbone", "val", "test", "time", "settings")]
     for run in runs_of("runs/*" if pattern == "*" else pattern):
-        described = run.path / "config.yaml"
-        config = yaml.safe_load(described.read_text(encoding="utf-8")) if described.is_file() else {}
+        config = _config(run.path / "config.yaml")
         val, test = (_cell(run.result.get(split, {})) for split in ("val", "test"))
         took = str(timedelta(seconds=round(run.result["seconds"]))) if run.result else "not ended"
-        backbone = config.get("model", {}).get("backbone", "")
-        settings = shorten(" ".join(_settings(config)), SETTINGS_SHOWN, placeholder=" …")
-        rows.append((printable(str(run.path)), _data(config.get("data", {})), backbone, val, test, took, settings))
+        backbone, settings = printable(str(config["model"].get("backbone", ""))), " ".join(_settings(config))
+        rows.append((printable(str(run.path)), _data(config["data"]), backbone, val, test, took, settings))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines if len(lines) > 1 else []
 
 
 def _settings(config: dict[str, Any]) -> Iterator[str]:
-    """What is not as in the defaults and tells one run on the same data from another, as on the command line."""
+    """What tells one run on the same data from another and is not as in the defaults of today."""
     defaults = dict(flat(Config().model_dump(mode="json")))
     for key, value in flat(config):
         if key.startswith(TELLING) and key != "model.backbone" and value != defaults.get(key):
-            yield f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+            yield f"{key}={text if len(text) <= VALUE_SHOWN else f'{text[: VALUE_SHOWN - 1]}…'}"
 
 
 def _data(section: dict[str, Any]) -> str:
     root = str(section.get("root", ""))
-    if section.get("source") == "csv":
-        return printable(str(Path(root, section["csv"]["labels"])))
-    return printable(root) if section.get("source") == "imagefolder" else str(section.get("source", ""))
+    if section.get("source") == "csv" and isinstance(csv := section.get("csv"), dict):
+        return printable(str(Path(root, str(csv.get("labels", "")))))
+    return printable(root if section.get("source") == "imagefolder" else str(section.get("source", "")))
 
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What config.yaml holds; of one that is missing or damaged two empty sections."""
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = found if isinstance(found, dict) else {}
+    return {**found, **{key: of if isinstance(of := found.get(key), dict) else {} for key in ("data", "model")}}
 
 
 def _result(path: Path) -> dict[str, Any]:

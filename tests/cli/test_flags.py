@@ -156,9 +156,14 @@ def test_installed_commands_say_their_version_and_help(command: str, tl: Run) ->
 
 @pytest.mark.parametrize(
     ("command", "words", "imported"),
-    [*((command, ["--help"], []) for command in COMMANDS), ("train", ["--list", "configs"], ["pydantic"])],
+    [
+        *((command, ["--help"], []) for command in COMMANDS),
+        *(("train", ["--list", what], ["pydantic"]) for what in ("configs", "runs")),
+    ],
 )
 def test_help_and_lists_of_files_import_nothing_slow(command: str, words: list[str], imported: list[str]) -> None:
+    Path("runs", "a-1").mkdir(parents=True)
+    Path("runs", "a-1", "best.pth").touch()
     code = f"""if True:
         import sys
         from tl_trainer.cli.{command} import main

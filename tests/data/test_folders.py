@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -333,14 +334,14 @@ def test_of_two_links_to_a_folder_the_first_counts(
     _touch(tmp_path / "elsewhere" / "0.jpg", tmp_path / "ant" / "1.jpg")
     for name in "ab":
         (tmp_path / "ant" / name).symlink_to(tmp_path / "elsewhere")
-    real_walk = os.walk
+    real_scandir = os.scandir
 
-    def ordered_walk(top: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
-        for parent, folders, files in real_walk(top, **options):
-            folders.sort(reverse=backwards)
-            yield str(parent), folders, files
+    @contextlib.contextmanager
+    def ordered_scandir(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with real_scandir(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
 
-    monkeypatch.setattr(os, "walk", ordered_walk)
+    monkeypatch.setattr(os, "scandir", ordered_scandir)
     assert walk(tmp_path / "ant") == [tmp_path / "ant" / "1.jpg", tmp_path / "ant" / "a" / "0.jpg"]
 
 

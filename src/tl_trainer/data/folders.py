@@ -216,7 +216,7 @@ def _content(split: Split, index: int) -> bytes:
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object] = _refuse) -> list[Path]:
-    """All files below `folder`, in the order of their paths, following links but never round a loop.
+    """All files below `folder`, in the order of the names at each level, following links but never round a loop.
 
     on_error: what to do about a folder that cannot be read; DataError where it is not given.
     """

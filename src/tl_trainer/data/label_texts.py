@@ -189,11 +189,11 @@ def is_target(value: object, classes: int) -> bool:
     return isinstance(value, int) and 0 <= value < classes
 
 
-def images_of_each(targets: Iterable[Any], classes: int, value: int = 1) -> list[int]:
-    """How many of the targets have each class; value: or have that value of it."""
+def images_of_each(targets: Iterable[Any], classes: int) -> list[int]:
+    """How many of the targets have each class."""
     counts = [0] * classes
     for target, images in Counter(targets).items():
-        labels = [target] if isinstance(target, int) else [at for at, of in enumerate(target) if of == value]
+        labels = [target] if isinstance(target, int) else [at for at, value in enumerate(target) if value == 1]
         for label in labels:
             counts[label] += images
     return counts

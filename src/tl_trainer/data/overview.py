@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
+
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.data.label_texts import UNKNOWN, classes_in, images_of_each
 from tl_trainer.ground.wording import listed, printable
@@ -24,8 +26,8 @@ class Overview:
     """The class names, of each split the number of images of each class, and the sizes of all images.
 
     sizes: width and height of the smallest, the median and the largest by their pixels; empty before they are read.
-    images, unknown: of each split, how many there are, and of how many nobody says whether they have a class, where
-    they may have several labels; else empty.
+    images: how many each split has, and unknown: of how many it is not known whether they have a class. Both are empty
+    unless an image may have several labels.
     """
 
     classes: list[str]
@@ -44,7 +46,7 @@ class Overview:
             sizes.update(split.sizes)
         several = any(isinstance(split.targets[0], tuple) for split in splits.values() if len(split))
         images = {name: len(split) for name, split in splits.items()} if several else {}
-        unknown = {name: images_of_each(splits[name].targets, classes, UNKNOWN) for name in images}
+        unknown = {name: (np.array(splits[name].targets) == UNKNOWN).sum(axis=0).tolist() for name in images}
         return cls(dataset.classes, counts, _extremes(sizes) if sizes else (), images, unknown)
 
     @property
@@ -55,16 +57,15 @@ class Overview:
     def baseline(self, split: str) -> float:
         """The majority baseline: how often the class with the most training images is right."""
         most, counts = self.by_size[0], self.counts[split]
-        known = self.images[split] - self.unknown[split][most] if self.images else sum(counts)
-        return counts[most] / max(1, known)
+        number = self.images[split] - self.unknown[split][most] if self.images else sum(counts)
+        return counts[most] / max(1, number)
 
     def baseline_in_words(self, split: str) -> str:
         """The baseline as a sentence."""
-        most, known = printable(self.classes[self.by_size[0]]), f"the {split} images"
+        most = printable(self.classes[self.by_size[0]])
         if self.images:
-            if unknown := self.unknown[split][self.by_size[0]]:
-                known = f"the {self.images[split] - unknown:,} {split} images where it is known"
-            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of {known}"
+            where = " where it is known" if self.unknown[split][self.by_size[0]] else ""
+            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of the {split} images{where}"
         return f"always saying {most} would be right for {self.baseline(split):.1%} of the {split} images"
 
     def sizes_in_words(self) -> str:

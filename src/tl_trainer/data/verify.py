@@ -172,6 +172,7 @@ class Memory:
             return {}
         known: dict[bytes, tuple[bytes, tuple[int, int]]] = {}
         sizes: dict[tuple[int, int], tuple[int, int]] = {}  # one object for all images of a size, often most of them
+        # By path: one that is there twice is one file. Should it have changed between two looks, its hash will say so.
         wanted = {stamp.path: stamp for stamp in stamps if stamp}
         ends = [end(wanted) for end in (min, max)] if wanted else [b"", b""]
 
