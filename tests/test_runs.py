@@ -14,6 +14,9 @@ from tl_trainer.config.load import load, to_yaml
 from tl_trainer.errors import InputError
 from tl_trainer.runs import best_of, table
 
+EVAL = {"transforms.train": "eval"}  # as in default.yaml
+USUAL = load(None).config.model_dump(mode="json")
+
 
 def _run(name: str, age: int, top1: float | None, **settings: object) -> Path:
     """A run directory `runs/<name>` whose best.pth is so many seconds old; top1 is None for one that has not ended."""
@@ -48,7 +51,7 @@ def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
 def test_a_damaged_result_is_one_of_a_run_that_has_not_ended() -> None:
     (_run("a-1", 0, 0.5) / "result.json").write_text("{")
     (_run("b-1", 0, 0.5) / "result.json").write_text("[]")
-    assert [line.split()[-2:] for line in table("*")[1:]] == [["not", "ended"]] * 2
+    assert [line.split()[-2:] for line in table("*", USUAL)[1:]] == [["not", "ended"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -56,18 +59,23 @@ def test_a_damaged_result_is_one_of_a_run_that_has_not_ended() -> None:
 )
 def test_a_damaged_configuration_ends_no_list(damaged: str) -> None:
     (_run("a-1", 0, 0.5) / "config.yaml").write_text(damaged)
-    assert [line.split()[0] for line in table("*")] == ["run", "runs/a-1"]
+    assert [line.split()[0] for line in table("*", USUAL)] == ["run", "runs/a-1"]
 
 
 def test_settings_are_cut_and_move_no_cursor() -> None:
     _run("a-1", 0, 0.5, **{"model.weights": "w" * 90, "model.tap": "a\x1b[31mb"})
-    settings = table("*")[1].split()[-2:]
+    settings = table("*", USUAL)[1].split()[-2:]
     assert settings == [f"model.weights={'w' * 31}…", "model.tap=a\\x1b[31mb"]
 
 
 def test_the_runs_are_listed_beside_each_other(tl: Run, own_logging: None) -> None:
-    _run("photos-1", 20, 0.9375, **{"data.root": "my/photos", "train.epochs": 3})
-    _run("breeds-1", 10, None, **{"data.source": "csv", "data.root": "d", "model.backbone": "timm/vit_small_patch16"})
+    _run("photos-1", 20, 0.9375, **{"data.root": "my/photos", "train.epochs": 3, **EVAL})
+    _run(
+        "breeds-1",
+        10,
+        None,
+        **{"data.source": "csv", "data.root": "d", "model.backbone": "timm/vit_small_patch16", **EVAL},
+    )
     done = tl("train", "--list", "runs")
     assert done.stdout == (
         "run            data          backbone                val    test  time       settings\n"

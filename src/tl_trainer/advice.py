@@ -84,7 +84,7 @@ def memorised(facts: Facts) -> Advice | None:
         return None
     evidence = f"train top-1 is {facts.train:.1%}, val top-1 {top1:.1%}: the head has memorised the training images"
     if facts.augmented or not facts.losses:
-        return Advice(f"{evidence}; more photographs help, or another backbone", facts.another)
+        return Advice(f"{evidence}; another backbone may help, or more photographs", facts.another)
     return Advice(evidence, f"{facts.again} transforms.train=default")
 
 

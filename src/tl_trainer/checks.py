@@ -159,7 +159,8 @@ def _for_checking(loaded: Loaded) -> Loaded:
         check_one(loaded)
         if config.data.task != "single":
             why = "a check compares the one class of each image, and here it may have several;"
-            raise SettingError("data.task", f"{why} to find copies and odd images, check them in one folder per class")
+            remedy = "to find copies and odd images, check a table of these images with one label each"
+            raise SettingError("data.task", f"{why} {remedy}")
         weights = resolve_weights(config.model.backbone, config.model.weights, source=config.model.weights_from).name
     model, transforms = (
         config.model.model_copy(update={"trainable": "head", "extra": [], "head": HeadSection()}),

@@ -147,24 +147,25 @@ def _say_what_was_seen(parts: Parts, split: Split, coverage: float | None) -> No
     seen = len(set(split.contents) & set(saved.val_images))
     if not seen:
         return
+    on = "these images" if seen == len(split) else f"{seen} of these images"
     if config.train.refit:
         log.warning(
-            "the head was solved on %d of these images too (train.refit), so the figures are too good; "
-            "what it gives on images it has not seen is in the run's result.json, or evaluate it on a test split",
-            seen,
+            "the head was solved on %s too (train.refit), so the figures are too good; what it gives on images it has "
+            "not seen is in the run's result.json, or evaluate it on a test split",
+            on,
         )
     if coverage is not None:
         log.warning(
-            "the sets were calibrated on %d of these images, so they keep the promise there; measure coverage on a "
-            "test split or with --data-dir",
-            seen,
+            "the sets were calibrated on %s, so they keep the promise there; measure coverage on a test split or with "
+            "--data-dir",
+            on,
         )
     tasks = [head.task for head in parts.task.heads] if isinstance(parts.task, MultiTask) else [parts.task]
     if any(task.kind == "multilabel" for task in tasks):
         log.warning(
-            "the thresholds were chosen on %d of these images, so precision, recall and F1 are slightly too good; mean "
-            "average precision takes no threshold",
-            seen,
+            "the thresholds were chosen on %s, so precision, recall and F1 are slightly too good; mean average "
+            "precision takes no threshold",
+            on,
         )
 
 
@@ -183,8 +184,8 @@ def _say_what_was_left_out(data: DataSection, saved: Checkpoint) -> None:
     skip, root = trained.get("skip"), trained.get("root")
     if skip is not None and data.skip is None and isinstance(root, str) and expand(root) == expand(data.root):
         log.warning(
-            "training left some images of this data out, and this evaluation does not; to leave them out too: "
-            "data.skip=%s",
+            "training left some images of this data out, and this evaluation does not; should they be in this split, "
+            "leave them out too: data.skip=%s",
             printable(shlex.quote(str(skip))),
         )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tl_trainer.config.schema import Config, flat
+from tl_trainer.config.schema import flat
 from tl_trainer.errors import InputError
 from tl_trainer.ground.wording import printable
 
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 BEST, RESULT = "best.pth", "result.json"  # the latter is written last of all: where it is missing, so is more
 VALUE_SHOWN = 32  # characters of a setting
-TELLING = ("seed", "transforms.", "model.", "train.", "features.views")
+TELLING = ("seed", "data.task", "data.skip", "transforms.", "model.", "train.", "features.views")
+KNOWN = ("model.backbone", "train.best")  # another column has the one; the other is most often that of the task
 PROBED = "probed.json"  # the backbones that were compared, if any, before the run began
 
 
@@ -72,25 +73,28 @@ def best_of(path: Path) -> Path:
     return newest.path / BEST
 
 
-def table(pattern: str) -> list[str]:
-    """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, time, other settings."""
+def table(pattern: str, usual: dict[str, Any]) -> list[str]:
+    """A line each, the newest first: folder, data, backbone, top-1 or mAP on val and test, time, other settings.
+
+    usual: a dumped configuration, whose settings are left out.
+    """
     rows = [("run", "data", "backbone", "val", "test", "time", "settings")]
     for run in runs_of("runs/*" if pattern == "*" else pattern):
         config = _config(run.path / "config.yaml")
         val, test = (_cell(run.result.get(split, {})) for split in ("val", "test"))
         took = str(timedelta(seconds=round(run.result["seconds"]))) if run.result else "not ended"
-        backbone, settings = printable(str(config["model"].get("backbone", ""))), " ".join(_settings(config))
+        backbone, settings = printable(str(config["model"].get("backbone", ""))), " ".join(_settings(config, usual))
         rows.append((printable(str(run.path)), _data(config["data"]), backbone, val, test, took, settings))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines if len(lines) > 1 else []
 
 
-def _settings(config: dict[str, Any]) -> Iterator[str]:
-    """What tells one run on the same data from another and is not as in the defaults of today."""
-    defaults = dict(flat(Config().model_dump(mode="json")))
+def _settings(config: dict[str, Any], usual: dict[str, Any]) -> Iterator[str]:
+    """What tells one run on the same data from another and is not as usual; nothing that follows from the task."""
+    defaults = dict(flat(usual))
     for key, value in flat(config):
-        if key.startswith(TELLING) and key != "model.backbone" and value != defaults.get(key):
+        if key.startswith(TELLING) and key not in KNOWN and value != defaults.get(key):
             text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
             yield f"{key}={text if len(text) <= VALUE_SHOWN else f'{text[: VALUE_SHOWN - 1]}…'}"
 

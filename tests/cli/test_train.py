@@ -72,7 +72,7 @@ def test_without_a_word_it_says_how_to_start(tl: Run) -> None:
         (["colours", "model.backbone=timm/test_vit", "transforms.size=160"], "tl-train colours"),
         (
             ["colours", "--config", "dinov2.yaml", "model.backbone=timm/test_vit"],
-            "tl-train colours --config dinov2.yaml 'model={}' 'transforms={}'",
+            "tl-train colours --config dinov2.yaml 'model={}' transforms.size=null",
         ),
     ],
 )

@@ -221,3 +221,13 @@ def test_a_path_is_made_when_it_is_asked_for(tmp_path: Path) -> None:
     assert not isinstance(files.paths, list)
     assert [files.paths[index].name for index in range(3)] == list(files.names)
     assert files.paths[1:] == [files.paths[1], files.paths[2]]
+
+
+def test_a_column_of_splits_that_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "labels.csv").write_text("id,label,Split\na.jpg,ant,train\nb.jpg,ant,val\n")
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").touch()
+    for column, said in ((None, 1), ("Split", 0)):
+        caplog.clear()
+        open_csv(tmp_path, CsvSection(split_column=column), None)
+        assert sum("data.csv.split_column=Split takes the splits from it" in text for text in caplog.messages) == said

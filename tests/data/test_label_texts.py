@@ -45,7 +45,7 @@ def test_the_labels_of_a_row_stand_between_separators(tmp_path: Path) -> None:
     assert dataset.split("val").targets == [(1, 0, 1)]
     overview = Overview.of(dataset)
     assert overview.counts == {"train": [2, 2, 1], "val": [1, 0, 1]}
-    assert overview.baseline_in_words("val") == "the most frequent label, cat, is on 100.0% of the val images"
+    assert overview.baseline_in_words("val") == "the most frequent label of train, cat, is on 100.0% of the val images"
 
 
 def test_a_column_for_each_label_may_say_nothing(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_what_nobody_says_of_a_label_is_not_counted_as_its_absence() -> None:
     some = Split(Files([], []), targets, range(len(targets)))
     found = Overview.of(Dataset(["wet", "dark"], {"train": some, "val": some}, "photos"))
     assert found.baseline("val") == 2 / 3
-    assert found.lines()[-1] == "the most frequent label, wet, is on 66.7% of the val images where it is known"
+    assert found.lines()[-1] == "the most frequent label of train, wet, is on 66.7% of the val images where it is known"
 
 
 def test_a_class_without_an_image_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,7 +75,7 @@ def test_rows_that_name_no_image_are_counted(caplog: pytest.LogCaptureFixture) -
     before = pictures("train")
     after = without(before, table("path\n7\n8\n"))
     assert after.splits == before.splits
-    assert caplog.messages == ["skip.csv: 2 rows name no image of pictures, e.g. 7"]
+    assert caplog.messages == ["skip.csv: 2 of its rows name no image of pictures, e.g. 7"]
 
 
 def test_a_name_that_is_no_text_is_found() -> None:
@@ -142,7 +142,7 @@ def test_a_run_leaves_them_out_and_so_does_its_evaluation(tl: Run, tmp_path: Pat
     assert last_json(gone)["n"] == 3
     assert "to leave them out too" not in gone.stderr  # of the val split, which was drawn without them
     trained_on = tl("eval", "--checkpoint", result["checkpoint"], "--split", "train")
-    assert "to leave them out too: data.skip=skip.csv" in trained_on.stderr
+    assert "leave them out too: data.skip=skip.csv" in trained_on.stderr
     named = tl("eval", "--checkpoint", result["checkpoint"], "data.skip=skip.csv")
     assert (named.returncode, "data.skip: skip.csv: cannot be read" in named.stderr) == (2, True)
     shutil.copytree("photos", "others")

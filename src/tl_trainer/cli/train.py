@@ -143,9 +143,9 @@ def _train(args: argparse.Namespace) -> int:
 
 def _with_own_backbone(words: Sequence[str]) -> str:
     """The same command with the backbone whose weights come with tl-trainer, which is the default of `model`."""
-    kept = [word for word in words if not re.match(r"(model|transforms)[.=]", word)]
+    kept = [word for word in words if not re.match(r"model[.=]|transforms\.size=", word)]
     from_file = any(word.startswith("--config") for word in words)
-    return shlex.join(["tl-train", *kept, *(["model={}", "transforms={}"] if from_file else [])])
+    return shlex.join(["tl-train", *kept, *(["model={}", "transforms.size=null"] if from_file else [])])
 
 
 def _listed(what: str = "", pattern: str = "*", *more: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SPLIT_COLUMNS = ("split", "subset", "partition")  # what such a column is called, where the configuration names none
 SAMPLE = 20  # rows whose images are looked for before any is read
 
 
@@ -122,6 +123,11 @@ def _read(reader: Reader, table: Path, section: CsvSection, several: bool) -> Co
         keys = dict.fromkeys(key for key, _ in missing)
         raise DataError(
             f"{table}:1: {unknown('column', missing[0][1], header)}; set {' and '.join(keys)} to the right one"
+        )
+    unread = [name for name in header if name.lower() in SPLIT_COLUMNS and not section.split_column]
+    for name in unread:
+        log.warning(
+            "%s: its column %s is not read; data.csv.split_column=%s takes the splits from it", table, name, name
         )
     places, width, suffix = [place[column] for column in wanted], len(header), section.suffix
     lines, images, names, labels, splits, groups = columns = Columns(array("q"), [], [], array("q"), {}, [])

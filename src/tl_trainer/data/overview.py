@@ -64,8 +64,8 @@ class Overview:
         """The baseline as a sentence."""
         most = printable(self.classes[self.by_size[0]])
         if self.images:
-            where = " where it is known" if self.unknown[split][self.by_size[0]] else ""
-            return f"the most frequent label, {most}, is on {self.baseline(split):.1%} of the {split} images{where}"
+            images = f"{split} images" + (" where it is known" if self.unknown[split][self.by_size[0]] else "")
+            return f"the most frequent label of train, {most}, is on {self.baseline(split):.1%} of the {images}"
         return f"always saying {most} would be right for {self.baseline(split):.1%} of the {split} images"
 
     def sizes_in_words(self) -> str:

@@ -39,7 +39,8 @@ def without(dataset: Dataset, table: Path) -> Dataset:
         log.info("%s: %s images are left out", table, ", ".join(told))
     if missing:
         log.warning(
-            "%s: %d rows name no image of %s, e.g. %s", table, len(missing), dataset.where, printable(min(missing))
+            "%s: %d of its rows name no image of %s, e.g. %s",
+            *(table, len(missing), dataset.where, printable(min(missing))),
         )
     return replace(dataset, splits=splits)
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tl_trainer import runs
-from tl_trainer.config.load import bundled_folder
+from tl_trainer.config.load import bundled_folder, load
 
 ROW = "{:44} {:>8} {:>5}  {:22} {:>6}  {}"
 
@@ -35,11 +35,16 @@ def configs(pattern: str) -> list[str]:
     return [f"{path.name:26} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}" for path in files]
 
 
+def past_runs(pattern: str) -> list[str]:
+    """The runs, each with what is not as in default.yaml."""
+    return runs.table(pattern, load("default.yaml").config.model_dump(mode="json"))
+
+
 LISTS: dict[str, Callable[[str], list[str]]] = {
     "backbones": backbones,
     "transforms": transforms,
     "configs": configs,
-    "runs": runs.table,
+    "runs": past_runs,
 }
 
 
