@@ -390,3 +390,14 @@ def test_a_folder_of_shards_or_tables_names_their_source(tmp_path: Path, name: s
     with pytest.raises(DataError) as caught:
         open_folders(tmp_path, None)
     assert str(caught.value) == f"{tmp_path}: no class folders in it, but {name}; set data.source={source}"
+
+
+def test_a_split_is_told_from_a_dataset_by_those_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = _layout(tmp_path / "photos", {"train": "ant bee", "val": "ant bee"})
+    open_folders(root, None)
+    open_folders(root / "train", ["ant", "bee"])  # as tl-eval does
+    assert not caplog.messages
+    open_folders(root / "train", None)
+    assert caplog.messages == [
+        f"{root / 'train'} is one split of {root}, whose val is not used; give {root} to use all"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -39,6 +40,8 @@ def open_folders(root: Path, classes: list[str] | None, fit: Fit = "exact", task
             raise DataError(f"{root} has {', '.join(folders)} but no train folder")
         classes = _class_names(folders.get("train", root))
         _refuse_splits(folders.get("train", root), classes)
+        if "all" in folders:
+            _warn_of_splits_beside(Path(os.path.abspath(root)))  # noqa: PTH100  (links stay as they are)
     left_out: list[str] = []
     splits = {}
     for name, folder in folders.items():
@@ -64,6 +67,15 @@ def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
     beside = [entry.name for entry in _entries(root) if _is_folder(entry) and Path(entry) not in used]
     if beside and root not in used:
         log.warning("%s: folders beside the splits are not used: %s", root, listed(beside))
+
+
+def _warn_of_splits_beside(root: Path) -> None:
+    """Say that the folder is one split of several, where its name is one and others stand beside it."""
+    with contextlib.suppress(DataError):  # a folder above that cannot be read says nothing
+        beside = [name for names in _splits_in(root.parent).values() for name in names if name != root.name]
+        if root.name.lower() in SPLIT_OF and beside:
+            what = "%s is one split of %s, whose %s is not used; give %s to use all"
+            log.warning(what, root, root.parent, listed(beside), root.parent)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
