@@ -90,6 +90,15 @@ def test_it_sees_each_image_in_its_own_preprocessing_once_and_its_features_are_k
     assert training.step.loss(batch).item() == teacher(hard, logits, batch.indices).item() != hard.item()
 
 
+def test_a_teacher_that_learned_smoothed_labels_is_named(taught: Path, caplog: pytest.LogCaptureFixture) -> None:
+    smoothed = train(taught.parent, {**WORDS, "train.epochs": 1, "train.loss.label_smoothing": 0.1})
+    for run, said in ((smoothed, 1), (taught, 0)):
+        caplog.clear()
+        words = {**student(run), "data.root": str(taught.parent / "colours")}
+        teacher_of(set_up(load(None, words.items())))
+        assert sum("label_smoothing: 0.1, which makes a worse teacher" in text for text in caplog.messages) == said
+
+
 def test_the_range_test_is_of_the_loss_that_the_teacher_makes(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

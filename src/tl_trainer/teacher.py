@@ -6,6 +6,7 @@ as in evaluation: in its own preprocessing and without augmentation, whatever th
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from tl_trainer.assembly import Setup, restore
 from tl_trainer.config.data import expand
 from tl_trainer.config.schema import flat
 from tl_trainer.runs import best_of
+
+log = logging.getLogger(__name__)
 
 # What the teacher computes with as the run does, and not as it was trained.
 AS_THE_RUN = (
@@ -51,6 +54,9 @@ def teacher_of(setup: Setup) -> Teacher | None:
         return None
     path = best_of(expand(section.checkpoint))
     parts = restore(path, [(key, value) for key, value in flat(config.model_dump()) if key in AS_THE_RUN])
+    if smoothing := parts.config.train.loss.label_smoothing:  # Müller et al., When Does Label Smoothing Help?, 2019
+        what = "%s learned with train.loss.label_smoothing: %g, which makes a worse teacher; train it with 0 to teach"
+        log.warning(what, path, smoothing)
     parts.thaw("head")  # it learns nothing any more, so all of its backbone is frozen
     seen = replace(split, images=split.images.decoded(parts.decoding))
     feed = parts.feeds.evaluation(seen, "train for the teacher", parts.pipeline)
