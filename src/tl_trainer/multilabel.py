@@ -161,7 +161,7 @@ class MultiLabel:
 
     def in_words(self, figures: Figures) -> str:
         """The figures on one line, without the loss."""
-        return f"mAP {figures['map']:5.1%}  macro F1 {figures['macro_f1']:5.1%}"
+        return f"mAP {figures['map']:5.1%}  macro F1 at 0.5 {figures['macro_f1']:5.1%}"
 
     def calibration(self, scores: Scores) -> Calibration:
         """The temperature of all labels, None where too few images tell, and the threshold of each."""

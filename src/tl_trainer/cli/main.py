@@ -135,7 +135,7 @@ def accuracy(figures: Mapping[str, Any], interval: str = "") -> str:
         heads = "  ".join(f"{key} {value:.1%}" for key, value in figures.items() if "/" in key)
         return f"mean {figures['mean']:.1%}  {heads}"
     if "map" in figures:
-        return f"mAP {figures['map']:.1%}  macro F1 {figures['macro_f1']:.1%}"
+        return f"mAP {figures['map']:.1%}  macro F1 at 0.5 {figures['macro_f1']:.1%}"
     top5 = f"  top-5 {figures['top5']:.1%}" if figures["top5"] < 1 else ""
     return f"top-1 {figures['top1']:.1%}{interval}{top5}"
 
