@@ -450,7 +450,7 @@ def test_a_run_with_refit_says_where_its_val_figures_are_from(
     assert "cross-validation" not in cli_report(plain)
     measured = tl_trainer.load(result["run_dir"]).evaluate("val")
     assert measured["loss"] < result["val"]["loss"]
-    assert "the head was solved on 12 of these images too (train.refit)" in caplog.text
+    assert "the head was solved on these images too (train.refit)" in caplog.text
 
 
 @pytest.mark.parametrize(
