@@ -96,7 +96,8 @@ def test_finetune_is_the_measured_recipe() -> None:
     ]
     optimizer = config.phases[1].optimizer
     assert (optimizer.name, optimizer.lr, optimizer.head_lr, optimizer.layer_decay) == ("adamw", 2e-4, 1e-3, 1.0)
-    assert (config.train.loss.label_smoothing, config.train.freeze_batchnorm) == (0.1, True)
+    train = config.train
+    assert (train.loss.label_smoothing, train.freeze_batchnorm, train.ema.decay) == (0.1, True, 0.98)
 
 
 def test_csv_reads_the_dog_breed_layout() -> None:
