@@ -240,8 +240,9 @@ def _announce(setup: Setup, run_dir: Path) -> None:
     dataset, task = setup.dataset, setup.parts.task
     log.debug("%s", _decisions(setup))
     log.info("%s\nrun directory: %s", summary(setup), run_dir)
-    for name in [name for name in ("val", "test") if name in dataset.splits]:
-        name_absent(dataset.classes, dataset.split(name), name, task.of_absent)
+    for name in ("val", "test"):
+        if name in dataset.splits:
+            name_absent(dataset.classes, dataset.split(name), name, task.of_absent)
 
 
 def summary(setup: Setup) -> str:

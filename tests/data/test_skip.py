@@ -140,7 +140,7 @@ def test_a_run_leaves_them_out_and_so_does_its_evaluation(tl: Run, tmp_path: Pat
     skip.unlink()
     gone = tl("eval", "--checkpoint", result["checkpoint"], "--json")
     assert last_json(gone)["n"] == 3
-    assert "to leave them out too" not in gone.stderr  # of the val split, which was drawn without them
+    assert "leave them out too" not in gone.stderr  # of the val split, which was drawn without them
     trained_on = tl("eval", "--checkpoint", result["checkpoint"], "--split", "train")
     assert "leave them out too: data.skip=skip.csv" in trained_on.stderr
     named = tl("eval", "--checkpoint", result["checkpoint"], "data.skip=skip.csv")

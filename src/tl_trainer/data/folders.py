@@ -71,9 +71,11 @@ def _warn_of_strays(root: Path, folders: dict[str, Path]) -> None:
 
 def _warn_of_splits_beside(root: Path) -> None:
     """Say that the folder is one split of several, where its name is one and others stand beside it."""
+    if root.name.lower() not in SPLIT_OF:  # most often: the folder above may be large, and is left alone
+        return
     with contextlib.suppress(DataError):  # a folder above that cannot be read says nothing
         beside = [name for names in _splits_in(root.parent).values() for name in names if name != root.name]
-        if root.name.lower() in SPLIT_OF and beside:
+        if beside:
             what = "%s is one split of %s, whose %s is not used; give %s to use all"
             log.warning(what, root, root.parent, listed(beside), root.parent)
 
