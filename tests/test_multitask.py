@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import tl_trainer
 from conftest import COLOURS, Run, last_json
+from tl_trainer.candidates import UNIT
 from tl_trainer.checkpoint import Calibration
 from tl_trainer.checkpoint import load as load_checkpoint
+from tl_trainer.cli.train import _report as cli_report
 from tl_trainer.config.data import CsvSection
 from tl_trainer.config.load import load
 from tl_trainer.config.training import HeadOptions, LossSection, TrainSection
@@ -150,7 +152,6 @@ def test_heads_need_columns(given: dict[str, Any], message: str) -> None:
         ({"best": "top1"}, "train.best is top1, and data.task multitask; set it to mean, loss"),
         ({"loss": {"label_smoothing": 0.1}}, "label_smoothing moves mass to classes that exclude a label"),
         ({"mixup": 0.2}, "mixup mixes images of one class each"),
-        ({"refit": True}, "refit is of a head that is found"),
     ],
 )
 def test_what_means_nothing_for_heads_is_refused(train: dict[str, Any], message: str) -> None:
@@ -333,8 +334,100 @@ def test_a_run_goes_on_where_it_was_and_passes_the_backbone_once_for_all_heads(
     assert again["val"] == whole["val"]
 
 
+FOUND: dict[str, Any] = {**SMALL, "train": {"batch_size": 16, "precision": "fp32"}}
+
+
+def written(folder: Path, photos: Path, **changed: Any) -> None:
+    """The table of the pictures in another folder, each cell as `changed` makes it of its row."""
+    with (photos / "labels.csv").open(newline="") as file:
+        rows = [{**row, "id": str(photos / row["id"])} for row in csv.DictReader(file)]
+    with (folder / "labels.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows({**row, **{name: of(row) for name, of in changed.items()}} for row in rows)
+
+
+@pytest.mark.parametrize(("refit", "normalise"), [(False, "none"), (True, "l2")])
+def test_the_heads_are_found_each_as_if_it_were_alone(
+    photos: Path, tmp_path: Path, refit: bool, normalise: str
+) -> None:
+    head = {"head": {"normalise": normalise}}
+    config = {**FOUND, "model": {**SMALL["model"], **head}, "train": {**FOUND["train"], "refit": refit}}
+    result = tl_trainer.train(config, data__root=str(photos), output__dir=str(tmp_path / "runs"))
+    state = load_checkpoint(Path(result["checkpoint"])).trained
+    assert [*result["search"]["heads"]] == ["colour", "size", "tags"]
+    assert result["search"]["refit"] == refit
+    for name, kind in (("colour", "single"), ("size", "single"), ("tags", "multilabel")):
+        own = tmp_path / name
+        own.mkdir()
+        with (photos / "labels.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row[name] or kind == "multilabel"]
+        text = "".join(f"{photos / row['id']},{row[name]},{row['split']}\n" for row in rows)
+        (own / "labels.csv").write_text("id,label,split\n" + text, encoding="utf-8")
+        section = {"image_column": "id", "label_column": "label", "split_column": "split"}
+        data = {"source": "csv", "task": kind, "workers": 0, "csv": section}
+        alone = tl_trainer.train({**config, "data": data}, data__root=str(own), output__dir=str(own / "runs"))
+        assert alone["search"] == result["search"]["heads"][name]
+        [at] = [part.of for part in task().heads if part.name == name]
+        theirs = load_checkpoint(Path(alone["checkpoint"])).trained
+        for key, value in state.items():
+            torch.testing.assert_close(value[at], theirs[key], atol=1e-5, rtol=1e-5)
+        figure = {"colour": "colour/top1", "size": "size/top1", "tags": "tags/map"}[name]
+        assert result["val"][figure] == pytest.approx(alone["val"][figure.partition("/")[2]])
+
+
+def test_heads_that_are_found_share_what_their_features_are_scaled_to_and_are_told_one_by_one(
+    photos: Path, tmp_path: Path
+) -> None:
+    shown = {"output__report": True, "output__tensorboard": True, "output__dir": str(tmp_path / "runs")}
+    result = tl_trainer.train(FOUND, data__root=str(photos), train__heads={"colour": {"weight": 50.0}}, **shown)
+    found, run_dir = result["search"]["heads"], Path(result["run_dir"])
+    units = {name: one["scaling"] == UNIT for name, one in found.items()}
+    assert len({*units.values()}) == 1
+    assert load_checkpoint(Path(result["checkpoint"])).config["model"]["head"]["normalise"] == (
+        "l2" if units["colour"] else "none"
+    )
+    with (run_dir / "search.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    for name, measure in (("colour", "top1"), ("size", "top1"), ("tags", "map")):
+        own = [row for row in rows if row["head"] == name]
+        assert len(own) == found[name]["candidates"]
+        assert {row["measure"] for row in own} == {measure}
+        assert {row["scaling"] for row in own} == {"standardised", "raw", UNIT}
+    of_colour = [
+        float(row["loss"]) for row in rows if (row["head"], row["method"]) == ("colour", found["colour"]["method"])
+    ]
+    assert found["colour"]["loss"] <= min(of_colour) + 0.05  # of the two ways, the one that the heavy head wants
+    page = Path(result["report"]).read_text()
+    assert [page.count(f"How the head of {name} was found") for name in found] == [1, 1, 1]
+    folders = {path.name for path in (run_dir / "search").iterdir()}
+    assert {"colour_1", "size_1", "tags_raw"} < folders
+    said = cli_report(result).splitlines()
+    assert [line.partition(":")[0] for line in said[:3]] == [*found]
+    model = tl_trainer.load(result["run_dir"])
+    assert model.evaluate("val")["mean"] == pytest.approx(result["val"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"size": lambda row: row["size"] if row["split"] == "train" else ""}, "no val image has a label of size"),
+        ({}, "several heads share its hidden layers"),
+    ],
+)
+def test_why_heads_are_not_found_is_said(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], said: str
+) -> None:
+    caplog.set_level("INFO", logger="tl_trainer")
+    written(tmp_path, photos, **changed)
+    model = SMALL["model"] if changed else {**SMALL["model"], "head": {"hidden": [4]}}
+    result = tl_trainer.train({**FOUND, "model": model}, data__root=str(tmp_path), output__dir=str(tmp_path / "runs"))
+    assert f"instead of being searched for: {said}" in caplog.text
+    assert result["best_epoch"] >= 1
+
+
 def test_the_bundled_configuration_trains(tl: Run, photos: Path) -> None:
-    columns = ["data.csv.image_column=id", "data.csv.label_columns=[colour, size]", "data.workers=0", "train.epochs=3"]
+    columns = ["data.csv.image_column=id", "data.csv.label_columns=[colour, size]", "data.workers=0"]
     network = ["model={backbone: timm/test_resnet, weights: none}", "transforms.size=32", "train.precision=fp32"]
     words = ["--data-dir", photos, "output.report=false", "output.tensorboard=false", "--json"]
     refused = tl("train", "--config", "multitask.yaml", *columns, *network, *words)
@@ -346,17 +439,11 @@ def test_the_bundled_configuration_trains(tl: Run, photos: Path) -> None:
         tl("train", "--config", "multitask.yaml", *columns, *network, *words, "data.csv.labels=some.csv")
     )
     assert {"colour/top1", "size/top1"} < result["val"].keys()
+    assert [*result["search"]["heads"]] == ["colour", "size"]
 
 
 def test_a_head_without_a_label_in_val_is_named(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with (photos / "labels.csv").open(newline="") as file:
-        rows = [*csv.DictReader(file)]
-    for row in rows:
-        row |= {"id": str(photos / row["id"]), "size": row["size"] if row["split"] == "train" else ""}
-    with (tmp_path / "labels.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    written(tmp_path, photos, size=lambda row: row["size"] if row["split"] == "train" else "")
     tl_trainer.train(SMALL, data__root=str(tmp_path), train__epochs=1, output__dir=str(tmp_path / "runs"))
     said = "val has no image of 'size=big', 'size=small'; a head's figures are over its other classes, but in macro F1"
     assert any(message.startswith(said) for message in caplog.messages)

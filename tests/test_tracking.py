@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from tiny import Clock
 from tl_trainer import single_label
 from tl_trainer import tracking as module_under_test
+from tl_trainer.candidates import LINEAR, RIDGE, Found, Row
 from tl_trainer.errors import RunError
 from tl_trainer.ground.progress import StatusLine, bar
 from tl_trainer.metrics import Figures, Scores, confusion, reliability
@@ -556,17 +558,16 @@ def test_on_a_terminal_short_epochs_that_are_not_the_best_share_a_line(
 
 
 def test_heads_that_were_compared_are_runs_with_curves_and_hparams(tmp_path: Path) -> None:
-    shown: list[Any] = [
-        ({"search/method": name, "search/strength": 0.1}, {"search/top1": 0.5}) for name in ("ridge", "means")
-    ]
-    for written in (shown, shown[1:]):  # the second time after a resume
+    rows = [Row(RIDGE, "raw", 0.1, None, 0.5), Row(LINEAR, "raw", 100.0, 0.7, 0.25), Row(LINEAR, "raw", 10.0, 0.6, 0.5)]
+    found = Found(rows, rows[2], [], "val", 4)
+    for parts in ({"": found}, {"": replace(found, rows=rows[1:])}):  # the second time after a resume
         with tracking(tmp_path) as tracker:
-            tracker.candidates(written, {"raw": [(100.0, 0.7, 0.25), (10.0, 0.6, 0.5)]})
-    assert [path.name for path in sorted((tmp_path / "search").iterdir())] == ["1", "raw"]
-    curves, head = events(tmp_path / "search" / "raw"), events(tmp_path / "search" / "1")
+            tracker.candidates(parts)
+    assert [path.name for path in sorted((tmp_path / "search").iterdir())] == ["1", "2", "raw"]
+    curves, head = events(tmp_path / "search" / "raw"), events(tmp_path / "search" / "2")
     assert points(curves, "search_top1") == {0: 0.25, 1: 0.5}
     assert points(curves, "search_loss") == pytest.approx({0: 0.7, 1: 0.6})
-    assert points(head, "search/top1") == {0: 0.5}
+    assert points(head, "search/top1") == {0: 0.25}
     session = head.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"search/method" in session
-    assert b"means" in session
+    assert LINEAR.encode() in session

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_trainer.ground.files import csv_text
@@ -68,6 +69,11 @@ class Found:
     folds: int = 0
     held_out: Tensor | None = None
     several: bool = False
+
+    @property
+    def parts(self) -> dict[str, Found]:
+        """Itself, as `FoundHeads` has one for each head."""
+        return {"": self}
 
     @property
     def key(self) -> str:
@@ -153,3 +159,37 @@ class Found:
         """All candidates as CSV."""
         header = (self.key if field.name == "top1" else field.name for field in fields(Row))
         return csv_text(header, map(astuple, self.rows))
+
+
+@dataclass(frozen=True)
+class FoundHeads:
+    """What was found for each of several heads, by its name, in the order of their classes.
+
+    They are one layer, so all take features of length 1 or none does. held_out: as of `Found`, of all classes.
+    """
+
+    parts: dict[str, Found]
+    held_out: Tensor | None = None
+
+    @property
+    def unit(self) -> bool:
+        """As of `Found`."""
+        return all(found.unit for found in self.parts.values())
+
+    @property
+    def layers(self) -> Layers:
+        """The one Linear of all heads."""
+        weights, biases = zip(*(layer for found in self.parts.values() for layer in found.layers), strict=True)
+        return [(torch.cat(weights), torch.cat(biases))]
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of the search: of each head what it says of one."""
+        heads = {name: found.summary() for name, found in self.parts.items()}
+        return {"heads": heads, "refit": self.held_out is not None}
+
+    def table(self) -> str:
+        """All candidates as CSV; measure: what the figure is."""
+        header = ("figure" if field.name == "top1" else field.name for field in fields(Row))
+        parts = self.parts.items()
+        rows = ((name, found.key, *astuple(row)) for name, found in parts for row in found.rows)
+        return csv_text(("head", "measure", *header), rows)

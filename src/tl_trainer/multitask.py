@@ -162,8 +162,8 @@ class MultiTask:
         return HeadsLoss(self.heads, binary, weights, section.label_smoothing)
 
     def soft_targets(self, section: LossSection, targets: Sequence[Any]) -> Tensor:
-        """Never: no head is searched for."""
-        raise AssertionError("the heads of several questions are trained")
+        """Never: each head is searched for alone."""
+        raise AssertionError("a head is searched for with its own task")
 
     def figures(self, scores: Scores) -> Figures:
         """Those in `columns`, and `n`; a head without a label in these images counts for none."""

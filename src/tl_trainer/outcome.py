@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from tl_trainer.advice import Facts, advise
 from tl_trainer.assembly import Setup
-from tl_trainer.candidates import LINEAR, Found
+from tl_trainer.candidates import LINEAR, Found, FoundHeads
 from tl_trainer.config.load import to_yaml
 from tl_trainer.config.schema import flat
 from tl_trainer.data.dataset import Split
@@ -55,7 +55,12 @@ REMEDY = "--resume {} makes what is missing, such as the report"
 
 
 def conclude(
-    setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, started: float, found: Found | None = None
+    setup: Setup,
+    feeds: dict[str, Feed],
+    tracker: Tracker,
+    saver: Saver,
+    started: float,
+    found: Found | FoundHeads | None = None,
 ) -> dict[str, Any]:
     """Figures and report of the best epoch; what result.json holds. `started` is when by `time.perf_counter`."""
     assert saver.best is not None
@@ -88,7 +93,7 @@ class _Told(NamedTuple):
     result: dict[str, Any]
     scores: dict[str, Scores]
     started: float
-    found: Found | None
+    found: Found | FoundHeads | None
 
 
 def _tell(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, told: _Told) -> None:
@@ -116,7 +121,11 @@ def _tell(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, 
             result["train"] = parts.task.figures(parts.scores(feeds["train"], "train"))
         if parts.task.kind == "single":  # its rules go by top-1
             facts = _facts(setup, evaluations["val"], overview, run_dir)
-            more = _of_search(setup, found, facts) if found else _of_epochs(setup, feeds, tracker, progress)
+            more = (
+                _of_search(setup, found, facts)
+                if isinstance(found, Found)
+                else _of_epochs(setup, feeds, tracker, progress)
+            )
             advised = advise(replace(facts, **more, train=result.get("train", {}).get("top1")))
             result["advice"] = [{"evidence": evidence, "try": remedy} for evidence, remedy in advised]
         if parts.config.output.report:
@@ -126,7 +135,7 @@ def _tell(setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, 
         if parts.config.output.tensorboard:
             _log(setup, tracker, progress.best_epoch, evaluations)
             if found is not None:
-                tracker.candidates(found.sessions(), found.curves(), found.key)
+                tracker.candidates(found.parts)
         tracker.close()
         result["seconds"] = round(time.perf_counter() - started, 3)
         write_text(run_dir / RESULT, json.dumps(result, indent=2) + "\n")
@@ -214,22 +223,25 @@ def _report(
     return write_report(run_dir / "report", evaluations[what], parts.network.classifier, parts.pipeline, about)
 
 
-def _found(setup: Setup, feeds: dict[str, Feed], found: Found) -> dict[str, Any]:
-    """What the report tells of a head that was found."""
-    pictures = {"search": png(strengths_figure(found.curves(), found.measure))}
-    linear = found.best.method == LINEAR
+def _found(setup: Setup, feeds: dict[str, Feed], found: Found | FoundHeads) -> dict[str, Any]:
+    """What the report tells of a head that was found, or of each of several."""
+    searches, pictures = [], {}
+    for head, part in found.parts.items():
+        picture = f"search_{head}.png" if head else "search.png"
+        pictures[picture] = png(strengths_figure(part.curves(), part.measure))
+        table = {"shown": part.shown(), "figure": part.figure, "measure": part.measure, "remark": part.remark()}
+        searches.append({"head": head, "picture": picture, **part.summary(), **table})
     expected: Forecast | str = "There is no forecast for a head with hidden layers."
-    if found.several:
+    if setup.parts.task.kind != "single":
         expected = "There is no forecast where images may have several labels."
-    elif linear:
+    elif isinstance(found, Found) and found.best.method == LINEAR:
         expected = forecast(setup, feeds, found.best)
     if isinstance(expected, Forecast):
-        pictures["forecast"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))
+        pictures["forecast.png"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))
         told = {"sentence": expected.sentence, "how": expected.how}
     else:
         told = {"sentence": expected, "how": ""}
-    table = {"shown": found.shown(), "figure": found.figure, "measure": found.measure, "remark": found.remark()}
-    return {"search": {**found.summary(), **table}, "forecast": told, "pictures": pictures}
+    return {"searches": searches, "forecast": told, "pictures": pictures}
 
 
 def _trained(tracker: Tracker, progress: Progress, task: Task) -> dict[str, Any]:
@@ -239,7 +251,7 @@ def _trained(tracker: Tracker, progress: Progress, task: Task) -> dict[str, Any]
         best, weights = None, f"the mean of those of epochs {listed([*map(str, progress.soup)])}, the best {by}"
     else:
         best, weights = progress.best_epoch, f"those of epoch {progress.best_epoch}, the best {by}"
-    return {"weights": weights, "pictures": {"epochs": png(epochs_figure(tracker.history(), best, task.shown))}}
+    return {"weights": weights, "pictures": {"epochs.png": png(epochs_figure(tracker.history(), best, task.shown))}}
 
 
 def _log(setup: Setup, tracker: Tracker, best_epoch: int, evaluations: dict[str, Evaluation]) -> None:

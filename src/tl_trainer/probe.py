@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from tl_trainer.assembly import Setup, set_up
+from tl_trainer.candidates import Found
 from tl_trainer.config.data import expand
 from tl_trainer.config.load import Loaded
 from tl_trainer.config.schema import Config
@@ -177,6 +178,7 @@ def _probed(candidate: Loaded, pause: Callable[[], None]) -> Probe:
         raise RunError(f"{what}: {obstacle}; name one backbone") from None
     finally:
         close(feeds)
+    assert isinstance(found, Found)  # `_check` refuses several heads
     best = found.best
     assert best.loss is not None
     return Probe(

@@ -47,7 +47,7 @@ def find_rate(loaded: Loaded) -> dict[str, Any]:
     the loss fall. A head that the first phase finds is found first. Raises a TrainerError.
     """
     started, config = time.perf_counter(), loaded.config
-    if config.phases[-1].search == "auto" and config.data.task != "multitask":  # whose heads are not searched for
+    if config.phases[-1].search == "auto":
         raise InputError(
             "--find-lr tests what trains for epochs, and here the head is found, without a learning rate; set "
             "train.epochs to train it"

@@ -43,15 +43,15 @@ def write_report(
     """Write every file of the report into `folder`, which is there; the path of its page.
 
     about: what the page tells of its origin: `name`, `checkpoint`, the configuration as YAML under `config`. Of a run
-    also its `overview`, `advice` and PNG files by name under `pictures`, of a head that was found `search` (what
-    `search.Found.summary` gives, and the rows `shown`) and `forecast` (`sentence` and `how`), of another which its
-    `weights` are.
+    also its `overview`, `advice` and PNG files by name under `pictures`, of heads that were found `searches` (of each
+    what `Found.summary` gives, the rows `shown` and its `picture`) and `forecast` (`sentence` and `how`), of others
+    which their `weights` are.
     `nearest`: what gives the NEIGHBOURS nearest training images of each image of a split, where features are at hand.
     Raises RunError where a file cannot be written, ImageError where an image is gone.
     """
     measured, classes = evaluation.measured, evaluation.checkpoint.classes
     pictures = {f"{name}.png": data for name, data in evaluation.pictures.items()}
-    pictures |= {f"{name}.png": data for name, data in about.get("pictures", {}).items()}
+    pictures |= about.get("pictures", {})
     checkpoint = evaluation.checkpoint
     split, scores, task = evaluation.split, evaluation.scores, evaluation.task
     predictions: Predictions | LabelPredictions

@@ -19,7 +19,7 @@ import torch
 from torchvision.transforms import v2
 
 from tl_trainer.assembly import SKIP_FILE, Parts, Setup, set_up
-from tl_trainer.candidates import Found
+from tl_trainer.candidates import Found, FoundHeads
 from tl_trainer.checkpoint import Checkpoint
 from tl_trainer.config.data import expand
 from tl_trainer.config.load import COMMAND_LINE, UNNAMED, Loaded, to_yaml
@@ -120,7 +120,7 @@ def train(
 
 def _phase(
     setup: Setup, number: int, feeds: dict[str, Feed], tracker: Tracker, saver: Saver, pause: Callable[[], None]
-) -> Found | None:
+) -> Found | FoundHeads | None:
     """Train one phase to its end; the head that was found, where it was not trained."""
     phases, state = setup.parts.config.phases, saver.state
     if phases[1:]:
@@ -304,7 +304,7 @@ def _step_size(parts: Parts, feed: Feed) -> int:
     return _trained(parts) * parts.config.train.batch_size if isinstance(feed.batches, FeatureBatches) else sys.maxsize
 
 
-def _take(found: Found, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver) -> None:
+def _take(found: Found | FoundHeads, setup: Setup, feeds: dict[str, Feed], tracker: Tracker, saver: Saver) -> None:
     """Make the head that was found the result of the run, as the best epoch of a training would be."""
     parts, started, progress = setup.parts, time.perf_counter(), saver.state.progress
     asked = progress.found or parts.config.model.head.normalise

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,17 @@ from torch.nn import functional
 
 from tl_trainer import mlp, simpler
 from tl_trainer.assembly import Parts, Setup
-from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, Layers, Row
-from tl_trainer.config.schema import HeadSection
+from tl_trainer.candidates import LINEAR, MEANS, NEIGHBOURS, RIDGE, UNIT, Found, FoundHeads, Layers, Row
 from tl_trainer.errors import DataError, RunError
 from tl_trainer.features import FeatureBatches, Features, views_that_fit
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.ground.progress import bar
+from tl_trainer.ground.wording import printable
 from tl_trainer.logistic import STRENGTHS, Axes, Solution, path, promising
+from tl_trainer.multitask import Head, MultiTask
 from tl_trainer.tables import FOLDS, SCALINGS, Table, figure_of, folds_in, folds_of, losses_of, scalings_for, shares_of
+from tl_trainer.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ FEWEST_VAL, FEWEST_DRAWN = 200, 2_000  # validation images from which they decid
 PAIRS = 10**9  # of images of train and val, up to which neighbours are looked for
 
 
-def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | None:
+def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | FoundHeads | None:
     """The best head for the features; None, saying why, where it has to be trained for epochs.
 
     pause: called after every candidate, and of an MLP after every batch; it may end the search by an exception. Raises
@@ -50,9 +52,11 @@ def search(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> F
             raise RunError(f"train.refit needs a head that is found, and this one is not: {obstacle}") from None
         log.info("the head is trained for %d epochs instead of being searched for: %s", section.epochs, obstacle)
         return None
-    log.info("%d heads, judged by %s:\n%s", len(found.rows), found.judged, "\n".join(found.lines()))
-    if remark := found.remark():
-        log.info("%s", remark)
+    for name, part in found.parts.items():
+        said = f"{printable(name)}: " if name else ""
+        log.info("%s%d heads, judged by %s:\n%s", said, len(part.rows), part.judged, "\n".join(part.lines()))
+        if remark := part.remark():
+            log.info("%s%s", said, remark)
     return found
 
 
@@ -60,12 +64,10 @@ class NotSearchable(Exception):
     """Why a head has to be trained for epochs, in words."""
 
 
-def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found:
+def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -> Found | FoundHeads:
     """The best head for the features; pause: as for `search`. Raises NotSearchable, and RunError as `search` does."""
     parts, (train, val) = setup.parts, (feeds[name].batches for name in ("train", "val"))
-    if parts.task.kind == "multitask":
-        raise NotSearchable("it has several heads")
-    head = parts.config.model.head
+    head, task = parts.config.model.head, parts.task
     if parts.network.classifier.trained:
         raise NotSearchable("stages of the backbone train too")
     if not isinstance(train, FeatureBatches) or not isinstance(val, FeatureBatches):
@@ -74,44 +76,99 @@ def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -
         )
     if head.dropout and not head.hidden:
         raise NotSearchable("it has dropout")
+    if isinstance(task, MultiTask) and head.hidden:
+        raise NotSearchable("several heads share its hidden layers")
     if not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
         raise NotSearchable("its features take too much memory")
-    tables = table_of(parts, train.features, views), table_of(parts, val.features)
-    for name, table in zip(("train", "val"), tables, strict=True):
-        if not table.features.norm().isfinite():
-            what = f"the features of the {name} images are not finite or too large"
-            raise RunError(f"{what}; set train.precision=fp32")
     if views < len(train.features.keys):
         log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
-    with threads_for(tables[0].features.numel() * len(parts.task.classes)):
-        return _found(tables, head, setup, pause)
+    kept = _Kept(train.features, val.features, views)
+    with threads_for(views * len(train.features.targets) * parts.features * len(task.classes)):
+        return (
+            _found_heads(task.heads, setup, kept, pause) if isinstance(task, MultiTask) else _found(setup, kept, pause)
+        )
 
 
-def _grouped(setup: Setup, *names: str) -> Tensor | None:
+class _Kept(NamedTuple):
+    """The features that are kept of train and of val, and how many views of train are searched."""
+
+    train: Features
+    val: Features
+    views: int
+
+    def tables(self, parts: Parts, head: Head | None = None) -> tuple[Table, Table]:
+        """Those of train and val, of a head alone where one is named."""
+        tables = table_of(parts, self.train, self.views, head), table_of(parts, self.val, head=head)
+        for name, table in zip(("train", "val"), tables, strict=True):
+            if not table.features.norm().isfinite():
+                what = f"the features of the {name} images are not finite or too large"
+                raise RunError(f"{what}; set train.precision=fp32")
+        return tables
+
+
+def _grouped(setup: Setup, *names: str, head: Head | None = None) -> Tensor | None:
     """The folds of the images of these splits where they have groups or copies; says where there can be none."""
     splits, parts = [setup.dataset.split(name) for name in names], setup.parts
-    targets = [target for split in splits for target in split.targets]
+    task, rows, targets = _asked(parts, torch.tensor([target for split in splits for target in split.targets]), head)
     hashes = [digest for split in splits for digest in split.hashes]
+    hashes = [hashes[row] for row in rows]
     if not splits[0].groups:
         numbers = {digest: number for number, digest in enumerate(dict.fromkeys(hashes))}
         same = torch.tensor([numbers[digest] for digest in hashes])
-        return folds_of(torch.tensor(targets), same) if len(numbers) < len(hashes) else None
+        return folds_of(targets, same) if len(numbers) < len(hashes) else None
     groups = [group for split in splits for group in split.groups]
+    groups = [groups[row] for row in rows]
     for count in range(FOLDS, 1, -1):
         with contextlib.suppress(DataError):
-            return torch.tensor(parts.task.folds(targets, count, parts.config.seed, groups, hashes))
+            return torch.tensor(task.folds(targets.tolist(), count, parts.config.seed, groups, hashes))
     log.info("the training images have too few groups for cross-validation, so the val images alone choose the head")
     return torch.full((len(targets),), FOLDS)
 
 
-def _found(tables: tuple[Table, Table], head: HeadSection, setup: Setup, pause: Callable[[], None]) -> Found:
-    train, val, config = *tables, setup.parts.config
-    if head.hidden:
+def _asked(parts: Parts, targets: Tensor, head: Head | None) -> tuple[Task, Sequence[int], Tensor]:
+    """The task of a head, or that of all; which images have a label there, and their targets."""
+    if head is None:
+        return parts.task, range(len(targets)), targets
+    known, own = head.own(targets)
+    return head.task, known.nonzero()[:, 0].tolist(), own
+
+
+def _found(setup: Setup, kept: _Kept, pause: Callable[[], None]) -> Found:
+    config, (train, val) = setup.parts.config, kept.tables(setup.parts)
+    if (head := config.model.head).hidden:
         plan = mlp.Plan(head.hidden, head.dropout, config.train.batch_size, config.seed)
         return find_mlp(train, val, plan, unit=head.normalise == "l2", pause=pause)
     scalings = scalings_for(head.normalise)
     found = find(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=_grouped(setup, "train"))
     return refitted(found, train, val, pause, _grouped(setup, "train", "val")) if config.train.refit else found
+
+
+def _found_heads(heads: Sequence[Head], setup: Setup, kept: _Kept, pause: Callable[[], None]) -> FoundHeads:
+    """The best of each head, among those with features of length 1 or the others: whichever have the lower loss."""
+    config, scalings = setup.parts.config, scalings_for(setup.parts.config.model.head.normalise)
+    compared = []
+    for head in heads:
+        if not head.own(kept.val.targets)[0].any():
+            raise NotSearchable(f"no val image has a label of {printable(head.name)}")
+        train, val = kept.tables(setup.parts, head)
+        folds = _grouped(setup, "train", head=head)
+        compared.append(compare(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=folds))
+
+    def loss(found: list[Found]) -> float:
+        return sum(head.weight * (of.best.loss or 0.0) for head, of in zip(heads, found, strict=True))
+
+    alike = sorted({name == UNIT for name in scalings})
+    found = min(([of.found(unit=unit) for of in compared] for unit in alike), key=loss)
+    held_out = None
+    if config.train.refit:
+        held_out = torch.zeros(len(kept.val.targets), len(setup.parts.task.classes))
+        for number, head in enumerate(heads):
+            folds = _grouped(setup, "train", "val", head=head)
+            again = refitted(found[number], *kept.tables(setup.parts, head), pause, folds)
+            assert again.held_out is not None
+            held_out[head.own(kept.val.targets)[0].cpu(), head.of] = again.held_out.cpu()
+            found[number] = again
+    return FoundHeads({head.name: of for head, of in zip(heads, found, strict=True)}, held_out)
 
 
 class _Work(NamedTuple):
@@ -132,18 +189,40 @@ def _work(parts: Parts) -> _Work:
     return _Work(linear.row, linear.kept + (len(mlp.DROPOUTS) + 4) * at_once * size)
 
 
-def table_of(parts: Parts, features: Features, views: int = 1) -> Table:
-    """The features as the solver takes them, where it solves."""
-    count = len(features.targets)
-    rows = torch.cat([features.take(view, range(count)).flatten(1).float() for view in range(views)])
-    soft = parts.task.soft_targets(parts.config.train.loss, features.targets.tolist())
-    targets, soft = (torch.cat([column] * views) for column in (features.targets, soft))
-    table = Table(rows, targets, soft, torch.arange(count).repeat(views))
+def table_of(parts: Parts, features: Features, views: int = 1, head: Head | None = None) -> Table:
+    """The features as the solver takes them, where it solves; of a head the images that have a label there."""
+    task, at, targets = _asked(parts, features.targets, head)
+    rows = torch.cat([features.take(view, at).flatten(1).float() for view in range(views)])
+    soft = task.soft_targets(parts.config.train.loss, targets.tolist())
+    targets, soft = (torch.cat([column] * views) for column in (targets, soft))
+    table = Table(rows, targets, soft, torch.arange(len(at)).repeat(views))
     device = parts.network.device  # but an Apple GPU has neither eigenvectors nor float64
     return Table(*(column.to("cpu" if device.type == "mps" else device) for column in table))
 
 
-def find(
+class Compared(NamedTuple):
+    """The linear heads that were solved, the rows of simpler methods, and what judged them, as `Found` has it."""
+
+    solved: list[_Solved]
+    simpler: list[Row]
+    judged: str
+    images: int
+    folds: int
+    several: bool
+
+    def found(self, unit: bool | None = None) -> Found:
+        """The best; unit: of those for features of length 1, or of the others. Raises RunError where none converged."""
+        best = _best([one for one in self.solved if unit is None or unit == (one.row.scaling == UNIT)])
+        rows = [*(candidate.row for candidate in self.solved), *self.simpler]
+        return Found(rows, best.row, best.layers, self.judged, self.images, self.folds, several=self.several)
+
+
+def find(train: Table, val: Table, **options: Any) -> Found:
+    """The best linear head for the features; options: those of `compare`. Raises RunError where none converges."""
+    return compare(train, val, **options).found()
+
+
+def compare(
     train: Table,
     val: Table,
     *,
@@ -151,11 +230,10 @@ def find(
     drawn: bool = False,
     pause: Callable[[], None] = lambda: None,
     folds: Tensor | None = None,
-) -> Found:
-    """The best linear head for the features, and beside it what simpler methods give. `drawn`: val was from train.
+) -> Compared:
+    """Linear heads for the features, and beside them what simpler methods give. `drawn`: val was from train.
 
-    folds: the fold of each image of train for cross-validation, FOLDS where there is none; None: drawn here. Raises
-    RunError where no candidate converges.
+    folds: the fold of each image of train for cross-validation, FOLDS where there is none; None: drawn here.
     """
     few = len(val.targets) < (FEWEST_DRAWN if drawn else FEWEST_VAL)
     few = few and (folds is None or bool((folds < FOLDS).any()))
@@ -168,17 +246,15 @@ def find(
         axes, candidates = _linear(name, train, val, fold, judged, pause)
         standard = axes if name == "standardised" else standard  # which serve ridge regression too
         solved += candidates
-    best = _best(solved)
     parts = [(train, val)]
     if few:
         inside = torch.zeros_like(fold, dtype=torch.bool).index_fill_(0, judged, True)
         parts += [(train.part(fold != number), train.part(inside & (fold == number))) for number in range(FOLDS)]
-    rows = [*(candidate.row for candidate in solved), *_simpler(parts, standard, pause)]
+    simple = [*_simpler(parts, standard, pause)]
     words = f"{len(val.targets):,} validation images"
     divided = int(fold.max()) + 1 if few else 0
     words += f" and {divided}-fold cross-validation over train" if few else ""
-    count = len(val.targets) + len(judged)
-    return Found(rows, best.row, best.layers, words, count, divided, several=val.targets.ndim == 2)
+    return Compared(solved, simple, words, len(val.targets) + len(judged), divided, several=val.targets.ndim == 2)
 
 
 def _linear(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import to_pil_image
 
+from tl_trainer.candidates import Found
 from tl_trainer.errors import RunError
 from tl_trainer.ground import distributed
 from tl_trainer.ground.failures import is_worker_death
@@ -162,33 +163,30 @@ class Tracker:
         self._scalars(figures, self._done + 1)
 
     @_on_tensorboard
-    def candidates(
-        self,
-        shown: Iterable[tuple[dict[str, str | float], dict[str, float]]],
-        curves: Mapping[str, Sequence[tuple[float, float, float]]],
-        key: str = "top1",
-    ) -> None:
+    def candidates(self, parts: Mapping[str, Found]) -> None:
         """Log heads that were compared, in runs of their own, as TensorBoard's hparams tab wants them.
 
-        shown: settings and figures of a few. curves: (strength, log loss, top-1 or what `key` says) of all linear ones
-        by their scaling; a step is a strength.
+        parts: what was found for each of several heads, by its name; for one head the name is "". Of each, the
+        candidates worth seeing, and curves of all linear ones by their scaling, in which a step is a strength.
         """
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         folder = Path(self.writer.log_dir) / CANDIDATES
         shutil.rmtree(folder, ignore_errors=True)  # of before a resume
-        for number, (settings, figures) in enumerate(shown, 1):
-            with SummaryWriter(str(folder / str(number))) as writer:
-                for summary in hparams(settings, figures):  # type: ignore[no-untyped-call]
-                    writer._get_file_writer().add_summary(summary)
-                for tag, value in figures.items():
-                    writer.add_scalar(tag, value, 0)
-        for name, points in curves.items():
-            with SummaryWriter(str(folder / name)) as writer:
-                for step, (_, loss, share) in enumerate(points):
-                    writer.add_scalar("search_loss", loss, step)
-                    writer.add_scalar(f"search_{key}", share, step)
+        for head, found in parts.items():
+            of, of_head = (f"{head}_", {"search/head": head}) if head else ("", {})
+            for number, (settings, figures) in enumerate(found.sessions(), 1):
+                with SummaryWriter(str(folder / f"{of}{number}")) as writer:
+                    for summary in hparams(settings | of_head, figures):  # type: ignore[no-untyped-call]
+                        writer._get_file_writer().add_summary(summary)
+                    for tag, value in figures.items():
+                        writer.add_scalar(tag, value, 0)
+            for name, points in found.curves().items():
+                with SummaryWriter(str(folder / f"{of}{name}")) as writer:
+                    for step, (_, loss, share) in enumerate(points):
+                        writer.add_scalar("search_loss", loss, step)
+                        writer.add_scalar(f"search_{found.key}", share, step)
 
     @_on_tensorboard
     def embedding(self, features: Tensor, labels: Sequence[str], thumbnails: Tensor) -> None:

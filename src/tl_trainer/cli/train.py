@@ -260,8 +260,11 @@ def _extended(args: argparse.Namespace, overrides: dict[str, Any]) -> str:
 
 def _report(result: dict[str, Any]) -> str:
     if found := result.get("search"):
-        how = f"{found['method']}, {found['settings']}"
-        lines = [f"best of {found['candidates']} heads: {how}; {result['seconds']:.0f} s"]
+        lines = []
+        for name, one in found.get("heads", {"": found}).items():
+            of = f"{printable(name)}: " if name else ""
+            lines.append(f"{of}best of {one['candidates']} heads: {one['method']}, {one['settings']}")
+        lines[-1] += f"; {result['seconds']:.0f} s"
         if probed := result.get("probed"):
             [taken] = [row for row in probed if row["taken"]]
             lines.insert(0, f"of {len(probed)} that were compared: {taken['backbone']} ({taken['weights']})")

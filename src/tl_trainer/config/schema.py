@@ -200,7 +200,6 @@ class Config(Section):
         }
         if task == "multitask":
             single |= several if not self.data.table.multilabel_columns else {}
-            single["refit"] = train.refit and "is of a head that is found, and those of columns are trained"
         for key, reason in (several if task == "single" else single).items():
             if reason:
                 raise ValueError(f"train.{key} {reason}, which is not so with data.task: {task}; leave it out")
