@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from stress import checkpoints, hosts, inputs, runs, sources
+from stress import checkpoints, hosts, inputs, ranks, runs, sources
 from stress.tools import NotRun, Outcome
 
 Row = Callable[[int, Path, random.Random], Outcome]
@@ -50,6 +50,11 @@ ROWS: dict[str, tuple[Row, int]] = {
     "yaml": (inputs.hostile_yaml, 18),
     "downloads": (sources.downloads, 9),
     "escapes": (inputs.escapes, 10),
+    "killed-ranks": (ranks.killed_ranks, 20),
+    "ended-agents": (ranks.ended_agents, 6),
+    "two-nodes": (ranks.two_nodes, 2),
+    "shards": (ranks.shards, 10_000),
+    "million": (ranks.million, 1_000_000),
 }
 
 
