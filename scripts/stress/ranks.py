@@ -29,10 +29,15 @@ from tl_trainer import checkpoint
 from tl_trainer.data.webdataset import Members
 
 PATIENCE = 240.0
+TO_START = 8.0  # seconds that torchrun and its ranks take, about
 ENDING_SECONDS, ORPHANED_SECONDS = 30.0, 10.0  # that ranks may live after SIGTERM to torchrun, and after its death
 KEY_BYTES = 40  # of a feature in a .keys file
 SIDE = 8  # pixels of the pictures in shards
 MOST_MEMORY = 1.5e9  # bytes that a rank may take
+SMALL = (
+    f"transforms.eval=[{{Resize: [{SIDE}, {SIDE}]}}]", "train.epochs=1", "train.batch_size=256",
+    "output.tensorboard=false",
+)  # fmt: skip
 FEW_FEATURES = (*TINY, "train.search=auto", "transforms.train=eval", "output.tensorboard=false")
 
 
@@ -97,36 +102,37 @@ def _command_line(pid: int) -> bytes:
     return b""
 
 
-def _rows(cache: Path) -> int:
+def rows_in(cache: Path) -> int:
     """The feature rows that were written, each once or more."""
     return sum(path.stat().st_size for path in cache.rglob("*.keys")) // KEY_BYTES
 
 
 def killed_ranks(count: int, folder: Path, rng: random.Random) -> Outcome:
     """SIGKILL of one of two ranks at a random moment, under --max-restarts 3: the end is that of an undisturbed run."""
-    outcome, data = Outcome(), draw(folder / "data", per_class=40)
+    outcome, killed, data = Outcome(), 0, draw(folder / "data", per_class=40)
     words = ("--data-dir", data, *RECIPES["cached"], "train.epochs=6")
-    options = ("--standalone", "--max-restarts", "3")
-    started = time.perf_counter()
-    whole = Agent(2, *words, "--output", folder / "whole" / "runs", folder=folder / "whole", options=options)
-    assert whole.end() == 0, whole.said()
-    seconds, expected = time.perf_counter() - started, record(folder / "whole" / "runs" / "run-1", curves=False)
-    images = _rows(folder / "whole" / "cache")
+    started, whole = time.perf_counter(), folder / "whole"
+    undisturbed = forked("train", 2, *words, "--output", whole / "runs", logs=whole)
+    assert [rank.code for rank in undisturbed] == [0, 0], undisturbed[0].said()
+    seconds = TO_START + time.perf_counter() - started
+    expected, images = record(whole / "runs" / "run-1", curves=False), rows_in(whole / "cache")
     for number in range(count):
         place = folder / f"killed-{number}"
+        options = ("--standalone", "--max-restarts", "3")
         agent = Agent(2, *words, "--output", place / "runs", folder=place, options=options)
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
-        victims = agent.ranks()
-        if victims:
+        time.sleep(rng.uniform(0.5 * TO_START, seconds))
+        if victims := agent.ranks():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rng.choice(victims), signal.SIGKILL)
+                killed += 1
         code = agent.end()
         problem = f"exit {code}: {agent.said()[-500:]}" if code != 0 else None
         problem = problem or difference(record(run_dirs(place / "runs")[-1], curves=False), expected)
-        if not problem and _rows(place / "cache") != images:
-            problem = f"{_rows(place / 'cache')} rows were written of {images} images"
+        if not problem and rows_in(place / "cache") != images:
+            problem = f"{rows_in(place / 'cache')} rows were written of {images} images"
         outcome.count(problem)
         shutil.rmtree(place, ignore_errors=True)
+    outcome.notes.append(f"{killed} were still there to be killed")
     return outcome
 
 
@@ -288,44 +294,44 @@ def shards(count: int, folder: Path, rng: random.Random) -> Outcome:
 
 
 def million(count: int, folder: Path, rng: random.Random) -> Outcome:
-    """So many rows, and a half and a quarter of them, by two ranks: their memory; the last is killed and goes on."""
-    outcome, peaks, seconds = Outcome(), [], []
-    for part in (4, 2, 1):
-        place, rows = folder / str(part), count // part
+    """A quarter, half and all of so many rows by two ranks, extracted and trained on: memory, and that none is lost.
+
+    The first quarter is killed in the middle and goes on.
+    """
+    outcome, notes = Outcome(), []
+    for part, killed in ((4, True), (4, False), (2, False), (1, False)):
+        place, rows = folder / f"{part}-{killed}", count // part
         write_shards(place / "data", "train", rows, max(2, rows // 10_000))
-        words = ("data.source=webdataset", f"data.root={place / 'data'}", *_searched(), "train.batch_size=256",
-                 "--output", place / "runs")  # fmt: skip
+        words = ("data.source=webdataset", f"data.root={place / 'data'}", *RECIPES["cached"], *SMALL)
+        options = ("--standalone", "--max-restarts", "3")
         started = time.perf_counter()
-        agent = Agent(2, *words, folder=place, options=("--standalone", "--max-restarts", "3"))
-        peak, to_kill = 0, part == 1
+        agent = Agent(2, *words, "--output", place / "runs", folder=place, options=options)
+        peak, to_kill = 0, killed
         while agent.process.poll() is None:
             ranks = agent.ranks()
-            peak = max([peak, *map(_peak, ranks)])
-            if to_kill and _rows(place / "cache") > rows // 2:
+            peak = max([peak, *map(_memory, ranks)])
+            if to_kill and ranks and rows_in(place / "cache") > rows // 2:
                 os.kill(rng.choice(ranks), signal.SIGKILL)
                 to_kill = False
-            time.sleep(0.5)
-        seconds.append(time.perf_counter() - started)
-        peaks.append(peak)
-        problem = f"exit {agent.process.returncode}: {agent.said()[-500:]}" if agent.process.returncode else None
-        if not problem and _rows(place / "cache") != rows:
-            problem = f"{_rows(place / 'cache')} rows were written of {rows} images"
+            time.sleep(0.2)
+        seconds, code, written = time.perf_counter() - started, agent.process.returncode, rows_in(place / "cache")
+        problem = f"exit {code}: {agent.said()[-500:]}" if code else None
+        if not problem and written != rows:
+            problem = f"{written} rows were written of {rows} images"
         if not problem and to_kill:
             problem = "it ended before it was killed"
+        if not problem and peak > MOST_MEMORY:
+            problem = f"a rank took {peak / 1e9:.2f} GB"
         outcome.count(problem)
+        notes.append(f"{rows:,}{' and a kill' if killed else ''} {seconds:.0f} s, {peak / 1e9:.2f} GB")
         shutil.rmtree(place)
-    outcome.count(None if max(peaks) <= MOST_MEMORY else f"a rank took {max(peaks) / 1e9:.2f} GB")
-    outcome.notes.append(
-        "of a quarter, half and all: "
-        + ", ".join(f"{peak / 1e9:.2f} GB and {took:.0f} s" for peak, took in zip(peaks, seconds, strict=True))
-    )
+    outcome.notes.append("; ".join(notes))
     return outcome
 
 
-def _peak(pid: int) -> int:
-    """The most memory that a process has had, in bytes."""
+def _memory(pid: int) -> int:
+    """The bytes of a process that are not those of files."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
     return 0

@@ -19,8 +19,8 @@ import re
 import time
 import uuid
 import zlib
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,9 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: dict[bytes, tuple[int, int]] = {}
+        self.index: dict[bytes, int] = {}  # of each key its row, counted through all segments
         self.segments: list[_Rows] = []
+        self._ends = [0]  # how many rows there are before each segment, and in all
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.float32
         self._writer: _Segment | _Memory | None = None
@@ -76,7 +77,7 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Read what is there now, leaving out, with a warning, what is damaged."""
-        self.index, self.segments, self._readable = {}, [], True
+        self.index, self.segments, self._ends, self._readable = {}, [], [0], True
         try:
             described, paths = self._read_description(), sorted(self.folder.glob("*.keys"))
         except PermissionError as error:
@@ -97,9 +98,9 @@ class FeatureStore:
         while damaged := [key for key in wanted if key in self.index and not self._intact(key)]:
             log.warning("%d cached features in %s are damaged and are computed again", len(damaged), self.folder)
             for key in damaged:
-                segment, number = self.index[key]
-                if records := self.segments[segment].records:
-                    self._leave_out(records, [number])
+                segment, number = self._place(key)
+                if segment.records:
+                    self._leave_out(segment.records, [number])
             self.refresh()  # another segment may have the row too, and that one may be damaged as well
         return [key for key in wanted if key not in self.index]
 
@@ -133,8 +134,8 @@ class FeatureStore:
             writer.close()
             self.refresh()
         elif writer is not None and writer.keys:
-            self.index |= {key: (len(self.segments), number) for number, key in enumerate(writer.keys)}
-            self.segments.append(writer.segment())
+            self.index |= {key: row for row, key in enumerate(writer.keys, self._ends[-1])}
+            self._add(writer.segment())
 
     @property
     def in_memory(self) -> bool:
@@ -144,24 +145,35 @@ class FeatureStore:
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
         try:
-            places = np.fromiter(chain.from_iterable(self.index[key] for key in keys), np.int64).reshape(-1, 2)
+            rows = np.fromiter((self.index[key] for key in keys), np.int64, len(keys))
         except KeyError as error:
             raise RunError(
                 f"{self.folder} was removed or changed while it was in use; run it again, and with a higher "
                 "features.limit_gb if another run made room for its own features"
             ) from error
         numbers = np.empty((len(keys), self._row_numbers), dtype=self._number)
-        for segment in np.unique(places[:, 0]):
-            chosen = np.flatnonzero(places[:, 0] == segment)
+        segments = np.searchsorted(self._ends, rows, "right") - 1
+        for segment in np.unique(segments):
+            chosen = np.flatnonzero(segments == segment)
             for first in range(0, len(chosen), ROWS_AT_ONCE):
                 block = chosen[first : first + ROWS_AT_ONCE]
-                numbers[block] = self.segments[segment].rows[places[block, 1]]
+                numbers[block] = self.segments[segment].rows[rows[block] - self._ends[segment]]
         return torch.from_numpy(numbers).view(self.dtype).view(len(keys), *self.shape)
 
     @property
     def row_bytes(self) -> int:
         """The size of one row."""
         return self._row_numbers * self._number.itemsize
+
+    def _add(self, segment: _Rows) -> None:
+        self.segments.append(segment)
+        self._ends.append(self._ends[-1] + len(segment.rows))
+
+    def _place(self, key: bytes) -> tuple[_Rows, int]:
+        """The segment of a row, and its number there."""
+        row = self.index[key]
+        segment = bisect_right(self._ends, row) - 1
+        return self.segments[segment], row - self._ends[segment]
 
     @property
     def _number(self) -> np.dtype[Any]:
@@ -213,7 +225,7 @@ class FeatureStore:
         rows_path = path.with_suffix(".rows")
         rows_before = _size(rows_path)  # before the records, for while they are read another run may add both
         records = np.fromfile(path, dtype=_RECORD, count=_size(path) // _RECORD.itemsize)
-        raw, there = records.tobytes(), _size(rows_path) // self.row_bytes
+        raw, there, before = records.tobytes(), _size(rows_path) // self.row_bytes, self._ends[-1]
         shape, damaged = (min(there, len(records)), self._row_numbers), []
         rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape) if shape[0] else None
         for number in range(len(records)):
@@ -221,21 +233,20 @@ class FeatureStore:
             if record == _BLANK or (path, number) in self._left_out:
                 continue
             if number < there and zlib.crc32(record[:_CHECKED_BYTES]) == records["record_sum"][number]:
-                self.index[record[:KEY_BYTES]] = (len(self.segments), number)
+                self.index[record[:KEY_BYTES]] = before + number
             else:
                 damaged.append(number)
         if damaged:
             log.warning("%s: %d features are damaged or cut off and are computed again", path, len(damaged))
             self._leave_out(path, damaged)
         if rows is not None:
-            self.segments.append(_Rows(path, rows, records["row_sum"]))
+            self._add(_Rows(path, rows, records["row_sum"]))
         if rows_before > len(records) * self.row_bytes or _size(path) % _RECORD.itemsize:
             log.warning("%s has an unfinished end; what it lacks is computed again", path)
             _trim({path: len(records) * _RECORD.itemsize, rows_path: len(records) * self.row_bytes})
 
     def _intact(self, key: bytes) -> bool:
-        place, number = self.index[key]
-        segment = self.segments[place]
+        segment, number = self._place(key)
         return zlib.crc32(segment.rows[number].data) == int(segment.checksums[number])
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,12 +127,13 @@ class Extractor:
         self.make_folder()
         store = self._store(pipeline)
         keys = [[_key(digest, tag) for digest in split.hashes] for tag in tags]
-        wanted = {key: index for index, views_of_one in enumerate(zip(*keys, strict=True)) for key in views_of_one}
-        missing: dict[int, list[bytes]] = {}
-        for key in store.find(wanted):
-            missing.setdefault(wanted[key], []).append(key)
+        wanted = {key: place for place, key in enumerate(itertools.chain.from_iterable(zip(*keys, strict=True)))}
         # What rank 0 lacks is computed by all; afterwards each is sent what is not in its own cache.
-        lacking = distributed.from_first(lambda: [Missing(*item) for item in missing.items()])
+        places = distributed.from_first(lambda: array("q", (wanted[key] for key in store.find(wanted))))
+        missing: dict[int, list[bytes]] = {}
+        for image, view in (divmod(place, views) for place in places):
+            missing.setdefault(image, []).append(keys[view][image])
+        lacking = [Missing(*item) for item in missing.items()]
 
         def compute() -> int:
             before = self.computed

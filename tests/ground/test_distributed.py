@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from conftest import Run, draw_split
-from stress import tools
+from stress.ranks import forked, rows_in
 from tl_trainer import checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.errors import ConfigError
@@ -27,18 +24,10 @@ EPOCHS = [
 
 
 def ranks(count: int, *words: object) -> list[subprocess.CompletedProcess[str]]:
-    """tl-train by ranks that are forked from here, each with the environment that torchrun gives it."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": str(count)}
-    children = [
-        tools.command("train", *words, logs=Path(f"rank-{rank}"), cache=Path("cache"),
-                      prepare=partial(os.environ.update, at, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in range(count)
-    ]  # fmt: skip
-    codes = [child.wait() for child in children]
+    """tl-train by ranks that are forked from here."""
+    children = forked("train", count, *words, logs=Path("ranks"), cache=Path("cache"))
     return [
-        subprocess.CompletedProcess(words, code, child.out.read_text(), child.said())
-        for code, child in zip(codes, children, strict=True)
+        subprocess.CompletedProcess(words, child.code or 0, child.out.read_text(), child.said()) for child in children
     ]
 
 
@@ -53,11 +42,6 @@ def weights(run_dir: str) -> dict[str, Tensor]:
     return checkpoint.load(Path(run_dir) / "best.pth").trained
 
 
-def rows(cache: Path) -> int:
-    """The feature rows that were written, each once or more."""
-    return sum(path.stat().st_size for path in cache.rglob("*.keys")) // 40
-
-
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_find_the_head_of_one(count: int, tl: Run, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They share the images without overlap; what they leave is bit for bit what one process leaves."""
@@ -65,7 +49,7 @@ def test_ranks_find_the_head_of_one(count: int, tl: Run, colours: Path, monkeypa
     assert [rank.returncode for rank in done] == [0] * count, done
     assert [rank.stdout.count("\n") for rank in done] == [1, *[0] * (count - 1)]
     assert [rank.stderr.count("run directory") for rank in done] == [1, *[0] * (count - 1)]
-    assert rows(Path("cache")) == 36
+    assert rows_in(Path("cache")) == 36
     monkeypatch.setenv("TL_CACHE", "one")
     alone = tl("train", colours, "--json", "--output", "alone", *ALIKE)
     assert alone.returncode == 0, alone.stderr

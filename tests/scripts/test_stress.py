@@ -38,14 +38,22 @@ COUNTS = {
     "yaml": 18,
     "downloads": 4,
     "escapes": 2,
+    "killed-ranks": 1,
+    "ended-agents": 2,
+    "two-nodes": 1,
+    "shards": 120,
+    "million": 4_000,
 }
+SLOW = ("ended-agents", "million")  # torchrun takes seconds to start
 
 
 def test_every_row_has_a_short_form() -> None:
     assert COUNTS.keys() == stress.ROWS.keys()
 
 
-@pytest.mark.parametrize("name", stress.ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in stress.ROWS]
+)
 def test_nothing_is_lost(name: str, tmp_path: Path) -> None:
     row, _ = stress.ROWS[name]
     try:

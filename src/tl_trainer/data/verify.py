@@ -12,9 +12,11 @@ import heapq
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +36,49 @@ _COLUMNS = [*Stamp._fields, "hash", "width", "height"]
 
 
 class _Reading(NamedTuple):
-    """An image's hash and size, what `images.dark` says of it, and the stamp of the file that was read."""
+    """An image's hash and size, what `images.dark` says of it, and what tells the file that was read from others."""
 
     digest: bytes
     size: tuple[int, int]
     largest: float
-    stamp: Stamp | None
+    file: int
+
+
+@dataclass
+class _Readings:
+    """Readings of images by their indices, which rise, in few bytes each: a rank sends a million of them to another.
+
+    bad: what is wrong with those that cannot be read.
+    """
+
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    largest: array[float] = field(default_factory=lambda: array("d"))
+    digests: bytearray = field(default_factory=bytearray)
+    bad: dict[int, ImageError] = field(default_factory=dict)
+
+    def add(self, index: int, reading: Future[_Reading]) -> None:
+        """One more."""
+        try:
+            digest, size, largest, file = reading.result()
+        except ImageError as error:
+            error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
+            self.bad[index] = error.with_traceback(None)
+            return
+        self.numbers.extend((index, *size, file))
+        self.largest.append(largest)
+        self.digests += digest
+
+    def __iter__(self) -> Iterator[tuple[int, _Reading]]:
+        numbers, size = self.numbers, hashlib.sha256().digest_size
+        for row, largest in enumerate(self.largest):
+            index, width, height, file = numbers[4 * row : 4 * row + 4]
+            digest = bytes(self.digests[row * size : (row + 1) * size])
+            yield index, _Reading(digest, (width, height), largest, file)
+
+
+def _told(stamp: Stamp | None) -> int:
+    """What tells a stamp from others, the same on all hosts."""
+    return int.from_bytes(hashlib.blake2b(repr(stamp).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def all_verified(
@@ -73,19 +112,18 @@ def verified(
     bad: dict[int, ImageError] = {}
     counted = dark or DarkImages()
     unread = [index for index in range(len(split)) if index not in known]
-    for index, reading in _by_all_ranks(split, unread, what):
-        if isinstance(reading, ImageError):
-            bad[index] = reading
-        else:
-            known[index] = reading.digest, reading.size
-            counted.add(split.name(index), reading.largest)
-            # A dark image is named in every run. And a rank on another host may have read another file.
-            if reading.largest or reading.stamp != stamps[index]:
-                stamps[index] = None
+    of_ranks = distributed.together(lambda: _read(split, unread, what))
+    for index, reading in heapq.merge(*of_ranks, key=lambda pair: pair[0]):
+        known[index] = reading.digest, reading.size
+        counted.add(split.name(index), reading.largest)
+        # A dark image is named in every run. And a rank on another host may have read another file.
+        if reading.largest or reading.file != _told(stamps[index]):
+            stamps[index] = None
+    for readings in of_ranks:
+        bad |= readings.bad
     if memory and distributed.is_first():
         found = ((stamps[index], *known[index]) for index in unread if index in known)
-        kept = [(*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.settled]
-        memory.remember(kept)
+        memory.remember((*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.settled)
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
     if dark is None:
         counted.warn(f"{len(split)} {what} images")
@@ -119,24 +157,14 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 
 
-def _by_all_ranks(split: Split, indices: Sequence[int], what: str) -> Iterator[tuple[int, _Reading | ImageError]]:
-    """What all ranks have read of these images, in their order."""
-
-    def read() -> list[tuple[int, _Reading | ImageError]]:
-        with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without the GIL
-            own = _submitted(pool, split, indices)
-            shown = bar(own, f"checking {what} images", len(indices), unit="img")
-            return [(index, _outcome(reading)) for index, reading in shown]
-
-    return heapq.merge(*distributed.together(read), key=lambda pair: pair[0])
-
-
-def _outcome(reading: Future[_Reading]) -> _Reading | ImageError:
-    try:
-        return reading.result()
-    except ImageError as error:
-        error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
-        return error.with_traceback(None)
+def _read(split: Split, indices: Sequence[int], what: str) -> _Readings:
+    """What this rank has read of these images."""
+    found = _Readings()
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without the GIL
+        own = _submitted(pool, split, indices)
+        for index, reading in bar(own, f"checking {what} images", len(indices), unit="img"):
+            found.add(index, reading)
+    return found
 
 
 def _submitted(
@@ -146,8 +174,8 @@ def _submitted(
 
     def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
-        stamp = split.images.stamp(split.rows[index])
-        return _Reading(found, images.size_in_file(picture), images.dark(picture), stamp)
+        file = _told(split.images.stamp(split.rows[index]))
+        return _Reading(found, images.size_in_file(picture), images.dark(picture), file)
 
     size = distributed.piece(len(indices), _CHUNK)
     for number in distributed.handed_out(-(-len(indices) // size)):
@@ -193,14 +221,15 @@ class Memory:
         found = ((index, known[stamp.path]) for index, stamp in enumerate(stamps) if stamp and stamp.path in known)
         return {index: (digest, size) for index, (digest, size) in found if size in accepted}
 
-    def remember(self, rows: list[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
+    def remember(self, rows: Iterable[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
         """Keep a row of each image: its stamp, hash, width and height."""
-        if not rows or not self._writable:
+        first = next(rows := iter(rows), None)
+        if first is None or not self._writable:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         statement = "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self._use(lambda connection: connection.executemany(statement, rows), writing=True)
+        self._use(lambda connection: connection.executemany(statement, chain([first], rows)), writing=True)
 
     def _use(self, use: Callable[[sqlite3.Connection], object], *, writing: bool = False) -> None:
         """Open the database for `use`. A damaged one is removed, since all it holds can be found again."""
