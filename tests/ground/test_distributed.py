@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -89,6 +91,29 @@ def test_an_error_of_one_rank_is_said_once_with_its_name(colours: Path) -> None:
     assert "1 of 24 train images cannot be used" in said[0]
 
 
+def test_hosts_with_other_files_are_told_the_first_difference(tmp_path: Path) -> None:
+    """Of which group an image is belongs to it, since groups decide what is held out."""
+    for host in ("0", "1"):
+        draw_split(folder := tmp_path / host, 2)
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+        groups = ["a", "b", "b", "c", "c", "a" if host == "0" else "b"]
+        rows = [f"{name},{Path(name).parent.name},{group}" for name, group in zip(names, groups, strict=True)]
+        (folder / "labels.csv").write_text("\n".join(["id,label,group", *rows]))
+    csv = "data.csv={labels: labels.csv, image_column: id, label_column: label, group_column: group}"
+    words = ["data.source=csv", "data.root=.", csv, "--output", str(tmp_path / "runs"), *ALIKE]
+
+    def on_its_host() -> None:
+        os.chdir(tmp_path / os.environ["RANK"])
+
+    done = forked("train", 2, *words, logs=tmp_path / "ranks", prepare=on_its_host)
+    assert [child.code for child in done] == [2, 2]
+    [said] = [line for child in done for line in child.said().splitlines() if line.startswith("tl-train: ")]
+    last = sorted((tmp_path / "0" / "red").iterdir())[-1].name
+    assert "labels.csv is not the same for all ranks: rank 0 on" in said
+    assert f"has the all image red/{last} of class 2 in the group a where rank 1 on" in said
+    assert f"has the all image red/{last} of class 2 in the group b; give all hosts the same files" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -123,13 +148,12 @@ def test_alone_everything_gives_back_what_it_is_given() -> None:
     ("given", "message"),
     [
         ({"data": {"source": "csv", "task": "multilabel"}}, "data.task: multilabel is trained by one process so far"),
+        ({"device": "cuda:1"}, "device: cuda:1 is one GPU for 2 ranks; set cuda, and each takes its own"),
         ({"train": {"soup": 2, "batch_size": 8}}, "train.soup: is the work of one process so far"),
         ({"train": {"epochs": 2, "batch_size": 7}}, "train.batch_size: 7 images cannot be divided among 2 ranks"),
     ],
 )
-def test_what_ranks_do_not_do_is_refused(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, dict[str, object]], message: str
-) -> None:
+def test_what_ranks_do_not_do_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(ConfigError, match=message):
         check_settings(load(given))
