@@ -233,7 +233,7 @@ def _found(setup: Setup, feeds: dict[str, Feed], found: Found | FoundHeads) -> d
         searches.append({"head": head, "picture": picture, **part.summary(), **table})
     expected: Forecast | str = "There is no forecast for a head with hidden layers."
     if setup.parts.task.kind != "single":
-        expected = "There is no forecast where images may have several labels."
+        expected = "There is no forecast for several labels or heads."
     elif isinstance(found, Found) and found.best.method == LINEAR:
         expected = forecast(setup, feeds, found.best)
     if isinstance(expected, Forecast):

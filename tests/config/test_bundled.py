@@ -95,9 +95,10 @@ def test_finetune_is_the_measured_recipe() -> None:
         ("all", "off", 8),
     ]
     optimizer = config.phases[1].optimizer
-    assert (optimizer.name, optimizer.lr, optimizer.head_lr, optimizer.layer_decay) == ("adamw", 2e-4, 1e-3, 1.0)
+    assert (optimizer.name, optimizer.lr, optimizer.head_lr, optimizer.layer_decay) == ("adamw", 1e-4, 5e-4, 1.0)
     train = config.train
     assert (train.loss.label_smoothing, train.freeze_batchnorm, train.ema.decay) == (0.1, True, 0.98)
+    assert config.transforms.train[1:] == ["RandomHorizontalFlip", "TrivialAugmentWide"]
 
 
 def test_csv_reads_the_dog_breed_layout() -> None:
