@@ -38,9 +38,10 @@ import tl_trainer
 from bench_report import report
 from tl_trainer import mlp
 from tl_trainer.assembly import set_up
+from tl_trainer.comparison import compare
 from tl_trainer.config.load import load
 from tl_trainer.logistic import HOPELESS, STRENGTHS, Axes, path
-from tl_trainer.search import find, table_of
+from tl_trainer.search import table_of
 from tl_trainer.tables import SCALINGS, Table
 
 FRESH = 20_000  # images of the test split
@@ -108,7 +109,7 @@ def solvers(args: argparse.Namespace) -> tuple[Sequence[str], list[tuple[object,
             figures = f"{best.loss:.5f}", f"{best.loss / lowest:.4f}", f"{best.top1:.4f}", f"{best.test:.4f}"
             rows.append((way, name, best.seconds, best.solved, f"{best.strength:.2g}", *figures))
     started = time.perf_counter()
-    found_head = find(train, val)
+    found_head = compare(train, val).found()
     seconds, row = time.perf_counter() - started, found_head.best
     head = linear(*found_head.layers[0], unit=found_head.unit)
     figures = f"{log_loss(head, val):.5f}", "-", f"{top1(head, val):.4f}", f"{top1(head, test):.4f}"
@@ -177,7 +178,7 @@ def against_former(args: argparse.Namespace) -> tuple[Sequence[str], list[tuple[
     rows: list[tuple[object, ...]] = []
     for kind, (images, width, classes, rarer) in KINDS.items():
         train, val, test = splits(images, width, classes, rarer)
-        found = find(table(*train, classes), table(*val, classes))
+        found = compare(table(*train, classes), table(*val, classes)).found()
         [layer] = found.layers
         chosen = linear(*layer, unit=found.unit)
         for name, head in (("found", chosen), ("former", former(train, val, classes))):

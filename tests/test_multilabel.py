@@ -24,6 +24,7 @@ from tl_trainer import api, mlp
 from tl_trainer.assembly import restore
 from tl_trainer.candidates import LINEAR
 from tl_trainer.checkpoint import load as load_checkpoint
+from tl_trainer.comparison import find_mlp
 from tl_trainer.config.load import load
 from tl_trainer.config.training import LossSection
 from tl_trainer.deployed import Deployed
@@ -31,7 +32,6 @@ from tl_trainer.errors import CheckpointError, ConfigError, DataError, InputErro
 from tl_trainer.export import described
 from tl_trainer.metrics import Activation, Scores
 from tl_trainer.multilabel import BinaryLoss, MultiLabel
-from tl_trainer.search import find_mlp
 from tl_trainer.tables import Table
 
 NAMES = sorted(COLOURS)

@@ -411,7 +411,7 @@ def test_heads_that_are_found_share_what_their_features_are_scaled_to_and_are_to
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"size": lambda row: row["size"] if row["split"] == "train" else ""}, "no val image has a label of size"),
+        ({"size": lambda row: row["size"] if row["split"] == "train" else ""}, "0 val images have a label of size"),
         ({}, "several heads share its hidden layers"),
     ],
 )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,21 +19,31 @@ from torch.nn import functional
 
 import tl_trainer
 from conftest import Run, draw_split
-from tl_trainer import checkpoint, logistic, mlp, run, search
+from tl_trainer import checkpoint, comparison, logistic, mlp, run, search
 from tl_trainer.api import train
-from tl_trainer.assembly import set_up
+from tl_trainer.assembly import Setup, set_up
 from tl_trainer.candidates import LINEAR, UNIT, Found, Row
 from tl_trainer.cli.train import _report as cli_report
+from tl_trainer.comparison import compare
 from tl_trainer.config.load import load
 from tl_trainer.errors import InputError, Interrupted, RunError
 from tl_trainer.features import Features
 from tl_trainer.ground.signals import StopRequest
 from tl_trainer.logistic import STRENGTHS, Solution, path
-from tl_trainer.search import find
 from tl_trainer.single_label import SingleLabel
 from tl_trainer.tables import FOLDS, SCALINGS, Table, folds_in
 
 CLASSES = 3
+
+
+def find(train: Table, val: Table, **options: Any) -> Found:
+    return compare(train, val, **options).found()
+
+
+def targets(setup: Setup) -> Any:
+    """What `search._grouped` reads of kept features."""
+    splits = setup.dataset.splits.items()
+    return SimpleNamespace(**{name: SimpleNamespace(targets=torch.tensor(list(of.targets))) for name, of in splits})
 
 
 def table(count: int, seed: int, noise: float = 1.0, views: int = 1) -> Table:
@@ -97,13 +108,13 @@ def test_with_few_of_them_cross_validation_decides_too(drawn: bool, count: int) 
 
 
 def test_among_equals_the_one_that_is_right_most_often_is_chosen() -> None:
-    def solved(losses: list[float], top1: float) -> search._Solved:
+    def solved(losses: list[float], top1: float) -> comparison._Solved:
         tensor = torch.tensor(losses)
-        return search._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, [])
+        return comparison._Solved(Row("", "", 1.0, tensor.mean().item(), top1), tensor, [])
 
     lowest, equal, worse = solved([0.1, 0.3], 0.5), solved([0.25, 0.2], 0.9), solved([0.5, 0.7], 1.0)
-    assert search._best([lowest, equal, worse]) is equal
-    assert search._best([worse, lowest]) is lowest
+    assert comparison._best([lowest, equal, worse]) is equal
+    assert comparison._best([worse, lowest]) is lowest
 
 
 def test_a_head_that_did_not_converge_or_diverged_is_a_row_that_says_so_and_is_never_chosen(
@@ -120,7 +131,7 @@ def test_a_head_that_did_not_converge_or_diverged_is_a_row_that_says_so_and_is_n
                 solution = solution._replace(converged=~solution.converged, point=solution.point * float("nan"))
             yield solution
 
-    monkeypatch.setattr(search, "path", spoilt)
+    monkeypatch.setattr(comparison, "path", spoilt)
     found = find(*tables, scalings=["raw"])
     notes = {row["strength"]: row["note"] for row in csv.DictReader(found.table().splitlines()) if row["note"]}
     assert notes == {str(STRENGTHS[3]): "diverged", str(best.strength): "did not converge"}
@@ -156,7 +167,7 @@ def killed(*_: object) -> None:
 @pytest.fixture
 def config(colours: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A run whose head is found, among few: nothing says how to train it."""
-    monkeypatch.setattr(search, "STRENGTHS", STRENGTHS[::4])
+    monkeypatch.setattr(comparison, "STRENGTHS", STRENGTHS[::4])
     return {
         "data": {"root": str(colours)}, "model": {"backbone": "timm/test_resnet", "weights": "none"},
         "transforms": {"train": "eval", "eval": [{"Resize": [64, 64]}]}, "features": {"dir": "cache"},
@@ -342,7 +353,7 @@ def test_an_image_alone_in_its_class_judges_no_head_without_the_class() -> None:
     train_, val = table(61, 1), table(30, 2)
     train_.targets[-1] = CLASSES
     alone = train_._replace(soft=functional.one_hot(train_.targets).float())
-    assert search._judged(alone, folds_in(alone)).tolist() == list(range(60))
+    assert comparison._judged(alone, folds_in(alone)).tolist() == list(range(60))
     found = find(alone, val, scalings=["raw"])
     assert found.best.loss is not None
     assert found.best.loss < 0.5
@@ -364,12 +375,12 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
     config: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     setup = set_up(load(config, [("data.group_pattern", "([0-9])[.]jpg")]))
-    split, folds = setup.dataset.split("train"), search._grouped(setup, "train")
+    split, folds = setup.dataset.split("train"), search._grouped(setup, targets(setup), "train")
     assert folds is not None
     assert len({*zip(split.groups, folds.tolist(), strict=True)}) == len({*split.groups}) > 1
     caplog.set_level("INFO")
     setup.dataset.splits["train"] = replace(split, groups=["a"] * len(split))
-    assert (search._grouped(setup, "train") == FOLDS).all()
+    assert (search._grouped(setup, targets(setup), "train") == FOLDS).all()
     assert caplog.messages[-1].endswith(
         "have too few groups for cross-validation, so the val images alone choose the head"
     )
@@ -379,15 +390,15 @@ def test_a_class_that_is_copies_of_one_image_judges_no_head() -> None:
     train_ = table(60, 1)
     fold = folds_in(train_)
     fold[train_.labels == 0] = 1
-    assert search._judged(train_, fold).tolist() == (train_.labels != 0).nonzero()[:, 0].tolist()
+    assert comparison._judged(train_, fold).tolist() == (train_.labels != 0).nonzero()[:, 0].tolist()
 
 
 def test_copies_are_not_divided_by_the_folds_of_a_search(config: dict[str, object]) -> None:
     setup = set_up(load(config))
     split = setup.dataset.split("train")
-    assert search._grouped(setup, "train") is None
+    assert search._grouped(setup, targets(setup), "train") is None
     setup.dataset.splits["train"] = replace(split, hashes=[split.hashes[index // 2] for index in range(len(split))])
-    folds = search._grouped(setup, "train")
+    folds = search._grouped(setup, targets(setup), "train")
     assert folds is not None
     assert torch.equal(folds[: len(folds) // 2 * 2 : 2], folds[1::2])
 
@@ -411,14 +422,14 @@ def test_a_head_with_hidden_layers_is_found_among_48(config: dict[str, Any], mon
 def test_a_configured_dropout_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "STEPS", 1)
     monkeypatch.setattr(mlp, "ROUNDS", 1)
-    found = search.find_mlp(table(60, 1), table(30, 2), mlp.Plan([5], 0.3, 20, 0))
+    found = comparison.find_mlp(table(60, 1), table(30, 2), mlp.Plan([5], 0.3, 20, 0))
     assert {row.dropout for row in found.rows if row.rate} == {0.3}
 
 
 def test_a_head_is_solved_again_on_train_and_val_and_judged_by_heads_that_did_not_see_the_image() -> None:
     train_, val = table(60, 1, noise=2, views=2), table(45, 2, noise=2)
     found = find(train_, val, scalings=["raw"])
-    refitted = search.refitted(found, train_, val, lambda: None)
+    refitted = comparison.refitted(found, train_, val, lambda: None)
     features = torch.cat([train_.features[:60], val.features, train_.features[60:]])
     targets = torch.cat([train_.targets[:60], val.targets, train_.targets[60:]])
     images = torch.cat([torch.arange(105), torch.arange(60)])

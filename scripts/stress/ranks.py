@@ -24,7 +24,20 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from stress.tools import RECIPES, TINY, Child, NotRun, Outcome, children, command, difference, draw, record, run_dirs
+from stress.tools import (
+    RECIPES,
+    TINY,
+    Child,
+    NotRun,
+    Outcome,
+    broken,
+    children,
+    command,
+    difference,
+    draw,
+    record,
+    run_dirs,
+)
 from tl_trainer import checkpoint
 from tl_trainer.data.webdataset import Members
 
@@ -33,12 +46,13 @@ TO_START = 8.0  # seconds that torchrun and its ranks take, about
 ENDING_SECONDS, ORPHANED_SECONDS = 30.0, 10.0  # that ranks may live after SIGTERM to torchrun, and after its death
 KEY_BYTES = 40  # of a feature in a .keys file
 SIDE = 8  # pixels of the pictures in shards
+SLOWEST = 200  # rows a second
 MOST_MEMORY = 1.5e9  # bytes that a rank may take
 SMALL = (
     f"transforms.eval=[{{Resize: [{SIDE}, {SIDE}]}}]", "train.epochs=1", "train.batch_size=256",
     "output.tensorboard=false",
 )  # fmt: skip
-FEW_FEATURES = (*TINY, "train.search=auto", "transforms.train=eval", "output.tensorboard=false")
+FEW_FEATURES = (*TINY, "transforms.train=eval", "output.tensorboard=false")
 
 
 def forked(
@@ -86,14 +100,23 @@ class Agent:
         """Its exit code; None, when all of it has been killed, where it does not end in time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(seconds)
+        ranks = self.ranks()  # each in a session of its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        kill(ranks)
         return None
 
     def said(self) -> str:
         """What it wrote on stderr, and its ranks."""
         return self.err.read_text(encoding="utf-8", errors="replace")
+
+
+def kill(pids: Sequence[int]) -> None:
+    """Kill processes that may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _command_line(pid: int) -> bytes:
@@ -122,9 +145,8 @@ def killed_ranks(count: int, folder: Path, rng: random.Random) -> Outcome:
         agent = Agent(2, *words, "--output", place / "runs", folder=place, options=options)
         time.sleep(rng.uniform(0.5 * TO_START, seconds))
         if victims := agent.ranks():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(victims), signal.SIGKILL)
-                killed += 1
+            kill([rng.choice(victims)])
+            killed += 1
         code = agent.end()
         problem = f"exit {code}: {agent.said()[-500:]}" if code != 0 else None
         problem = problem or difference(record(run_dirs(place / "runs")[-1], curves=False), expected)
@@ -133,6 +155,7 @@ def killed_ranks(count: int, folder: Path, rng: random.Random) -> Outcome:
         outcome.count(problem)
         shutil.rmtree(place, ignore_errors=True)
     outcome.notes.append(f"{killed} were still there to be killed")
+    outcome.count(None if killed else "none was killed")
     return outcome
 
 
@@ -154,15 +177,15 @@ def ended_agents(count: int, folder: Path, rng: random.Random) -> Outcome:
         while (left := [pid for pid in ranks if b"tl_trainer" in _command_line(pid)]) and time.time() - sent < most:
             time.sleep(0.05)
         slowest = max(slowest, time.time() - sent)
-        code = agent.end(most)
-        problem = f"{signal.Signals(number).name}: {len(left)} ranks are left after {most:.0f} s" if left else None
-        if code in (0, None):
-            problem = f"{signal.Signals(number).name}: exit {code}"
+        code, name = agent.end(most), signal.Signals(number).name
+        kill(left)
+        problem = f"{name}: {len(left)} ranks are left after {most:.0f} s" if left else None
+        if not problem and code in (0, None):
+            problem = f"{name}: exit {code}"
         if not problem and number == signal.SIGTERM:
             saved = last.stat().st_mtime >= sent and "continue with --resume" in agent.said()
             problem = None if saved else f"nothing was saved: {agent.said()[-500:]}"
-        checkpoint.load(last)
-        outcome.count(problem)
+        outcome.count(problem or broken(place))
     outcome.notes.append(f"the last rank was gone after {slowest:.1f} s at most")
     return outcome
 
@@ -220,6 +243,7 @@ def two_nodes(count: int, folder: Path, rng: random.Random) -> Outcome:
         written = [agent.out.read_text() for agent in agents]
         [mine] = [json.loads(text) for text in written if text.strip()]
         alone = json.loads(one.out.read_text())
+        assert ("search" in mine) == found
         apart = _apart(Path(mine["checkpoint"]), Path(alone["checkpoint"]))
         problem = None if apart <= (0.0 if found else 1e-5) else f"weights differ by {apart:.1e}"
         figures = [{key: round(value, 6) for key, value in of["val"].items()} for of in (mine, alone)]
@@ -306,16 +330,16 @@ def million(count: int, folder: Path, rng: random.Random) -> Outcome:
         options = ("--standalone", "--max-restarts", "3")
         started = time.perf_counter()
         agent = Agent(2, *words, "--output", place / "runs", folder=place, options=options)
-        peak, to_kill = 0, killed
-        while agent.process.poll() is None:
+        peak, to_kill, longest = 0, killed, PATIENCE + rows / SLOWEST
+        while agent.process.poll() is None and time.perf_counter() - started < longest:
             ranks = agent.ranks()
             peak = max([peak, *map(_memory, ranks)])
             if to_kill and ranks and rows_in(place / "cache") > rows // 2:
-                os.kill(rng.choice(ranks), signal.SIGKILL)
+                kill([rng.choice(ranks)])
                 to_kill = False
             time.sleep(0.2)
-        seconds, code, written = time.perf_counter() - started, agent.process.returncode, rows_in(place / "cache")
-        problem = f"exit {code}: {agent.said()[-500:]}" if code else None
+        seconds, code, written = time.perf_counter() - started, agent.end(0), rows_in(place / "cache")
+        problem = f"exit {code}: {agent.said()[-500:]}" if code != 0 else None
         if not problem and written != rows:
             problem = f"{written} rows were written of {rows} images"
         if not problem and to_kill:

@@ -58,7 +58,8 @@ class Found:
 
     judged: by which images, in words, and `images` how many. folds: how many of cross-validation judged too, or 0.
     held_out: where the head was solved again on train and val, the logits of the val images by heads that did not see
-    them (M, C). several: whether images may have several labels; then `top1` is the mean average precision.
+    them (M, C). several: whether images may have several labels; then `top1` is the mean average precision. alike: of
+    several heads, which agree on whether features have length 1, so that only those like the best were to be had.
     """
 
     rows: list[Row]
@@ -69,6 +70,7 @@ class Found:
     folds: int = 0
     held_out: Tensor | None = None
     several: bool = False
+    alike: bool = False
 
     @property
     def parts(self) -> dict[str, Found]:
@@ -112,7 +114,8 @@ class Found:
 
     def shown(self, count: int = 8) -> list[Row]:
         """The one taken, those of its method with the lowest log loss, and the best of each other method by top-1."""
-        sound = sorted((row for row in self.rows if not row.note), key=lambda row: row.loss or 0.0)
+        sound = [row for row in self.rows if not row.note and not (self.alike and (row.scaling == UNIT) != self.unit)]
+        sound.sort(key=lambda row: row.loss or 0.0)
         others: dict[str, Row] = {}
         for row in sound:
             if row.method != self.best.method and (row.method not in others or row.top1 > others[row.method].top1):
@@ -165,7 +168,8 @@ class Found:
 class FoundHeads:
     """What was found for each of several heads, by its name, in the order of their classes.
 
-    They are one layer, so all take features of length 1 or none does. held_out: as of `Found`, of all classes.
+    They are one layer, so all take features of length 1 or none does. held_out: as of `Found`, of all classes; not a
+    number where an image has no label of a head.
     """
 
     parts: dict[str, Found]

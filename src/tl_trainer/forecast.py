@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tl_trainer.assembly import Setup
 from tl_trainer.candidates import Row
+from tl_trainer.comparison import FEWEST_VAL
 from tl_trainer.features import FeatureBatches, Features
 from tl_trainer.feeds import Feed
 from tl_trainer.ground.machine import threads_for
 from tl_trainer.logistic import Axes, path
-from tl_trainer.search import FEWEST_VAL, table_of
+from tl_trainer.search import table_of
 from tl_trainer.tables import SCALINGS, Table
 
 PARTS = (0.1, 0.2, 0.4, 0.7, 1.0)  # of the training images

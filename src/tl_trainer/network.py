@@ -119,6 +119,8 @@ def resolve_device(setting: str) -> torch.device:
     device = torch.device(setting)
     if device.type == "cuda" and device.index is None and distributed.world() > 1:
         device = torch.device("cuda", distributed.local_rank())
+    elif device.type == "cuda" and (ranks := distributed.local_world()) > 1:
+        raise SettingError("device", f"{setting} is one GPU for {ranks} ranks of a host; set cuda: each takes its own")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise SettingError("device", f"{setting}: this machine has {count} CUDA devices; use --device cpu")

@@ -230,11 +230,11 @@ def _found(setup: Setup, feeds: dict[str, Feed], found: Found | FoundHeads) -> d
         picture = f"search_{head}.png" if head else "search.png"
         pictures[picture] = png(strengths_figure(part.curves(), part.measure))
         table = {"shown": part.shown(), "figure": part.figure, "measure": part.measure, "remark": part.remark()}
-        searches.append({"head": head, "picture": picture, **part.summary(), **table})
+        searches.append({"head": head, "picture": picture, "alike": part.alike, **part.summary(), **table})
     expected: Forecast | str = "There is no forecast for a head with hidden layers."
-    if setup.parts.task.kind != "single":
+    if not isinstance(found, Found) or found.several:
         expected = "There is no forecast for several labels or heads."
-    elif isinstance(found, Found) and found.best.method == LINEAR:
+    elif found.best.method == LINEAR:
         expected = forecast(setup, feeds, found.best)
     if isinstance(expected, Forecast):
         pictures["forecast.png"] = png(forecast_figure(expected.measured, expected.line(), expected.interval))

@@ -115,7 +115,9 @@ def _check(config: Config, key: str) -> None:
     """Raise SettingError where heads cannot be found, so that there is nothing to compare by."""
     trains = [phase for phase in config.phases if phase.search == "off"]
     obstacle = None
-    if config.data.task != "single":
+    if config.data.task == "multitask":
+        obstacle = "there are several heads, by which backbones are not compared yet"
+    elif config.data.task != "single":
         obstacle = "images may have several labels, by whose mean average precision backbones are not told apart yet"
     elif config.model.extra:
         obstacle = "model.extra trains new stages"

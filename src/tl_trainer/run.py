@@ -313,7 +313,8 @@ def _take(found: Found | FoundHeads, setup: Setup, feeds: dict[str, Feed], track
     saver.template = replace(saver.template, config=parts.config.model_dump())
     train, val = (parts.scores(feeds[name], name) for name in ("train", "val"))
     if found.held_out is not None:
-        val = Scores(found.held_out.cpu(), val.targets)
+        held_out = found.held_out.cpu()  # without a label of an image a head has not seen it
+        val = Scores(torch.where(held_out.isnan(), val.logits, held_out), val.targets)
     figures = parts.task.figures(val)
     progress.head_found(asked, epochs, figures)
     loss, seconds = parts.task.figures(train)["loss"], time.perf_counter() - started

@@ -128,8 +128,6 @@ def _check_ranks(config: Config) -> None:
     world, train = distributed.world(), config.train
     if world == 1:
         return
-    if config.device.startswith("cuda:"):
-        raise SettingError("device", f"{config.device} is one GPU for {world} ranks; set cuda, and each takes its own")
     if config.data.task != "single":
         raise SettingError("data.task", f"{config.data.task} is trained by one process so far; leave torchrun out")
     if (rest := train.batch_size % world) and any(phase.search != "auto" for phase in config.phases):

@@ -14,8 +14,9 @@ from conftest import Run, draw_split
 from stress.ranks import forked, rows_in
 from tl_trainer import checkpoint
 from tl_trainer.config.load import load
-from tl_trainer.errors import ConfigError
+from tl_trainer.errors import ConfigError, SettingError
 from tl_trainer.ground import distributed
+from tl_trainer.network import resolve_device
 from tl_trainer.settings import check_settings
 
 ALIKE = ["device=cpu", "train.precision=fp32", "data.workers=0", "output.report=false", "output.tensorboard=false"]
@@ -91,6 +92,12 @@ def test_an_error_of_one_rank_is_said_once_with_its_name(colours: Path) -> None:
     assert "1 of 24 train images cannot be used" in said[0]
 
 
+def test_one_gpu_for_all_ranks_of_a_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "local_world", lambda: 2)
+    with pytest.raises(SettingError, match="cuda:1 is one GPU for 2 ranks of a host; set cuda: each takes its own"):
+        resolve_device("cuda:1")
+
+
 def test_hosts_with_other_files_are_told_the_first_difference(tmp_path: Path) -> None:
     """Of which group an image is belongs to it, since groups decide what is held out."""
     for host in ("0", "1"):
@@ -148,7 +155,6 @@ def test_alone_everything_gives_back_what_it_is_given() -> None:
     ("given", "message"),
     [
         ({"data": {"source": "csv", "task": "multilabel"}}, "data.task: multilabel is trained by one process so far"),
-        ({"device": "cuda:1"}, "device: cuda:1 is one GPU for 2 ranks; set cuda, and each takes its own"),
         ({"train": {"soup": 2, "batch_size": 8}}, "train.soup: is the work of one process so far"),
         ({"train": {"epochs": 2, "batch_size": 7}}, "train.batch_size: 7 images cannot be divided among 2 ranks"),
     ],

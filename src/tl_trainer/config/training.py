@@ -177,8 +177,8 @@ class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
         description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
-        "are kept and the head is a single Linear or has hidden layers; off trains it, which is the default where "
-        "epochs, optimizer or schedule is set.",
+        "are kept and the head is a single Linear or, but of several heads, has hidden layers; off trains it, which is "
+        "the default where epochs, optimizer or schedule is set.",
     )
     refit: bool = Field(
         False,
@@ -300,7 +300,7 @@ class TrainSection(Section):
         trains = {"epochs", "phases", "best", "sampler", "mixup", "cutmix", "soup", "clip_norm", "accumulate"}
         sections = (self.optimizer, self.schedule, self.stop, self.ema, self.teacher)
         says_how = self.model_fields_set & trains or any(section.model_fields_set for section in sections)
-        says_how = says_how or self.loss.focal is not None
+        says_how = says_how or self.loss.focal is not None or self._judges_heads
         if says_how and "search" not in self.model_fields_set:  # whoever says how to train wants it trained
             object.__setattr__(self, "search", "off")
         if self.refit and self.search == "off":
@@ -340,8 +340,14 @@ class TrainSection(Section):
             "loss.focal": self.loss.focal,
             "ema": self.ema.decay,
             "teacher": self.teacher.checkpoint,
+            "the best of heads": self._judges_heads,
         }
         return [name for name, value in asked.items() if value]
+
+    @property
+    def _judges_heads(self) -> bool:
+        """Whether the figure by which a head is judged is set."""
+        return any(options.best is not None for options in self.heads.values())
 
     def as_phase(self, trainable: str) -> PhaseSection:
         """The whole run as one phase."""

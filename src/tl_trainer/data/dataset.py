@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -311,8 +311,8 @@ def require_same(dataset: Dataset) -> Dataset:
     def lines() -> Iterator[str]:
         yield from (f"the class {name!r}" for name in dataset.classes)
         for name, split in dataset.splits.items():
-            groups = (f" in the group {printable(group)}" for group in split.groups) if split.groups else repeat("")
-            rows = zip(split.names, split.targets, groups, strict=False)
+            groups = [f" in the group {printable(group)}" for group in split.groups] or [""] * len(split)
+            rows = zip(split.names, split.targets, groups, strict=True)
             yield from (f"the {name} image {printable(image)} of class {label}{group}" for image, label, group in rows)
 
     digest = hashlib.sha256()

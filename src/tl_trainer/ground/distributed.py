@@ -164,6 +164,11 @@ def local_rank() -> int:
     return 0 if _group is None else _group.local
 
 
+def local_world() -> int:
+    """How many ranks there are on this host, as torchrun says."""
+    return 1 if _group is None else int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def require_alone(what: str) -> None:
     """Raise InputError where there are other ranks."""
     if world() > 1:
