@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import tl_trainer
 from conftest import COLOURS, Run, last_json
+from tl_trainer import run
 from tl_trainer.candidates import LINEAR, MEANS, UNIT, Row
 from tl_trainer.checkpoint import Calibration
 from tl_trainer.checkpoint import load as load_checkpoint
@@ -443,6 +445,28 @@ def test_an_image_without_a_label_of_a_head_is_judged_by_the_refitted_head(photo
     shares = {row[f"class{end}"]: float(row[f"probability{end}"]) for end in ("_2", "_3")}
     assert shares[f"size={size.label}"] == pytest.approx(size.probability, abs=1e-5)  # of which it has no label
     assert shares[f"tags:{tags.label}"] != pytest.approx(tags.probability, abs=1e-5)
+
+
+def test_heads_that_are_found_are_trained_on_also_after_a_kill(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = [{"trainable": "head", "search": "auto", "augment": True}, {"trainable": "layer4", "epochs": 2}]
+    config = {
+        **FOUND,
+        "train": {**FOUND["train"], "phases": phases, "freeze_batchnorm": True},
+        "transforms": {**SMALL["transforms"], "train": ["RandomHorizontalFlip", {"Resize": [32, 32]}]},
+        "features": {"views": 2},
+    }
+    places = {"data__root": str(photos), "output__dir": str(tmp_path / "runs")}
+    whole = tl_trainer.train(config, **places)
+    with (Path(whole["run_dir"]) / "search.csv").open(newline="") as file:
+        assert {row["head"] for row in csv.DictReader(file)} == {"colour", "size", "tags"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "fit", lambda *_: signal.raise_signal(signal.SIGINT))
+        tl_trainer.train(config, **places)
+    part = tmp_path / "runs" / "run-2"
+    assert (part / "search.csv").exists()
+    assert tl_trainer.train(config, **places, resume=str(part))["val"] == whole["val"]
 
 
 @pytest.mark.parametrize(
