@@ -66,7 +66,7 @@ def main() -> None:
 
     def extract() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            extractor = Extractor(lambda _: prefix, {"name": args.backbone}, Path(folder), sys.maxsize, device)
+            extractor = Extractor(lambda: prefix, {"name": args.backbone}, Path(folder), sys.maxsize, device)
             extractor.features(checked, "all", pipeline)
 
     contenders = {"check": check, "decode": decode, "compute": compute, "together": extract}

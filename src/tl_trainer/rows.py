@@ -6,13 +6,29 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import IO
 
+from tl_trainer.ground import distributed
 from tl_trainer.ground.wording import printable
 from tl_trainer.known import Neighbour
 from tl_trainer.multilabel import NO_LABEL
-from tl_trainer.predict import Extras, Row
+from tl_trainer.predict import Extras, Row, Source
 from tl_trainer.tasks import prediction_columns
+
+
+def by_ranks(
+    rows_of: Callable[[Iterable[Source]], Iterator[Row]], inputs: Iterable[Source], batch_size: int
+) -> Iterator[Row]:
+    """The rows of all inputs in their order, on every rank: of as many batches as there are ranks each predicts one."""
+    if (world := distributed.world()) == 1:
+        yield from rows_of(inputs)
+        return
+    rank = distributed.rank()
+    rows = rows_of(one for number, one in enumerate(inputs) if number // batch_size % world == rank)
+    while any(of_ranks := distributed.gathered([*islice(rows, batch_size)])):
+        for of_rank in of_ranks:
+            yield from of_rank
 
 
 def write_rows(

@@ -82,6 +82,20 @@ def test_ranks_train_what_one_trains(count: int, tl: Run, tmp_path: Path) -> Non
     assert all((theirs[key] - own[key]).abs().max() < 1e-5 for key in own)
 
 
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_ranks_predict_what_one_predicts_in_the_same_order(form: str, tl: Run, colours: Path, tmp_path: Path) -> None:
+    assert tl("train", colours, "--output", "runs", *ALIKE).returncode == 0
+    (colours / "val" / "blue" / "00.jpg").write_bytes(b"no image")
+    words = [colours, "--checkpoint", next(Path("runs").glob("*/best.pth")), "--format", form, "--batch-size", "4"]
+    alone = tl("predict", *words)
+    done = forked("predict", 3, *words, logs=tmp_path / "ranks")
+    assert [child.code for child in done] == [alone.returncode] * 3 == [1] * 3
+    assert [child.out.read_text() for child in done] == [alone.stdout, "", ""]
+    for more in (["--embed", "x.npz"], ["--explain", "x"], ["-"]):
+        refused = forked("predict", 2, *words, *more, logs=tmp_path / "refused")
+        assert "is the work of one process; start it without torchrun" in "".join(child.said() for child in refused)
+
+
 def test_an_error_of_one_rank_is_said_once_with_its_name(colours: Path) -> None:
     (colours / "train" / "blue" / "03.jpg").write_bytes(b"no image")
     done = launched(colours, *ALIKE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
+import os
 import re
 import sys
 from functools import partial
@@ -71,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    distributed.require_alone("tl-predict")
+    for what, asked in {"--embed": args.embed, "--explain": args.explain, "stdin": "-" in args.paths}.items():
+        if asked:
+            distributed.require_alone(f"tl-predict with {what}")
     path = args.checkpoint or default_checkpoint()
     args.overrides = [word for word in args.paths if _is_override(word)]
     paths = [word for word in args.paths if word not in args.overrides]
@@ -81,7 +84,7 @@ def _predict(args: argparse.Namespace) -> int:
     with without_collection():
         from tl_trainer import api
     from tl_trainer.predict import Extras, expand_inputs, line_waiting
-    from tl_trainer.rows import columns_of, write_rows
+    from tl_trainer.rows import by_ranks, columns_of, write_rows
 
     model = api.load(path, progress=not args.quiet, **overrides)
     extras = Extras(args.explain, args.neighbours, args.reject, args.coverage, args.embed, args.force)
@@ -90,28 +93,30 @@ def _predict(args: argparse.Namespace) -> int:
             "the probabilities are not calibrated and often too high, as of a run that has not ended or had fewer than "
             "30 val images; the second is mended by more of them: add some, or raise data.val_fraction"
         )
-    rows = model.rows(
-        expand_inputs(paths, sys.stdin),
+    rows_of = partial(
+        model.rows,
         topk=args.topk,
         tta=args.tta,
         batch_size=args.batch_size,
         extras=extras,
         ready=lambda: "-" not in paths or line_waiting(sys.stdin),
     )
+    rows = by_ranks(rows_of, expand_inputs(paths, sys.stdin), args.batch_size)
+    output = args.output if distributed.is_first() else os.devnull
     classes = min(args.topk, len(model.classes))
-    if args.output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
+    if output or not sys.stdout.isatty():  # on a terminal the rows themselves show how far it is
         with bars(not args.quiet):
             rows = iter(bar(rows, "images", unit="img"))
     own = columns_of(model.task, model.heads, classes)
     written = partial(write_rows, classes=classes, extras=extras, own=own)
-    if args.output is None:
+    if output is None:
         tally = written(rows, args.format, sys.stdout)
     else:
         try:
-            with Path(args.output).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            with Path(output).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 tally = written(rows, args.format, file)
         except OSError as error:
-            raise RunError(f"--output {args.output}: {error.strerror}") from error
+            raise RunError(f"--output {output}: {error.strerror}") from error
     if args.explain:
         log.info("pictures of the evidence: %s", args.explain)
     if args.embed:
@@ -127,3 +132,7 @@ def _is_override(word: str) -> bool:
     """Whether it is key=value, and neither a file nor a glob; what begins with a bracket is a list of YAML's."""
     key = re.match(r"[a-z_]+(\.[a-z_]+)*=([\[{])?", word)
     return key is not None and not exists(word) and (key[2] is not None or not glob.has_magic(word))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
