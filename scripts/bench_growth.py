@@ -31,7 +31,7 @@ from tl_trainer.config.data import DataSection
 from tl_trainer.data import transforms
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.folders import open_folders
-from tl_trainer.data.verify import verified
+from tl_trainer.data.verify import Memory, verified
 from tl_trainer.features import IMAGES_AT_ONCE, Extractor
 from tl_trainer.ground.machine import cores
 from tl_trainer.models.backbones import build_backbone, resolve_weights
@@ -90,11 +90,11 @@ def extract(folder: Path, backbone: str, number: int) -> dict[str, float]:
     pipeline = transforms.Pipeline(transforms.spell_out("default", weights.preset, train=False), "")
     features.free_memory = lambda: 0
     with tempfile.TemporaryDirectory() as cache:
-        prefix = Network(classifier, device, "auto").prefix
+        prefix, memory = Network(classifier, device, "auto").prefix, Memory(Path(cache) / "files.sqlite")
         extractor = Extractor(prefix, {"name": backbone}, Path(cache), sys.maxsize, device)
 
         def extracted(images: Split, name: str) -> None:
-            extractor.features(verified(images, name, DataSection(), Path(cache) / "files.sqlite"), name, pipeline)
+            extractor.features(verified(images, name, DataSection(), memory), name, pipeline)
 
         extracted(split.subset(range(2 * IMAGES_AT_ONCE[device.type])), "first")
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
