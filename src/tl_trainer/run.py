@@ -45,6 +45,7 @@ from tl_trainer.resume import Resumption
 from tl_trainer.runs import PROBED, RESULT, best_of
 from tl_trainer.saver import EpochDone, Progress, Saver, State
 from tl_trainer.search import search
+from tl_trainer.settings import ONE_TRAINS
 from tl_trainer.teacher import teacher_of
 from tl_trainer.tracking import Tracker, graph_of
 
@@ -131,6 +132,8 @@ def _phase(
         if found is not None:
             _take(found, setup, feeds, tracker, saver)
             return found
+        if distributed.world() > 1 and setup.parts.task.kind != "single":
+            raise RunError(f"data.task: {setup.parts.task.kind} {ONE_TRAINS}")
         if state.progress.found is not None:
             raise RunError(f"{saver.run_dir}: the search cannot be repeated here; what it found is in best.pth")
     with threads_for(_step_size(setup.parts, feeds["train"])), setup.parts.network.replicated():

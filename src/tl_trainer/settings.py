@@ -46,6 +46,9 @@ def located(loaded: Loaded) -> Iterator[None]:
         raise loaded.located([error]) from error
 
 
+ONE_TRAINS = "is trained for epochs by one process so far; leave torchrun out"
+
+
 def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
     """Raise ConfigError for an override of what the checkpoint has decided."""
     valid = [key for key, _ in flat(loaded.config.model_dump()) if key.startswith(SETTABLE) and key not in FIXED]
@@ -128,9 +131,10 @@ def _check_ranks(config: Config) -> None:
     world, train = distributed.world(), config.train
     if world == 1:
         return
-    if config.data.task != "single":
-        raise SettingError("data.task", f"{config.data.task} is trained by one process so far; leave torchrun out")
-    if (rest := train.batch_size % world) and any(phase.search != "auto" for phase in config.phases):
+    trains = any(phase.search != "auto" for phase in config.phases)
+    if trains and config.data.task != "single":
+        raise SettingError("data.task", f"{config.data.task} {ONE_TRAINS}")
+    if trains and (rest := train.batch_size % world):
         sizes = " or ".join(str(size) for size in (train.batch_size - rest, train.batch_size - rest + world) if size)
         raise SettingError(
             "train.batch_size", f"{train.batch_size} images cannot be divided among {world} ranks; use {sizes}"

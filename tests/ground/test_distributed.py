@@ -65,6 +65,21 @@ def test_ranks_find_the_head_of_one(count: int, tl: Run, colours: Path, monkeypa
     assert all(theirs[key].equal(own[key]) for key in own)
 
 
+def test_ranks_find_several_heads_of_one(tl: Run, tmp_path: Path) -> None:
+    draw_split(tmp_path / "photos", 12)
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jpg"))
+    rows = [f"{name},{Path(name).parent.name},{'wide' if number % 2 else ''}" for number, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,colour,tags", *rows]))
+    csv = "{labels: labels.csv, image_column: id, label_columns: [colour, tags], multilabel_columns: [tags]}"
+    words = [f"data.root={tmp_path}", "data.source=csv", "data.task=multitask", f"data.csv={csv}", *ALIKE, "--json"]
+    done, alone = ranks(2, *words, "--output", "many"), tl("train", *words, "--output", "alone")
+    assert [rank.returncode for rank in done] == [alone.returncode] * 2 == [0] * 2, done
+    many, one = json.loads(done[0].stdout), json.loads(alone.stdout)
+    assert (many["val"], many["search"]) == (one["val"], one["search"])
+    hidden = ranks(2, *words, "model.head.hidden=[4]", "--output", "many")
+    assert "data.task: multitask is trained for epochs by one process so far" in hidden[0].stderr + hidden[1].stderr
+
+
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_train_what_one_trains(count: int, tl: Run, tmp_path: Path) -> None:
     """With 17 images the last batch has one, so all ranks but one have none of it."""
@@ -168,7 +183,10 @@ def test_alone_everything_gives_back_what_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": {"source": "csv", "task": "multilabel"}}, "data.task: multilabel is trained by one process so far"),
+        (
+            {"data": {"source": "csv", "task": "multilabel"}, "train": {"epochs": 2}},
+            "data.task: multilabel is trained for epochs by one process so far",
+        ),
         ({"train": {"soup": 2, "batch_size": 8}}, "train.soup: is the work of one process so far"),
         ({"train": {"epochs": 2, "batch_size": 7}}, "train.batch_size: 7 images cannot be divided among 2 ranks"),
     ],
