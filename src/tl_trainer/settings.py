@@ -23,6 +23,7 @@ from tl_trainer.network import resolve_device
 from tl_trainer.runs import best_of
 
 CLASSES_NAMED = 20  # in a message
+ONE_TRAINS = "is trained for epochs by one process so far; leave torchrun out"
 TWO_IMAGES = "BatchNorm trains here and needs two images at a time; set model.trainable: head"
 
 # What a command may set on top of a checkpoint. The rest is how the weights came about.
@@ -44,9 +45,6 @@ def located(loaded: Loaded) -> Iterator[None]:
         yield
     except SettingError as error:
         raise loaded.located([error]) from error
-
-
-ONE_TRAINS = "is trained for epochs by one process so far; leave torchrun out"
 
 
 def check_fixed(loaded: Loaded, overrides: Sequence[Override]) -> None:
