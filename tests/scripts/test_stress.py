@@ -40,7 +40,7 @@ COUNTS = {
     "escapes": 2,
     "killed-ranks": 1,
     "ended-agents": 2,
-    "two-nodes": 2,
+    "two-nodes": 1,
     "shards": 120,
     "million": 4_000,
 }
