@@ -40,10 +40,11 @@ def find(train: Table, val: Table, **options: Any) -> Found:
     return compare(train, val, **options).found()
 
 
-def targets(setup: Setup) -> Any:
-    """What `search._grouped` reads of kept features."""
-    splits = setup.dataset.splits.items()
-    return SimpleNamespace(**{name: SimpleNamespace(targets=torch.tensor(list(of.targets))) for name, of in splits})
+def grouped(setup: Setup) -> Tensor | None:
+    """The folds of the training images, for what `search._grouped` reads of their features."""
+    split = setup.dataset.split("train")
+    features: Any = SimpleNamespace(split=split, targets=torch.tensor(list(split.targets)))
+    return search._grouped(setup.parts, features)
 
 
 def table(count: int, seed: int, noise: float = 1.0, views: int = 1) -> Table:
@@ -375,12 +376,14 @@ def test_groups_are_not_divided_by_the_folds_of_a_search(
     config: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     setup = set_up(load(config, [("data.group_pattern", "([0-9])[.]jpg")]))
-    split, folds = setup.dataset.split("train"), search._grouped(setup, targets(setup), "train")
+    split, folds = setup.dataset.split("train"), grouped(setup)
     assert folds is not None
     assert len({*zip(split.groups, folds.tolist(), strict=True)}) == len({*split.groups}) > 1
     caplog.set_level("INFO")
     setup.dataset.splits["train"] = replace(split, groups=["a"] * len(split))
-    assert (search._grouped(setup, targets(setup), "train") == FOLDS).all()
+    folds = grouped(setup)
+    assert folds is not None
+    assert (folds == FOLDS).all()
     assert caplog.messages[-1].endswith(
         "have too few groups for cross-validation, so the val images alone choose the head"
     )
@@ -396,9 +399,9 @@ def test_a_class_that_is_copies_of_one_image_judges_no_head() -> None:
 def test_copies_are_not_divided_by_the_folds_of_a_search(config: dict[str, object]) -> None:
     setup = set_up(load(config))
     split = setup.dataset.split("train")
-    assert search._grouped(setup, targets(setup), "train") is None
+    assert grouped(setup) is None
     setup.dataset.splits["train"] = replace(split, hashes=[split.hashes[index // 2] for index in range(len(split))])
-    folds = search._grouped(setup, targets(setup), "train")
+    folds = grouped(setup)
     assert folds is not None
     assert torch.equal(folds[: len(folds) // 2 * 2 : 2], folds[1::2])
 

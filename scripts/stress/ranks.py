@@ -36,6 +36,7 @@ from stress.tools import (
     difference,
     draw,
     record,
+    rows_in,
     run_dirs,
 )
 from tl_trainer import checkpoint
@@ -44,7 +45,6 @@ from tl_trainer.data.webdataset import Members
 PATIENCE = 240.0
 TO_START = 8.0  # seconds that torchrun and its ranks take, about
 ENDING_SECONDS, ORPHANED_SECONDS = 30.0, 10.0  # that ranks may live after SIGTERM to torchrun, and after its death
-KEY_BYTES = 40  # of a feature in a .keys file
 SIDE = 8  # pixels of the pictures in shards
 SLOWEST = 200  # rows a second
 MOST_MEMORY = 1.5e9  # bytes that a rank may take
@@ -123,11 +123,6 @@ def _command_line(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
-
-
-def rows_in(cache: Path) -> int:
-    """The feature rows that were written, each once or more."""
-    return sum(path.stat().st_size for path in cache.rglob("*.keys")) // KEY_BYTES
 
 
 def killed_ranks(count: int, folder: Path, rng: random.Random) -> Outcome:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tl_trainer import checkpoint, run
+from tl_trainer import checkpoint, feature_store, run
 from tl_trainer.cli import eval as tl_eval
 from tl_trainer.cli import predict as tl_predict
 from tl_trainer.cli import train as tl_train
@@ -330,6 +330,11 @@ def children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def rows_in(cache: Path) -> int:
+    """The feature rows that were written below a folder, each once or more."""
+    return sum(path.stat().st_size for path in cache.rglob("*.keys")) // feature_store.RECORD_BYTES
 
 
 def random_moment(rng: random.Random, seconds: float) -> None:

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 KEY_BYTES = 32
 _RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("row_sum", "<u4"), ("record_sum", "<u4")])
 _CHECKED_BYTES = KEY_BYTES + 4
-_BLANK = bytes(_RECORD.itemsize)
+RECORD_BYTES = _RECORD.itemsize  # of a row in a .keys file
+_BLANK = bytes(RECORD_BYTES)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # A segment that was not written for so long has no writer any more, who would finish what looks cut off.
@@ -224,12 +225,12 @@ class FeatureStore:
     def _read_segment(self, path: Path) -> None:
         rows_path = path.with_suffix(".rows")
         rows_before = _size(rows_path)  # before the records, for while they are read another run may add both
-        records = np.fromfile(path, dtype=_RECORD, count=_size(path) // _RECORD.itemsize)
+        records = np.fromfile(path, dtype=_RECORD, count=_size(path) // RECORD_BYTES)
         raw, there, before = records.tobytes(), _size(rows_path) // self.row_bytes, self._ends[-1]
         shape, damaged = (min(there, len(records)), self._row_numbers), []
         rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape) if shape[0] else None
         for number in range(len(records)):
-            record = raw[number * _RECORD.itemsize : (number + 1) * _RECORD.itemsize]
+            record = raw[number * RECORD_BYTES : (number + 1) * RECORD_BYTES]
             if record == _BLANK or (path, number) in self._left_out:
                 continue
             if number < there and zlib.crc32(record[:_CHECKED_BYTES]) == records["record_sum"][number]:
@@ -241,9 +242,9 @@ class FeatureStore:
             self._leave_out(path, damaged)
         if rows is not None:
             self._add(_Rows(path, rows, records["row_sum"]))
-        if rows_before > len(records) * self.row_bytes or _size(path) % _RECORD.itemsize:
+        if rows_before > len(records) * self.row_bytes or _size(path) % RECORD_BYTES:
             log.warning("%s has an unfinished end; what it lacks is computed again", path)
-            _trim({path: len(records) * _RECORD.itemsize, rows_path: len(records) * self.row_bytes})
+            _trim({path: len(records) * RECORD_BYTES, rows_path: len(records) * self.row_bytes})
 
     def _intact(self, key: bytes) -> bool:
         segment, number = self._place(key)
@@ -317,7 +318,7 @@ def _blank(records: Path, numbers: Iterable[int]) -> None:
     try:
         with contextlib.suppress(FileNotFoundError), _where_allowed(), records.open("r+b") as file:
             for number in numbers:
-                file.seek(number * _RECORD.itemsize)
+                file.seek(number * RECORD_BYTES)
                 file.write(_BLANK)
     except OSError as error:
         raise RunError(

@@ -102,14 +102,13 @@ class _Kept(NamedTuple):
         return tables
 
 
-def _grouped(setup: Setup, kept: _Kept, *names: str, head: Head | None = None) -> Tensor | None:
-    """The folds of the images of these splits where they have groups or copies; says where there can be none."""
-    splits, parts = [setup.dataset.split(name) for name in names], setup.parts
-    hashes = [digest for split in splits for digest in split.hashes]
-    groups = [group for split in splits for group in split.groups]
+def _grouped(parts: Parts, *features: Features, head: Head | None = None) -> Tensor | None:
+    """The folds of the images of these features where they have groups or copies; says where there can be none."""
+    hashes = [digest for of_split in features for digest in of_split.split.hashes]
+    groups = [group for of_split in features for group in of_split.split.groups]
     if not groups and len({*hashes}) == len(hashes):
         return None
-    task, rows, targets = _asked(parts, torch.cat([getattr(kept, name).targets.cpu() for name in names]), head)
+    task, rows, targets = _asked(parts, torch.cat([of_split.targets.cpu() for of_split in features]), head)
     hashes = [hashes[row] for row in rows]
     if not groups:
         numbers = {digest: number for number, digest in enumerate(dict.fromkeys(hashes))}
@@ -138,9 +137,11 @@ def _found(setup: Setup, kept: _Kept, pause: Callable[[], None]) -> Found:
     if (head := config.model.head).hidden:
         plan = mlp.Plan(head.hidden, head.dropout, config.train.batch_size, config.seed)
         return find_mlp(train, val, plan, unit=head.normalise == "l2", pause=pause)
-    scalings, folds = scalings_for(head.normalise), _grouped(setup, kept, "train")
+    scalings, folds = scalings_for(head.normalise), _grouped(setup.parts, kept.train)
     found = compare(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=folds).found()
-    return refitted(found, train, val, pause, _grouped(setup, kept, "train", "val")) if config.train.refit else found
+    if not config.train.refit:
+        return found
+    return refitted(found, train, val, pause, _grouped(setup.parts, kept.train, kept.val))
 
 
 def _found_heads(heads: Sequence[Head], setup: Setup, kept: _Kept, pause: Callable[[], None]) -> FoundHeads:
@@ -153,19 +154,18 @@ def _found_heads(heads: Sequence[Head], setup: Setup, kept: _Kept, pause: Callab
     compared = []
     for head in heads:
         with _naming(head):
-            tables, folds = kept.tables(setup.parts, head), _grouped(setup, kept, "train", head=head)
+            tables, folds = kept.tables(setup.parts, head), _grouped(setup.parts, kept.train, head=head)
             compared.append(compare(*tables, scalings=scalings, drawn=setup.drawn, pause=pause, folds=folds))
     found = alike(heads, compared, sorted({name == UNIT for name in scalings}))
-    if not setup.parts.config.train.refit:
-        return FoundHeads({head.name: of for head, of in zip(heads, found, strict=True)})
-    held_out = torch.full((len(kept.val.targets), len(setup.parts.task.classes)), math.nan)
-    for number, head in enumerate(heads):
-        with _naming(head):
-            folds = _grouped(setup, kept, "train", "val", head=head)
-            again = refitted(found[number], *kept.tables(setup.parts, head), pause, folds)
-        assert again.held_out is not None
-        held_out[head.own(kept.val.targets)[0].cpu(), head.of] = again.held_out.cpu()
-        found[number] = again
+    held_out = None
+    if setup.parts.config.train.refit:
+        held_out = torch.full((len(kept.val.targets), len(setup.parts.task.classes)), math.nan)
+        for number, head in enumerate(heads):
+            with _naming(head):
+                folds = _grouped(setup.parts, kept.train, kept.val, head=head)
+                found[number] = again = refitted(found[number], *kept.tables(setup.parts, head), pause, folds)
+            assert again.held_out is not None
+            held_out[head.own(kept.val.targets)[0].cpu(), head.of] = again.held_out.cpu()
     return FoundHeads({head.name: of for head, of in zip(heads, found, strict=True)}, held_out)
 
 

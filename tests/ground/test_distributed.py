@@ -11,7 +11,8 @@ import pytest
 from torch import Tensor
 
 from conftest import Run, draw_split
-from stress.ranks import forked, rows_in
+from stress.ranks import forked
+from stress.tools import rows_in
 from tl_trainer import checkpoint
 from tl_trainer.config.load import load
 from tl_trainer.errors import ConfigError, SettingError

@@ -177,8 +177,8 @@ class TrainSection(Section):
     search: Literal["auto", "off"] = Field(
         "auto",
         description="auto finds the head instead of training it for epochs, where the backbone is frozen, its features "
-        "are kept and the head is a single Linear or, but of several heads, has hidden layers; off trains it, which is "
-        "the default where epochs, optimizer or schedule is set.",
+        "are kept and the head is a single Linear, or has hidden layers and is not one of several; off trains it, "
+        "which is the default where epochs, optimizer or schedule is set.",
     )
     refit: bool = Field(
         False,
