@@ -280,7 +280,7 @@ def test_hidden_layers_are_found_too() -> None:
     table = Table(features, targets, soft, torch.arange(90))
     train, val = table.part(torch.arange(60)), table.part(torch.arange(60, 90))
     train, val = train._replace(images=torch.arange(60)), val._replace(images=torch.arange(30))
-    found = find_mlp(train, val, mlp.Plan([16], 0.25, 20, 0))
+    found = find_mlp(train, val, mlp.Plan([16], 20, 0), [0.25])
     assert found.several
     assert found.best.method == "MLP 16"
     assert found.best.top1 > max(row.top1 for row in found.rows if row.method == LINEAR)

@@ -425,7 +425,7 @@ def test_a_head_with_hidden_layers_is_found_among_48(config: dict[str, Any], mon
 def test_a_configured_dropout_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "STEPS", 1)
     monkeypatch.setattr(mlp, "ROUNDS", 1)
-    found = comparison.find_mlp(table(60, 1), table(30, 2), mlp.Plan([5], 0.3, 20, 0))
+    found = comparison.find_mlp(table(60, 1), table(30, 2), mlp.Plan([5], 20, 0), [0.3])
     assert {row.dropout for row in found.rows if row.rate} == {0.3}
 
 

@@ -103,25 +103,31 @@ def _linear(
 
 
 def find_mlp(
-    train: Table, val: Table, plan: mlp.Plan, *, unit: bool = False, pause: Callable[[], None] = lambda: None
+    train: Table,
+    val: Table,
+    plan: mlp.Plan,
+    dropouts: Sequence[float] = mlp.DROPOUTS,
+    *,
+    unit: bool = False,
+    pause: Callable[[], None] = lambda: None,
 ) -> Found:
     """The best head with hidden layers, judged by val; beside it what a linear head and simpler methods give.
 
-    A dropout of 0 in the plan is left to the search. Raises RunError where no candidate converges.
+    Raises RunError where no candidate converges.
     """
     features = functional.normalize(train.features) if unit else train.features
     scaling = SCALINGS["standardised"](features)._replace(unit=unit)
     samples, of_val = mlp.Samples(scaling(train.features), train.soft, len(train.labels)), scaling(val.features)
-    settings = list(itertools.starmap(mlp.Setting, itertools.product(mlp.RATES, mlp.DECAYS)))
+    settings = [mlp.Setting(*of) for of in itertools.product(mlp.RATES, mlp.DECAYS, dropouts)]
     method, solved = f"MLP {' '.join(map(str, plan.hidden))}", []
-    for dropout in bar([plan.dropout] if plan.dropout else mlp.DROPOUTS, method, unit="dropout"):
-        heads = mlp.train_heads(samples, (of_val, val.targets), plan._replace(dropout=dropout), settings, pause)
-        for (rate, decay), epochs, logits, layers in heads:
-            losses = losses_of(logits, val.targets)
-            note, top1 = "" if epochs else "diverged", figure_of(logits, val.targets)
-            scaled = UNIT if unit else "standardised"
-            row = Row(method, scaled, decay, losses.mean().item(), top1, note, rate, dropout, epochs)
-            solved.append(_Solved(row, losses, layers))
+    for (rate, decay, dropout), epochs, logits, layers in mlp.train_heads(
+        samples, (of_val, val.targets), plan, settings, pause
+    ):
+        losses = losses_of(logits, val.targets)
+        note, top1 = "" if epochs else "diverged", figure_of(logits, val.targets)
+        scaled = UNIT if unit else "standardised"
+        row = Row(method, scaled, decay, losses.mean().item(), top1, note, rate, dropout, epochs)
+        solved.append(_Solved(row, losses, layers))
     best = _best(solved)
     axes, linear = _linear("standardised", train, val, torch.full_like(train.images, FOLDS), train.images[:0], pause)
     rows = [*(candidate.row for candidate in [*solved, *linear]), *_simpler([(train, val)], axes, pause)]

@@ -1,13 +1,14 @@
-"""Heads with hidden layers, many at once: the same features and the same batches, each with its own rate and decay.
+"""Heads with hidden layers, many at once: the same features and the same batches, each with its own settings.
 
-The first layer of all heads is one matrix product, as they share its inputs; the others are batched ones. All heads
-begin with the same weights and share the dropout masks, so that they differ in nothing but their settings.
+The first layer of all heads of one dropout is one matrix product, as they share its inputs; the others are batched
+ones. All heads begin with the same weights, and those of one dropout share its masks, so that they differ in nothing
+but their settings.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,14 +27,13 @@ ROUNDS = 30  # at most
 PATIENCE = 3  # rounds without a lower log loss on the validation images, after which a head is trained no further
 ROWS_AT_ONCE = 2048  # when heads are judged
 
-Dropped = Callable[[Tensor], Tensor]
-
 
 class Setting(NamedTuple):
-    """What tells one head from another: the learning rate and weight decay of its AdamW."""
+    """What tells one head from another: learning rate and weight decay of its AdamW, dropout before each Linear."""
 
     rate: float
     decay: float
+    dropout: float
 
 
 class Trained(NamedTuple):
@@ -61,10 +61,9 @@ class Samples(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the heads have in common: widths of the hidden layers, dropout before each Linear, batches, seed."""
+    """What the heads have in common: widths of the hidden layers, batches, seed."""
 
     hidden: Sequence[int]
-    dropout: float
     batch_size: int
     seed: int
 
@@ -82,28 +81,40 @@ def train_heads(
 
     val: features (M, D) and targets (M,). pause: called after every batch; it may end the training by an exception.
     """
-    heads = _Heads([train.features.shape[1], *plan.hidden, train.soft.shape[1]], settings, plan.seed, train.features)
-    masks = torch.Generator().manual_seed(plan.seed)
+    widths = [train.features.shape[1], *plan.hidden, train.soft.shape[1]]
+    numbers: dict[float, list[int]] = {}
+    for number, setting in enumerate(settings):
+        numbers.setdefault(setting.dropout, []).append(number)
+    groups = [
+        _Heads(widths, of, [settings[number] for number in of], plan.seed, train.features) for of in numbers.values()
+    ]
     best: dict[int, tuple[float, Trained]] = {}
     span = -(-STEPS * plan.batch_size // train.images)  # epochs of a round
     halvings = {span << power for power in range(ROUNDS.bit_length())}
     for epoch in range(1, ROUNDS * span + 1):
         for inputs, soft in train.batches(plan.batch_size, plan.seed, epoch - 1):
-            heads.step(inputs, soft, lambda values: _drop(values, plan.dropout, masks))
+            for heads in groups:
+                heads.step(inputs, soft)
             pause()
-        logits = torch.cat([heads.logits(part) for part in torch.split(val[0], ROWS_AT_ONCE)], dim=2).transpose(1, 2)
-        losses = [_log_loss(of_head, val[1]) for of_head in logits]
-        for row, (number, loss) in enumerate(zip(heads.numbers, losses, strict=True)):
-            if number not in best:
-                best[number] = float("inf"), Trained(settings[number], 0, logits[row], heads.layers(row))
-            if loss < best[number][0]:
-                best[number] = loss, Trained(settings[number], epoch, logits[row].clone(), heads.layers(row))
-        going_on = {number for number in heads.numbers if epoch - best[number][1].epoch < PATIENCE * span}
+        going_on = []
+        for heads in groups:
+            logits = torch.cat([heads.logits(part) for part in torch.split(val[0], ROWS_AT_ONCE)], dim=2)
+            for row, (number, of_head) in enumerate(zip(heads.numbers, logits.transpose(1, 2), strict=True)):
+                loss = _log_loss(of_head, val[1])
+                if number not in best:
+                    best[number] = float("inf"), Trained(settings[number], 0, of_head, heads.layers(row))
+                if loss < best[number][0]:
+                    best[number] = loss, Trained(settings[number], epoch, of_head.clone(), heads.layers(row))
+                if epoch - best[number][1].epoch < PATIENCE * span:
+                    going_on.append(number)
         if epoch in halvings:
-            ranked = sorted(heads.numbers, key=lambda number: best[number][0])
-            going_on &= set(ranked[: (len(ranked) + 1) // 2])
-        heads.keep([row for row, number in enumerate(heads.numbers) if number in going_on])
-        if not heads.numbers:
+            there = [number for heads in groups for number in heads.numbers]
+            better = sorted(there, key=lambda number: best[number][0])[: (len(there) + 1) // 2]
+            going_on = [number for number in going_on if number in better]
+        for heads in groups:
+            heads.keep(going_on)
+        groups = [heads for heads in groups if heads.numbers]
+        if not groups:
             break
     return [best[number][1] for number in range(len(settings))]
 
@@ -115,20 +126,17 @@ def _log_loss(logits: Tensor, targets: Tensor) -> float:
     return functional.cross_entropy(logits.double(), targets).item()
 
 
-def _drop(values: Tensor, dropout: float, masks: torch.Generator) -> Tensor:
-    """Dropout of values (..., width, n) with one mask (width, n), drawn on the processor: the same on every device."""
-    if not dropout:
-        return values
-    kept = torch.rand(values.shape[-2:], generator=masks) >= dropout
-    return values * (kept / (1 - dropout)).to(values)
-
-
 class _Heads:
-    """K heads whose weights (K, out, in) and biases (K, out) are stacked, and which AdamW knows one by one."""
+    """K heads of one dropout, whose weights (K, out, in) and biases (K, out) are stacked; AdamW knows them one by one.
 
-    def __init__(self, widths: Sequence[int], settings: Sequence[Setting], seed: int, like: Tensor) -> None:
-        draw = torch.Generator().manual_seed(seed)
-        self.numbers = list(range(len(settings)))
+    numbers: what the heads are called.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], numbers: Sequence[int], settings: Sequence[Setting], seed: int, like: Tensor
+    ) -> None:
+        draw, self.masks = (torch.Generator().manual_seed(seed) for _ in range(2))
+        self.numbers, self.dropout = [*numbers], settings[0].dropout
         self.stacks: list[Tensor] = []
         for wide, narrow in itertools.pairwise(widths):  # torch's own first weights of a Linear
             for shape in ((narrow, wide), (narrow,)):
@@ -137,16 +145,16 @@ class _Heads:
         groups = [
             {
                 "params": [nn.Parameter(stack.detach()[number]) for stack in self.stacks],
-                "lr": rate,
-                "weight_decay": decay,
+                "lr": setting.rate,
+                "weight_decay": setting.decay,
             }
-            for number, (rate, decay) in enumerate(settings)
+            for number, setting in enumerate(settings)
         ]  # of views: AdamW writes into the stacks
         self.optimizer = optim.AdamW(groups, fused=True)
 
-    def step(self, inputs: Tensor, soft: Tensor, drop: Dropped) -> None:
+    def step(self, inputs: Tensor, soft: Tensor) -> None:
         """One update of every head by its mean cross-entropy on a batch (n, D), (n, C); of each class for (n, C, 2)."""
-        outputs = self._forward(inputs, drop)
+        outputs = self._forward(inputs, self._dropped)
         if soft.ndim == 3:  # each class by itself
             without, having = soft.permute(2, 1, 0)
             losses = without * functional.softplus(outputs) + having * functional.softplus(-outputs)
@@ -164,7 +172,14 @@ class _Heads:
         """(n, D) -> (K, C, n)"""
         return self._forward(inputs, lambda values: values)
 
-    def _forward(self, inputs: Tensor, drop: Dropped) -> Tensor:
+    def _dropped(self, values: Tensor) -> Tensor:
+        """Dropout of (..., width, n) with one mask (width, n), drawn on the processor: the same on every device."""
+        if not self.dropout:
+            return values
+        kept = torch.rand(values.shape[-2:], generator=self.masks) >= self.dropout
+        return values * (kept / (1 - self.dropout)).to(values)
+
+    def _forward(self, inputs: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
         (weight, bias), *others = zip(self.stacks[::2], self.stacks[1::2], strict=True)
         products: Tensor = weight.flatten(0, 1) @ drop(inputs.T)
         outputs = products.view(*bias.shape, -1) + bias[..., None]
@@ -177,12 +192,13 @@ class _Heads:
         copies = [stack.detach()[row].clone() for stack in self.stacks]
         return list(zip(copies[::2], copies[1::2], strict=True))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with the heads in these rows alone."""
+    def keep(self, numbers: Collection[int]) -> None:
+        """Go on with these heads alone."""
+        rows = [row for row, number in enumerate(self.numbers) if number in numbers]
         if len(rows) == len(self.numbers):
             return
         self.numbers = [self.numbers[row] for row in rows]
-        self.stacks = [stack.detach()[list(rows)].requires_grad_() for stack in self.stacks]
+        self.stacks = [stack.detach()[rows].requires_grad_() for stack in self.stacks]
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [groups[row] for row in rows]
         for row, group in enumerate(self.optimizer.param_groups):

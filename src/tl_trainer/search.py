@@ -135,8 +135,9 @@ def _asked(parts: Parts, targets: Tensor, head: Head | None) -> tuple[Task, Sequ
 def _found(setup: Setup, kept: _Kept, pause: Callable[[], None]) -> Found:
     config, (train, val) = setup.parts.config, kept.tables(setup.parts)
     if (head := config.model.head).hidden:
-        plan = mlp.Plan(head.hidden, head.dropout, config.train.batch_size, config.seed)
-        return find_mlp(train, val, plan, unit=head.normalise == "l2", pause=pause)
+        plan = mlp.Plan(head.hidden, config.train.batch_size, config.seed)
+        dropouts = [head.dropout] if head.dropout else mlp.DROPOUTS
+        return find_mlp(train, val, plan, dropouts, unit=head.normalise == "l2", pause=pause)
     scalings, folds = scalings_for(head.normalise), _grouped(setup.parts, kept.train)
     found = compare(train, val, scalings=scalings, drawn=setup.drawn, pause=pause, folds=folds).found()
     if not config.train.refit:
@@ -220,8 +221,8 @@ def _work(parts: Parts) -> _Work:
     linear = _Work(10 * (FOLDS + 1) * widest, len(SCALINGS) * len(STRENGTHS) * parts.features * classes)
     if not hidden:
         return linear
-    at_once = len(mlp.RATES) * len(mlp.DECAYS)  # with gradients and AdamW's two means
-    return _Work(linear.row, linear.kept + (len(mlp.DROPOUTS) + 4) * at_once * size)
+    heads = len(mlp.RATES) * len(mlp.DECAYS) * len(mlp.DROPOUTS)
+    return _Work(linear.row, linear.kept + 5 * heads * size)  # at their best; now, with gradients and AdamW's two means
 
 
 def table_of(parts: Parts, features: Features, views: int = 1, head: Head | None = None) -> Table:
