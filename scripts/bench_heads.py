@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,7 +56,7 @@ def seconds(args: argparse.Namespace, heads: int, end: bool) -> float:
     best = float("inf")
     for epoch in range(EPOCHS):
         started = time.perf_counter()
-        for indices in batch_order(range(args.images), BATCH, 0, epoch, shuffle=True):
+        for indices in batch_order(np.arange(args.images), BATCH, 0, epoch, shuffle=True):
             loss = criterion(network(features[indices]), targets[indices])
             loss.backward()
             optimizer.step()

@@ -24,16 +24,17 @@ from torch import Tensor
 from forked import forked
 from tl_trainer import feature_store
 from tl_trainer.errors import DataError, RunError
-from tl_trainer.feature_store import ABANDONED_SECONDS, KEY_BYTES, FeatureStore, clear, folder_size, make_room
+from tl_trainer.feature_folders import clear, description_of, folder_size, make_room
+from tl_trainer.feature_store import ABANDONED_SECONDS, RECORD_BYTES, FeatureStore
+from tl_trainer.ground.digests import SIZE, Digests
 
-RECORD_BYTES = KEY_BYTES + 8
 SHAPE = (5,)
 ROW_BYTES = 20
 STORES = ["0" * 32, "1" * 32, "2" * 32]
 
 
 def key(number: int) -> bytes:
-    return number.to_bytes(4, "big") * (KEY_BYTES // 4)
+    return number.to_bytes(4, "big") * (SIZE // 4)
 
 
 def row(number: int, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,6 +47,16 @@ def rows(numbers: list[int], shape: tuple[int, ...] = SHAPE, dtype: torch.dtype 
 
 def keys(numbers: list[int]) -> list[bytes]:
     return [key(number) for number in numbers]
+
+
+def lacking(store: FeatureStore, wanted: list[bytes]) -> list[bytes]:
+    """The keys that the store lacks."""
+    return [wanted[place] for place in store.lacking(Digests.of(wanted))]
+
+
+def taken(store: FeatureStore, wanted: list[bytes]) -> Tensor:
+    """The rows of the keys."""
+    return store.take(store.rows(Digests.of(wanted)))
 
 
 def add(store: FeatureStore, numbers: list[int]) -> None:
@@ -84,8 +95,8 @@ def age(folder: Path) -> None:
 
 
 def assert_holds(store: FeatureStore, numbers: list[int]) -> None:
-    assert store.find(keys(numbers)) == []
-    assert torch.equal(store.take(keys(numbers)), rows(numbers))
+    assert lacking(store, keys(numbers)) == []
+    assert torch.equal(taken(store, keys(numbers)), rows(numbers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,17 +105,17 @@ def test_round_trip(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) 
     written = rows(list(range(9)), shape, dtype)
     written[0].view(-1)[:3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     store = FeatureStore(tmp_path / "store")
-    assert store.find(keys([3, 1])) == keys([3, 1])
+    assert lacking(store, keys([3, 1])) == keys([3, 1])
     store.append(keys([0, 1, 2, 3]), written[:4])
     store.append(keys([4, 5, 6, 7, 8]), written[4:])
     store.close()
     for reader in (store, FeatureStore(tmp_path / "store")):
-        assert reader.find(keys([8, 20, 0, 10, 20, 1])) == keys([20, 10])
+        assert lacking(reader, keys([8, 20, 0, 10, 20, 1])) == keys([20, 10])
         order = [7, 0, 8, 8, 3]
-        taken = reader.take(keys(order))
-        assert taken.dtype == dtype
-        assert taken.shape == (5, *shape)
-        assert torch.equal(bits(taken), bits(written[order]))
+        found = taken(reader, keys(order))
+        assert found.dtype == dtype
+        assert found.shape == (5, *shape)
+        assert torch.equal(bits(found), bits(written[order]))
         assert reader.row_bytes == written[0].numel() * written.element_size()
 
 
@@ -118,8 +129,8 @@ def test_rows_in_any_memory_layout(tmp_path: Path) -> None:
     store.append(keys([1, 2]), images.to(memory_format=torch.channels_last))
     store.append(keys([3, 4]), rows([3, 4], (5, 4, 3)).transpose(1, 3))
     store.close()
-    assert torch.equal(store.take(keys([1, 2])), images)
-    assert torch.equal(store.take(keys([3, 4])), rows([3, 4], (5, 4, 3)).transpose(1, 3))
+    assert torch.equal(taken(store, keys([1, 2])), images)
+    assert torch.equal(taken(store, keys([3, 4])), rows([3, 4], (5, 4, 3)).transpose(1, 3))
 
 
 def test_rows_are_found_after_close_and_need_no_close_to_be_kept(tmp_path: Path) -> None:
@@ -133,12 +144,12 @@ def test_rows_are_found_after_close_and_need_no_close_to_be_kept(tmp_path: Path)
 
 
 def test_nothing_to_take(tmp_path: Path) -> None:
-    assert filled(tmp_path / "store").take([]).shape == (0, *SHAPE)
+    assert taken(filled(tmp_path / "store"), []).shape == (0, *SHAPE)
 
 
 def test_take_refuses_a_row_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"was removed or changed .*features\.limit_gb"):
-        filled(tmp_path / "store").take(keys([0, 99]))
+        taken(filled(tmp_path / "store"), keys([0, 99]))
 
 
 def test_append_refuses_rows_of_another_shape(tmp_path: Path) -> None:
@@ -161,7 +172,7 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     add(two, [12])
     two.close()
     assert_holds(two, [*range(13), 50, 51])
-    assert one.find(keys([12])) == keys([12])
+    assert lacking(one, keys([12])) == keys([12])
     one.refresh()
     assert_holds(one, [*range(13), 50, 51])
     assert len(list((tmp_path / "store").glob("*.rows"))) == 2
@@ -195,10 +206,10 @@ def test_a_killed_writer_leaves_whole_rows_only(tmp_path: Path) -> None:
     assert finished >= 80
     store = FeatureStore(folder)
     asked = list(range(finished + 64))
-    missing = store.find(keys(asked))
+    missing = lacking(store, keys(asked))
     present = [number for number in asked if key(number) not in missing]
     assert set(range(finished)) <= set(present)
-    assert torch.equal(store.take(keys(present)), rows(present))
+    assert torch.equal(taken(store, keys(present)), rows(present))
     rest = [number for number in asked if key(number) in missing]
     add(store, rest)
     store.close()
@@ -219,7 +230,7 @@ DAMAGES: list[tuple[str, Damage, list[int]]] = [
     ("last bit of a row", lambda folder: flip(only(folder, ".rows"), 8 * ROW_BYTES - 1, 7), [7]),
     ("two rows", lambda folder: [flip(only(folder, ".rows"), at * ROW_BYTES) for at in (1, 4)], [1, 4]),
     ("a bit of a key", lambda folder: flip(only(folder, ".keys"), 2 * RECORD_BYTES + 5), [2]),
-    ("a row's checksum", lambda folder: flip(only(folder, ".keys"), 2 * RECORD_BYTES + KEY_BYTES), [2]),
+    ("a row's checksum", lambda folder: flip(only(folder, ".keys"), 2 * RECORD_BYTES + SIZE), [2]),
     ("a record's checksum", lambda folder: flip(only(folder, ".keys"), 3 * RECORD_BYTES - 1), [2]),
     ("store.json of another shape", lambda folder: flip(folder / "store.json", shape_position(folder)), list(range(8))),
     ("store.json no JSON", lambda folder: flip(folder / "store.json", 0), list(range(8))),
@@ -240,12 +251,12 @@ def test_damage_is_detected_reported_once_and_repaired(
     filled(folder)
     damage(folder)
     store = FeatureStore(folder)
-    assert sorted(store.find(keys(everything))) == sorted(keys(lost))
+    assert sorted(lacking(store, keys(everything))) == sorted(keys(lost))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(folder) in caplog.text
     intact = [number for number in everything if number not in lost]
     if intact:
-        assert torch.equal(store.take(keys(intact)), rows(intact))
+        assert torch.equal(taken(store, keys(intact)), rows(intact))
 
     caplog.clear()
     add(store, lost)
@@ -266,10 +277,10 @@ def test_a_damaged_row_stays_out_in_whatever_order_segments_are_read(tmp_path: P
     for path in folder.glob("*.rows"):
         flip(path, 0)
     store = FeatureStore(folder)
-    assert store.find(keys([0, 1])) == keys([0])
+    assert lacking(store, keys([0, 1])) == keys([0])
     add(store, [0])
     store.close()
-    assert torch.equal(store.take(keys([0, 1])), rows([0, 1]))
+    assert torch.equal(taken(store, keys([0, 1])), rows([0, 1]))
     assert_holds(FeatureStore(folder), [0, 1])
 
 
@@ -279,7 +290,7 @@ def test_what_a_living_writer_has_not_finished_is_left_alone(tmp_path: Path) -> 
     records = only(tmp_path / "store", ".keys")
     whole = records.read_bytes()
     cut(records, 5 * RECORD_BYTES + 7, old=False)
-    assert FeatureStore(tmp_path / "store").find(keys([4, 5])) == keys([5])
+    assert lacking(FeatureStore(tmp_path / "store"), keys([4, 5])) == keys([5])
     assert records.read_bytes() == whole[: 5 * RECORD_BYTES + 7]
     records.write_bytes(whole)
     assert_holds(FeatureStore(tmp_path / "store"), list(range(8)))
@@ -304,9 +315,9 @@ def test_no_changed_byte_ever_gives_a_wrong_row(tmp_path: Path, place: float, by
             path.write_bytes(data)
         store = FeatureStore(folder)
         asked = [*range(8), 20]
-        missing = store.find(keys(asked))
+        missing = lacking(store, keys(asked))
         present = [number for number in asked if key(number) not in missing]
-        assert not present or torch.equal(store.take(keys(present)), rows(present))
+        assert not present or torch.equal(taken(store, keys(present)), rows(present))
         if name != "json":
             assert len(present) >= 6
         lost = [number for number in asked if key(number) in missing]
@@ -357,7 +368,7 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     store.close()
     reopened = FeatureStore(folder)
-    assert reopened.find(keys([20, 21])) == keys([20, 21])
+    assert lacking(reopened, keys([20, 21])) == keys([20, 21])
     assert_holds(reopened, list(range(8)))
 
 
@@ -377,10 +388,10 @@ def test_a_segment_with_a_damaged_row_that_cannot_be_written_is_not_trusted(
 
     monkeypatch.setattr(Path, "open", refuse)
     if reason == errno.EACCES:  # another user's
-        assert store.find(keys([0, 1])) == keys([0])
+        assert lacking(store, keys([0, 1])) == keys([0])
     else:
         with pytest.raises(RunError, match=r"damaged and cannot be repaired: Input/output error; remove"):
-            store.find(keys([0]))
+            lacking(store, keys([0]))
 
 
 def test_a_store_that_vanishes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +407,7 @@ def test_a_store_that_vanishes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(feature_store, "_size", vanish)
     store.refresh()
-    assert store.find(keys([1])) == keys([1])
+    assert lacking(store, keys([1])) == keys([1])
 
 
 @pytest.mark.parametrize("ending", [".keys", ".rows"])
@@ -418,7 +429,7 @@ def test_of_segments_that_may_not_be_read_only_their_own_rows_are_missing(
 
         monkeypatch.setattr(feature_store.np, name, refusing)
     store = FeatureStore(tmp_path / "store")
-    assert store.find(keys(list(range(10)))) == keys(list(range(8)))
+    assert lacking(store, keys(list(range(10)))) == keys(list(range(8)))
     assert_holds(store, [8, 9])
     add(store, list(range(8)))
     store.close()
@@ -431,7 +442,7 @@ def test_of_segments_that_may_not_be_read_only_their_own_rows_are_missing(
 def make_stores(root: Path, ages: dict[str, int], size: int = 100) -> None:
     for name, seconds in ages.items():
         (root / name).mkdir(parents=True)
-        description = json.dumps(feature_store._described((2,), torch.float32))
+        description = json.dumps(description_of((2,), torch.float32))
         (root / name / "store.json").write_text(description)
         (root / name / f"{'ab' * 16}.rows").write_bytes(bytes(size - len(description)))
         os.utime(root / name, (1e9 - seconds, 1e9 - seconds))

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,12 +42,13 @@ from tl_trainer.features import (
     Extractor,
     FeatureBatches,
     Features,
-    Missing,
     features_folder,
     views_that_fit,
 )
+from tl_trainer.ground.digests import Digests
 from tl_trainer.models.chain import Stage
 from tl_trainer.models.prefix import FrozenPrefix
+from tl_trainer.views import Missing, drawn, reading
 
 CPU = torch.device("cpu")
 PRESET = Preprocessing(resize=16, crop=12, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
@@ -326,11 +328,12 @@ def test_processes_draw_what_one_thread_draws_and_open_each_image_once(
         return load(self, index, expected, **options)
 
     monkeypatch.setattr(Files, "load", counted)
-    missing = [Missing(number, keys[3 * number : 3 * number + 3]) for number in range(COUNT)]
+    by_view = [Digests.of(keys[view::3]) for view in range(3)]
+    missing = Missing(by_view, [np.arange(COUNT)] * 3)
     before = torch.get_rng_state()
-    with module_under_test._reading(known_split, steps, workers=2) as read:
-        blocks = (missing[first : first + 7] for first in range(0, COUNT, 7))
-        found = list(module_under_test._drawn(blocks, read, overlap=overlap))
+    with reading(known_split, steps, workers=2) as read:
+        blocks = (missing.block(first, first + 7) for first in range(0, COUNT, 7))
+        found = list(drawn(blocks, read, overlap=overlap))
     assert [key for key, _ in found] == keys
     assert all(torch.equal(image, expected) for (_, image), expected in zip(found, wanted, strict=True))
     assert torch.equal(torch.get_rng_state(), before)
@@ -851,6 +854,6 @@ def test_ctrl_c_keeps_what_was_computed_and_says_so(
 
 def test_the_views_that_fit_are_counted_where_they_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tl_trainer.features.free_on", lambda _: 0)
-    kept: Any = SimpleNamespace(targets=[0], keys=[1, 2], take=lambda *_: torch.zeros(1, 8))
+    kept: Any = SimpleNamespace(targets=[0], views=2, take=lambda *_: torch.zeros(1, 8))
     assert views_that_fit(kept, 10, 0, torch.device("cpu")) == 2
     assert views_that_fit(kept, 10, 0, torch.device("cuda")) == 0

@@ -135,7 +135,7 @@ def test_auto_keeps_a_view_for_each_epoch_and_says_so_in_a_line(
     feed = net.of_run({"train": split}, RANDOM, FIXED, "auto", epochs)["train"]
     assert [record.message for record in caplog.records if said in record.message] == caplog.messages[-1:]
     assert len([record for record in caplog.records if record.name == "tl_trainer.feeds"]) == 1
-    assert (len(feed.batches.features.keys) if isinstance(feed.batches, FeatureBatches) else 0) == kept
+    assert (feed.batches.features.views if isinstance(feed.batches, FeatureBatches) else 0) == kept
 
 
 def test_views_that_were_asked_for_by_number_and_do_not_fit_are_refused(split: Split) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def alone(train: Samples, setting: Setting, plan: Plan) -> Iterator[nn.Sequentia
     first, second, third = linear
     for epoch in itertools.count():
         view = epoch % 2 * train.images
-        for indices in batch_order(range(train.images), plan.batch_size, plan.seed, epoch, shuffle=True):
+        for indices in batch_order(np.arange(train.images), plan.batch_size, plan.seed, epoch, shuffle=True):
             values, soft = train.features[view:][indices], train.soft[indices]
             for number, layer in enumerate(linear):
                 values = values.relu() if number else values

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -58,7 +59,7 @@ class TinyBatches:
         return STEPS
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0) -> Iterator[Batch]:
-        for indices in batch_order(range(IMAGES), BATCH_SIZE, 0, epoch, self.shuffle)[start:]:
+        for indices in batch_order(np.arange(IMAGES), BATCH_SIZE, 0, epoch, self.shuffle)[start:]:
             yield Batch(self.inputs[indices], self.targets[indices], torch.tensor(indices))
 
 

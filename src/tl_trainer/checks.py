@@ -27,8 +27,10 @@ from tl_trainer.data.dataset import SPLIT_OF, Split
 from tl_trainer.data.loaders import chunked
 from tl_trainer.data.pixels import BITS, NUMBERS, SIDE, Look, look
 from tl_trainer.errors import DataError, SettingError
-from tl_trainer.feature_store import FeatureStore, make_room
+from tl_trainer.feature_folders import make_room
+from tl_trainer.feature_store import FeatureStore
 from tl_trainer.features import features_folder
+from tl_trainer.ground.digests import Digests
 from tl_trainer.ground.machine import cores, free_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.ground.wording import listed
@@ -182,24 +184,24 @@ def _for_checking(loaded: Loaded) -> Loaded:
 
 def _looks(split: Split, name: str, config: Config) -> np.ndarray:
     """What `data.pixels` sees of each image, (N, NUMBERS); kept beside the features, under the image's content."""
-    at = {digest: index for index, digest in enumerate(split.hashes)}
+    hashes = Digests.of(split.hashes)
     with ThreadPoolExecutor(cores()) as pool:
 
-        def rows(keys: Sequence[bytes]) -> np.ndarray:
-            return np.stack([*pool.map(lambda key: look(split.open(at[key], draft=SIDE)), keys)])
+        def rows(places: Sequence[int]) -> np.ndarray:
+            return np.stack([*pool.map(lambda place: look(split.open(place, draft=SIDE)), places)])
 
         if config.features.cache == "off":
-            return rows(split.hashes)
+            return rows(range(len(split)))
         identity = f"pixels {LOOK_VERSION} {PIL.__version__} {config.data.value_range}"
         folder = features_folder(config.features)
         store = FeatureStore(folder / hashlib.sha256(identity.encode()).hexdigest()[:32])
-        missing = store.find(at)
+        missing = store.lacking(hashes).tolist()
         make_room(folder, 4 * NUMBERS * len(missing), int(config.features.limit_gb * 1e9), keep={store.folder})
         with contextlib.closing(store):
             chunks = chunked(missing, _AT_ONCE)
-            for keys in bar(chunks, f"looking at {name} images", -(-len(missing) // _AT_ONCE)):
-                store.append(keys, torch.from_numpy(rows(keys)))
-        return store.take(split.hashes).numpy()
+            for places in bar(chunks, f"looking at {name} images", -(-len(missing) // _AT_ONCE)):
+                store.append([*hashes.take(places)], torch.from_numpy(rows(places)))
+        return store.take(store.rows(hashes)).numpy()
 
 
 def _pairs(images: _Images, seen: Look) -> list[Pair]:

@@ -15,12 +15,12 @@ import errno
 import json
 import logging
 import os
-import re
 import time
 import uuid
 import zlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +29,19 @@ import torch
 from torch import Tensor
 
 from tl_trainer.errors import DataError, RunError
+from tl_trainer.feature_folders import description_in, description_of, remove
+from tl_trainer.ground.digests import SIZE, Digests, Index, Numbers
 from tl_trainer.ground.files import write_text
 
 log = logging.getLogger(__name__)
 
-KEY_BYTES = 32
-_RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("row_sum", "<u4"), ("record_sum", "<u4")])
-_CHECKED_BYTES = KEY_BYTES + 4
+_RECORD = np.dtype([("key", "u1", SIZE), ("row_sum", "<u4"), ("record_sum", "<u4")])
+_CHECKED_BYTES = SIZE + 4
 RECORD_BYTES = _RECORD.itemsize  # of a row in a .keys file
 _BLANK = bytes(RECORD_BYTES)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # A segment that was not written for so long has no writer any more, who would finish what looks cut off.
 ABANDONED_SECONDS = 60.0
-
-# What a store's files are called; nothing else in its folder is ever removed.
-_OWN = re.compile(r"[0-9a-f]{32}\.(rows|keys)|store\.json|\.store\.json-\d+\.tmp")
 
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # the file is another user's, or everything is read-only
 
@@ -64,7 +61,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: dict[bytes, int] = {}  # of each key its row, counted through all segments
+        self.index = Index.of([])  # of each key its row, counted through all segments
         self.segments: list[_Rows] = []
         self._ends = [0]  # how many rows there are before each segment, and in all
         self.shape: tuple[int, ...] = ()
@@ -78,32 +75,38 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Read what is there now, leaving out, with a warning, what is damaged."""
-        self.index, self.segments, self._ends, self._readable = {}, [], [0], True
+        self.index, self.segments, self._ends, self._readable = Index.of([]), [], [0], True
         try:
             described, paths = self._read_description(), sorted(self.folder.glob("*.keys"))
         except PermissionError as error:
             self._readable = False
             self._say_unreadable(self.folder, error)
             return
+        keys: list[tuple[Digests, Numbers]] = []
         for path in paths if described else []:
             try:
-                self._read_segment(path)
+                keys.append(self._read_segment(path))
             except FileNotFoundError:  # another run has just removed this store to make room
                 continue
             except PermissionError as error:
                 self._say_unreadable(path, error)
+        self.index = Index.of(keys)
 
-    def find(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of the keys that are not there, or whose row does not have its checksum any more; each once."""
-        wanted = dict.fromkeys(keys)
-        while damaged := [key for key in wanted if key in self.index and not self._intact(key)]:
+    def lacking(self, keys: Digests) -> Numbers:
+        """Where the keys are that are `absent`, or whose rows do not have their checksums any more."""
+        while damaged := [row for row in np.unique(self.index.find(keys)) if row >= 0 and not self._intact(row)]:
             log.warning("%d cached features in %s are damaged and are computed again", len(damaged), self.folder)
-            for key in damaged:
-                segment, number = self._place(key)
+            for row in damaged:
+                segment, number = self._place(row)
                 if segment.records:
                     self._leave_out(segment.records, [number])
             self.refresh()  # another segment may have the row too, and that one may be damaged as well
-        return [key for key in wanted if key not in self.index]
+        return self.absent(keys)
+
+    def absent(self, keys: Digests) -> Numbers:
+        """Where the keys are that are not there; each different one once."""
+        absent = np.flatnonzero(self.index.find(keys) < 0)
+        return absent[keys.take(absent).first()]
 
     def append(self, keys: Sequence[bytes], rows: Tensor) -> None:
         """Add rows (N, ...) under their keys.
@@ -114,7 +117,7 @@ class FeatureStore:
         if not self.shape:
             self.shape, self.dtype = tuple(rows.shape[1:]), rows.dtype
             if not self.in_memory:
-                write_text(self.folder / "store.json", json.dumps(_described(self.shape, self.dtype)))
+                write_text(self.folder / "store.json", json.dumps(description_of(self.shape, self.dtype)))
         if tuple(rows.shape[1:]) != self.shape:
             raise DataError(
                 f"the transforms give images of different sizes: their features are {tuple(rows.shape[1:])} and "
@@ -135,7 +138,8 @@ class FeatureStore:
             writer.close()
             self.refresh()
         elif writer is not None and writer.keys:
-            self.index |= {key: row for row, key in enumerate(writer.keys, self._ends[-1])}
+            keys, first = Digests.of(writer.keys), self._ends[-1]
+            self.index = self.index.joined(keys, np.arange(first, first + len(keys)))
             self._add(writer.segment())
 
     @property
@@ -143,23 +147,26 @@ class FeatureStore:
         """Whether what is appended is kept in memory, since it may not be written."""
         return isinstance(self._writer, _Memory) or any(segment.records is None for segment in self.segments)
 
-    def take(self, keys: Sequence[bytes]) -> Tensor:
-        """The rows of the keys, in their order, as one tensor (N, ...). Raises RunError where one is not there."""
-        try:
-            rows = np.fromiter((self.index[key] for key in keys), np.int64, len(keys))
-        except KeyError as error:
+    def rows(self, keys: Digests) -> Numbers:
+        """The rows of the keys, for `take`. Raises RunError where one is not there."""
+        rows = self.index.find(keys)
+        if (rows < 0).any():
             raise RunError(
                 f"{self.folder} was removed or changed while it was in use; run it again, and with a higher "
                 "features.limit_gb if another run made room for its own features"
-            ) from error
-        numbers = np.empty((len(keys), self._row_numbers), dtype=self._number)
+            )
+        return rows
+
+    def take(self, rows: Numbers) -> Tensor:
+        """The rows, in their order, as one tensor (N, ...)."""
+        numbers = np.empty((len(rows), self._row_numbers), dtype=self._number)
         segments = np.searchsorted(self._ends, rows, "right") - 1
         for segment in np.unique(segments):
             chosen = np.flatnonzero(segments == segment)
             for first in range(0, len(chosen), ROWS_AT_ONCE):
                 block = chosen[first : first + ROWS_AT_ONCE]
                 numbers[block] = self.segments[segment].rows[rows[block] - self._ends[segment]]
-        return torch.from_numpy(numbers).view(self.dtype).view(len(keys), *self.shape)
+        return torch.from_numpy(numbers).view(self.dtype).view(len(rows), *self.shape)
 
     @property
     def row_bytes(self) -> int:
@@ -170,9 +177,8 @@ class FeatureStore:
         self.segments.append(segment)
         self._ends.append(self._ends[-1] + len(segment.rows))
 
-    def _place(self, key: bytes) -> tuple[_Rows, int]:
+    def _place(self, row: int) -> tuple[_Rows, int]:
         """The segment of a row, and its number there."""
-        row = self.index[key]
         segment = bisect_right(self._ends, row) - 1
         return self.segments[segment], row - self._ends[segment]
 
@@ -213,41 +219,44 @@ class FeatureStore:
             return False
         with path.open("rb"):  # PermissionError: not damaged, but another user's
             pass
-        if (found := _described_in(path)) is None:
+        if (found := description_in(path)) is None:
             log.warning("%s is damaged; its features are computed again", path)
-            _remove(self.folder)
+            remove(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.shape = ()
             return False
         self.shape, self.dtype = found
         return True
 
-    def _read_segment(self, path: Path) -> None:
+    def _read_segment(self, path: Path) -> tuple[Digests, Numbers]:
+        """The keys of a segment, and their rows."""
         rows_path = path.with_suffix(".rows")
         rows_before = _size(rows_path)  # before the records, for while they are read another run may add both
         records = np.fromfile(path, dtype=_RECORD, count=_size(path) // RECORD_BYTES)
-        raw, there, before = records.tobytes(), _size(rows_path) // self.row_bytes, self._ends[-1]
-        shape, damaged = (min(there, len(records)), self._row_numbers), []
+        there, before = _size(rows_path) // self.row_bytes, self._ends[-1]
+        shape, sound, damaged = (min(there, len(records)), self._row_numbers), array("q"), []
         rows = np.memmap(rows_path, dtype=self._number, mode="r", shape=shape) if shape[0] else None
         for number in range(len(records)):
-            record = raw[number * RECORD_BYTES : (number + 1) * RECORD_BYTES]
+            record = records[number].tobytes()
             if record == _BLANK or (path, number) in self._left_out:
                 continue
             if number < there and zlib.crc32(record[:_CHECKED_BYTES]) == records["record_sum"][number]:
-                self.index[record[:KEY_BYTES]] = before + number
+                sound.append(number)
             else:
                 damaged.append(number)
         if damaged:
             log.warning("%s: %d features are damaged or cut off and are computed again", path, len(damaged))
             self._leave_out(path, damaged)
         if rows is not None:
-            self._add(_Rows(path, rows, records["row_sum"]))
+            self._add(_Rows(path, rows, records["row_sum"].copy()))
         if rows_before > len(records) * self.row_bytes or _size(path) % RECORD_BYTES:
             log.warning("%s has an unfinished end; what it lacks is computed again", path)
             _trim({path: len(records) * RECORD_BYTES, rows_path: len(records) * self.row_bytes})
+        own = np.frombuffer(sound, np.int64) if sound else np.zeros(0, np.int64)
+        return Digests(records["key"][own]), own + before
 
-    def _intact(self, key: bytes) -> bool:
-        segment, number = self._place(key)
+    def _intact(self, row: int) -> bool:
+        segment, number = self._place(row)
         return zlib.crc32(segment.rows[number].data) == int(segment.checksums[number])
 
 
@@ -307,12 +316,6 @@ def _as_numbers(rows: Tensor) -> np.ndarray[Any, Any]:
     return flat.view(bits).numpy()
 
 
-def _described(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    """What store.json holds."""
-    description = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-    return {**description, "checksum": zlib.crc32(json.dumps(description).encode())}
-
-
 def _blank(records: Path, numbers: Iterable[int]) -> None:
     """Overwrite records with zeros, which stand for no row, where that is allowed. RunError where the disk fails."""
     try:
@@ -336,65 +339,3 @@ def _trim(sizes: dict[Path, int]) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def folder_size(folder: Path) -> int:
-    """The bytes of all files below a folder; 0 where it does not exist."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # temporary files of other runs come and go
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def clear(root: Path) -> int:
-    """Remove all stores under `root`, and nothing else that may lie there; the bytes they had."""
-    return sum(_remove(store) for store in _stores(root))
-
-
-def make_room(root: Path, needed: int, limit: int, keep: Collection[Path]) -> None:
-    """Remove the stores under `root` that were not used for longest until `needed` more bytes stay within `limit`."""
-    total = folder_size(root)
-    for store in sorted(_stores(root), key=_last_used):
-        if total + needed <= limit:
-            return
-        if store not in keep:
-            log.info("removing cached features that were not used lately: %s", store)
-            total -= _remove(store)
-
-
-def _last_used(store: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):  # another run removes it at the same time
-        return store.stat().st_mtime
-    return 0.0
-
-
-def _stores(root: Path) -> list[Path]:
-    """The folders that are stores: called as one, and with a description that has its checksum. The cache may have been
-    put into a folder with other things, or its folder may have been named by somebody else."""
-    named = (path for path in root.glob("*") if re.fullmatch(r"[0-9a-f]{32}", path.name) and not path.is_symlink())
-    return [path for path in named if path.is_dir() and _described_in(path / "store.json") is not None]
-
-
-def _described_in(path: Path) -> tuple[tuple[int, ...], torch.dtype] | None:
-    """Shape and precision as `append` wrote them; None for anything else."""
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        shape, dtype = tuple(description["shape"]), _DTYPES[description["dtype"]]
-        return (shape, dtype) if description == _described(shape, dtype) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _remove(store: Path) -> int:
-    """Remove the files that a store consists of, and its folder where nothing else is in it; the bytes they had."""
-    size = 0
-    for path in store.iterdir():
-        if _OWN.fullmatch(path.name) and not path.is_symlink():
-            with contextlib.suppress(OSError):  # another run removes it too
-                found = path.stat().st_size
-                path.unlink()
-                size += found
-    with contextlib.suppress(OSError):
-        store.rmdir()
-    return size

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
-import multiprocessing
 import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +24,6 @@ from tl_trainer.config.data import expand
 from tl_trainer.config.schema import FeaturesSection
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.loaders import (
-    START_METHOD,
     WHOLE,
     Batch,
     Part,
@@ -38,19 +32,20 @@ from tl_trainer.data.loaders import (
     chunked,
     epoch_rows,
     epoch_size,
-    prepare_worker,
     stacked,
 )
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import InputError, RunError
 from tl_trainer.exchange import exchange
-from tl_trainer.feature_store import FORBIDDEN, FeatureStore, make_room
+from tl_trainer.feature_folders import make_room
+from tl_trainer.feature_store import FORBIDDEN, FeatureStore
 from tl_trainer.ground import distributed
-from tl_trainer.ground.failures import WORKER_KILLED
+from tl_trainer.ground.digests import Digests, Numbers
 from tl_trainer.ground.files import cache_folder, make_folder
-from tl_trainer.ground.machine import cores, free_memory
+from tl_trainer.ground.machine import free_memory
 from tl_trainer.ground.progress import bar
 from tl_trainer.models.prefix import FrozenPrefix
+from tl_trainer.views import Missing, drawn, reading
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +63,6 @@ class NoRoom(InputError):
     def __init__(self, fact: str) -> None:
         super().__init__(f"{fact}; raise it, tap a later stage, or set features.cache: off")
         self.fact = fact
-
-
-class Missing(NamedTuple):
-    """An image of the split whose rows of these keys, one for each view, are to be computed."""
-
-    image: int
-    keys: list[bytes]
-
-
-Views = list[np.ndarray[Any, Any]]  # of one image, each (3, H, W)
-Row = tuple[bytes, Tensor]
 
 
 @dataclass
@@ -126,26 +110,23 @@ class Extractor:
         tags = [f"{seed} {view}".encode() if not pipeline.deterministic else b"" for view in range(views)]
         self.make_folder()
         store = self._store(pipeline)
-        keys = [[_key(digest, tag) for digest in split.hashes] for tag in tags]
-        wanted = {key: place for place, key in enumerate(itertools.chain.from_iterable(zip(*keys, strict=True)))}
+        keys = [_keys(split.hashes, tag) for tag in dict.fromkeys(tags)]  # of one view, where none is random
         # What rank 0 lacks is computed by all; afterwards each is sent what is not in its own cache.
-        places = distributed.from_first(lambda: array("q", (wanted[key] for key in store.find(wanted))))
-        missing: dict[int, list[bytes]] = {}
-        for image, view in (divmod(place, views) for place in places):
-            missing.setdefault(image, []).append(keys[view][image])
-        lacking = [Missing(*item) for item in missing.items()]
+        missing = Missing(keys, distributed.from_first(lambda: [store.lacking(of_view) for of_view in keys]))
 
         def compute() -> int:
             before = self.computed
-            if lacking:
-                self._compute(split, what, pipeline, store, lacking)
+            if len(missing):
+                self._compute(split, what, pipeline, store, missing)
             return self.computed - before
 
         level, computed = logging.INFO if what else logging.DEBUG, sum(distributed.together(compute))
         if distributed.world() > 1:
-            exchange(store, [*wanted])
-        log.log(level, "features of %s: %d computed, %d cached", what, computed, len(wanted) - computed)
-        return Features(store, keys, split)
+            for of_view in keys:
+                exchange(store, of_view)
+        log.log(level, "features of %s: %d computed, %d cached", what, computed, len(keys) * split.different - computed)
+        rows = [store.rows(of_view) for of_view in keys]
+        return Features(store, rows * (views // len(rows)), split)
 
     def _folder(self, pipeline: Pipeline) -> Path:
         identity = json.dumps({**self.identity, "preprocessing": pipeline.steps}, sort_keys=True)
@@ -157,20 +138,18 @@ class Extractor:
             os.utime(store.folder)  # when it was used last, for make_room
         return store
 
-    def _compute(
-        self, split: Split, what: str, pipeline: Pipeline, store: FeatureStore, missing: Sequence[Missing]
-    ) -> None:
+    def _compute(self, split: Split, what: str, pipeline: Pipeline, store: FeatureStore, missing: Missing) -> None:
         """Compute the missing rows and append them to the store."""
-        count = sum(len(image.keys) for image in missing)
+        count = missing.rows
         prefix, roomy = self.make_prefix(), False
         size, overlap = IMAGES_AT_ONCE.get(self.device.type, 16), self.device.type != "cpu"
         block = max(IMAGES_READ_AT_ONCE, (size if overlap else READ_AT_ONCE) * len(missing) // count)
         block = distributed.piece(len(missing), block, size)  # so that batches are those of a process that is alone
         pieces = distributed.handed_out(-(-len(missing) // block))
-        blocks = (missing[number * block : (number + 1) * block] for number in pieces)
+        blocks = (missing.block(number * block, (number + 1) * block) for number in pieces)
         workers = self.workers if len(missing) > block else 0  # else starting them takes longer than they save
-        with contextlib.closing(store), self._saying_what_is_kept(), _reading(split, pipeline, workers) as read:
-            chunks = chunked(_drawn(blocks, read, overlap=overlap), size)
+        with contextlib.closing(store), self._saying_what_is_kept(), reading(split, pipeline, workers) as read:
+            chunks = chunked(drawn(blocks, read, overlap=overlap), size)
             for chunk in bar(chunks, f"{what} features", -(-count // (size * distributed.world()))):
                 rows = self._rows(prefix, pipeline, stacked([image for _, image in chunk]))
                 if not roomy:
@@ -228,18 +207,21 @@ class Extractor:
 
 
 class Features:
-    """The features of a split's images that could be read (`split`): in memory where they fit, else memory-mapped."""
+    """The features of a split's images that could be read (`split`): in memory where they fit, else memory-mapped.
 
-    def __init__(self, store: FeatureStore, keys: list[list[bytes]], split: Split) -> None:
+    rows: of each view, where the images' features are in the store.
+    """
+
+    def __init__(self, store: FeatureStore, rows: list[Numbers], split: Split) -> None:
         self.store: FeatureStore | None = store
-        self.keys = keys
+        self.rows, self.views = rows, len(rows)
         self.split = split
         self.targets = torch.tensor(list(split.targets))
         self.device = self.targets.device
-        size = len(keys) * len(split) * store.row_bytes
-        self.tables = [store.take(view) for view in keys] if size < free_memory() / 2 else None
+        size = self.views * len(split) * store.row_bytes
+        self.tables = [store.take(of_view) for of_view in rows] if size < free_memory() / 2 else None
         if self.tables is not None:
-            self.store = None  # and with it the memory-mapped copy
+            self.store, self.rows = None, []  # and with it the memory-mapped copy
 
     def move(self, device: torch.device) -> None:
         """Bring all that is in memory to a GPU, once, where it takes less than half of what is free there."""
@@ -255,7 +237,7 @@ class Features:
         if self.tables is not None:
             return self.tables[view][rows]
         assert self.store is not None
-        return self.store.take([self.keys[view][row] for row in rows.tolist()])
+        return self.store.take(self.rows[view][rows.cpu().numpy()])
 
 
 @dataclass(eq=False)
@@ -283,13 +265,13 @@ class FeatureBatches:
 
     def epoch(self, epoch: int, device: torch.device, start: int = 0, step: int = 1) -> Iterator[Batch]:
         """Every `step`-th batch of an epoch from number `start` on, float32, on `device`."""
-        features, view = self.features, epoch % len(self.features.keys)
+        features, view = self.features, epoch % self.features.views
         features.move(device)
         chosen = epoch_rows(self._targets, self.seed, epoch, self.balanced)
         order = batch_order(chosen, self.batch_size, self.seed, epoch, self.shuffle, self.smallest)[start::step]
         # All at once, for each copy to a GPU waits until that has nothing left to do.
         own = [self.part.of(rows) for rows in order]
-        rows = torch.tensor([*itertools.chain(*own)], dtype=torch.int64) % len(self._targets)
+        rows = torch.from_numpy(np.concatenate([chosen[:0], *own])) % len(self._targets)
         sizes = [len(indices) for indices in own]
         parts = (torch.split(part, sizes) for part in (rows, rows.to(features.device)))
         for whole, indices, placed in zip(order, *parts, strict=True):
@@ -321,69 +303,8 @@ def views_that_fit(features: Features, row: int, kept: int, device: torch.device
     """
     free = free_on(device) if device.type == "cuda" else free_memory()
     view = 4 * len(features.targets) * (4 * features.take(0, [0]).numel() + row)
-    return min(len(features.keys), max(0, int((free / 2 - 4 * kept) // view)))
+    return min(features.views, max(0, int((free / 2 - 4 * kept) // view)))
 
 
-def _key(digest: bytes, tag: bytes) -> bytes:
-    return hashlib.sha256(digest + tag).digest() if tag else digest
-
-
-def _drawn(
-    blocks: Iterator[Sequence[Missing]], read: Callable[[Missing], Future[Views]], *, overlap: bool
-) -> Iterator[Row]:
-    """The missing rows, each its key and its image, read in blocks of images.
-
-    overlap: read while what came before is computed. Where the cores do both, taking turns is faster: a thread of
-    the network that has to share its core holds up all the others.
-    """
-    block, ahead = next(blocks, None), list[Future[Views]]()
-    while block is not None:
-        try:
-            views = [future.result() for future in ahead or [read(image) for image in block]]
-            following = next(blocks, None)
-            ahead = [read(image) for image in following] if overlap and following is not None else []
-        except BrokenExecutor as error:
-            raise RunError(WORKER_KILLED) from error
-        for image, arrays in zip(block, views, strict=True):
-            yield from zip(image.keys, map(torch.from_numpy, arrays), strict=True)
-        block = following
-
-
-@contextlib.contextmanager
-def _reading(split: Split, pipeline: Pipeline, workers: int) -> Iterator[Callable[[Missing], Future[Views]]]:
-    """What starts to read an image: in threads, or where drawing is random in `workers` processes (0: in one thread).
-
-    torchvision's transforms draw from torch's one generator, and two threads draw no faster than one, for too much of
-    the work holds Python's lock.
-    """
-    pool: Executor
-    read: Callable[[Missing], Views]
-    if pipeline.deterministic or not workers:
-        pool, read = ThreadPoolExecutor(cores() if pipeline.deterministic else 1), partial(_views, split, pipeline)
-    else:
-        context = multiprocessing.get_context(START_METHOD)
-        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(split, pipeline))
-        read = _views_in_worker
-    try:
-        yield lambda missing: pool.submit(read, missing)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _views(split: Split, pipeline: Pipeline, missing: Missing) -> Views:
-    """The missing views of an image, each drawn from its key, as arrays: these reach another process without files."""
-    picture = split.open(missing.image)
-    return [pipeline.draw(picture, int.from_bytes(key[:8], "little")).numpy() for key in missing.keys]
-
-
-def _start_worker(split: Split, pipeline: Pipeline) -> None:
-    _worker.append((split, pipeline))
-    prepare_worker()
-    torch.set_num_threads(1)
-
-
-_worker: list[tuple[Split, Pipeline]] = []  # of a worker process, set when it starts
-
-
-def _views_in_worker(missing: Missing) -> Views:
-    return _views(*_worker[0], missing)
+def _keys(hashes: Sequence[bytes], tag: bytes) -> Digests:
+    return Digests.of(hashlib.sha256(digest + tag).digest() for digest in hashes) if tag else Digests.of(hashes)

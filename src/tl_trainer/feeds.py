@@ -81,9 +81,9 @@ class Feeds:
         auto = views == "auto" and not train_pipeline.deterministic
         kept = 1 if train_pipeline.deterministic else views_kept(views, epochs)
         others = {name: split for name, split in splits.items() if name != "train"}
-        rows = sum(len({*split.hashes}) for split in others.values())
+        rows = sum(split.different for split in others.values())
         if self.extractor is not None:
-            self.extractor.plan(rows + kept * len({*splits["train"].hashes}), (train_pipeline, pipeline))
+            self.extractor.plan(rows + kept * splits["train"].different, (train_pipeline, pipeline))
         try:
             train = self.training(splits["train"], train_pipeline, kept)
             if not train_pipeline.deterministic:

@@ -129,7 +129,7 @@ def forecast(setup: Setup, feeds: dict[str, Feed], head: Row) -> Forecast | str:
     work = classes * images * min(images, width)
     if work > WORK:
         return f"{images:,} training images of {classes:,} classes are too many to solve for again and again."
-    views = min(len(train.keys), WORK // work)
+    views = min(train.views, WORK // work)
     tables = table_of(setup.parts, train, views), table_of(setup.parts, val)
     with threads_for(work * DRAWS):
         return forecast_of(*tables, head)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional
@@ -55,8 +56,8 @@ class Samples(NamedTuple):
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, in the order in which the loop of epochs would take them."""
         first = self.images * (epoch % (len(self.features) // self.images))
-        for indices in batch_order(range(self.images), batch_size, seed, epoch, shuffle=True):
-            rows = torch.tensor(indices, device=self.features.device) + first
+        for indices in batch_order(np.arange(self.images), batch_size, seed, epoch, shuffle=True):
+            rows = torch.from_numpy(indices).to(self.features.device) + first
             yield self.features[rows], self.soft[rows]
 
 

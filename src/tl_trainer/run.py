@@ -342,7 +342,7 @@ def _template(setup: Setup) -> Checkpoint:
         frozen=None,
         epoch=0,
         metrics=None,
-        val_split=torch.tensor(name_hashes(val.names), dtype=torch.int64) if setup.drawn else None,
+        val_split=torch.tensor(name_hashes(val.each_name()), dtype=torch.int64) if setup.drawn else None,
         val_images=val.contents,
     )
 
@@ -366,7 +366,7 @@ def _describe(setup: Setup, config: str, run_dir: Path) -> None:
     if (skip := setup.parts.config.data.skip) is not None:
         write_bytes(run_dir / SKIP_FILE, expand(skip).read_bytes())
     if setup.drawn:
-        rows = ((name, split) for split, images in setup.dataset.splits.items() for name in images.names)
+        rows = ((name, split) for split, images in setup.dataset.splits.items() for name in images.each_name())
         write_text(run_dir / "split.csv", csv_text(("path", "split"), rows))
 
 

@@ -76,8 +76,8 @@ def find_head(setup: Setup, feeds: dict[str, Feed], pause: Callable[[], None]) -
         raise NotSearchable("several heads share its hidden layers")
     if not (views := views_that_fit(train.features, *_work(parts), parts.network.device)):
         raise NotSearchable("its features take too much memory")
-    if views < len(train.features.keys):
-        log.info("%d of %d views fit into memory and are searched", views, len(train.features.keys))
+    if views < train.features.views:
+        log.info("%d of %d views fit into memory and are searched", views, train.features.views)
     kept = _Kept(train.features, val.features, views)
     with threads_for(views * len(train.features.targets) * parts.features * len(task.classes)):
         if isinstance(task, MultiTask):

@@ -18,7 +18,7 @@ from tl_trainer.data import webdataset
 from tl_trainer.data.dataset import Dataset, Split
 from tl_trainer.data.loaders import batch_order
 from tl_trainer.data.sources import open_dataset
-from tl_trainer.data.verify import Memory, verified
+from tl_trainer.data.verify import Memory, remembered, verified
 from tl_trainer.data.webdataset import Members, Shard, _text
 from tl_trainer.errors import DataError, ImageError
 
@@ -48,7 +48,7 @@ def test_every_sample_of_many_shards_is_there_once_in_every_epoch() -> None:
     images = Members(shards, list(accumulate(len(shard.samples) for shard in shards)))
     split = Split(images, [0] * len(images), range(len(images)))
     for epoch in range(2):
-        order = [index for batch in batch_order(range(len(split)), 64, 0, epoch, shuffle=True) for index in batch]
+        order = [index for batch in batch_order(np.arange(len(split)), 64, 0, epoch, shuffle=True) for index in batch]
         places = [images.at(split.rows[index])[1] for index in order]
         assert sorted(place.offset for place in places) == [*range(10_000)]
         assert [place.name for place in places] == [f"{index}.jpg" for index in order] != sorted(split.names)
@@ -305,8 +305,8 @@ def test_it_is_verified_remembered_and_guarded_as_a_file_is(tmp_path: Path) -> N
     assert [*good.hashes] == [hashlib.sha256(picture(number)).digest() for number in range(2)]
     assert skipped == {"train-0.tar/x.png": skipped["train-0.tar/x.png"]}
     assert skipped["train-0.tar/x.png"].startswith(f"{tmp_path}/train-0.tar/x.png: not an image")
-    recalled = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
-    assert recalled == {index: (digest, (8, 8)) for index, digest in enumerate(good.hashes)}
+    known = remembered(split, memory)
+    assert (known.names, [*known.hashes], known.sizes) == (good.names, [*good.hashes], [(8, 8)] * 2)
     write_tar(tmp_path / "train-0.tar", samples(2, first=7))
     with pytest.raises(ImageError, match=r"train-0\.tar/0000\.png: has changed since it was read first"):
         good.open(0)

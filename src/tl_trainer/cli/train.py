@@ -191,7 +191,7 @@ def _configured(loaded: Loaded) -> str:
 
 
 def _cleared(loaded: Loaded) -> str:
-    from tl_trainer.feature_store import clear, folder_size
+    from tl_trainer.feature_folders import clear, folder_size
     from tl_trainer.features import features_folder
     from tl_trainer.ground.files import cache_folder
 

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -24,6 +24,7 @@ from tl_trainer.data import images
 from tl_trainer.data.images import STANDARD, Decoding
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground import distributed
+from tl_trainer.ground.digests import Digests, Numbers
 from tl_trainer.ground.wording import listed, printable
 
 # A file that was written this recently may be written again within the resolution of its time stamp.
@@ -212,7 +213,11 @@ class Split:
     @property
     def names(self) -> list[str]:
         """What its images are called, in order."""
-        return [self.images.name(row) for row in self.rows]
+        return [*self.each_name()]
+
+    def each_name(self) -> Iterator[str]:
+        """The same, one after the other: a million of them take much memory."""
+        return map(self.images.name, self.rows)
 
     def name(self, index: int) -> str:
         """What the image is called."""
@@ -225,9 +230,14 @@ class Split:
         """
         return self.images.load(self.rows[index], self.hashes[index] if self.hashes else b"", draft=draft)[0]
 
-    def subset(self, indices: Sequence[int]) -> Split:
+    @property
+    def different(self) -> int:
+        """How many different contents its images have."""
+        return len(Digests.of(self.hashes).first())
+
+    def subset(self, indices: Sequence[int] | Numbers) -> Split:
         """The images at `indices`, in that order."""
-        hashes = [self.hashes[i] for i in indices] if self.hashes else ()
+        hashes = _taken(self.hashes, indices) if self.hashes else ()
         groups = [self.groups[i] for i in indices] if self.groups else ()
         sizes = [self.sizes[i] for i in indices] if self.sizes else ()
         return Split(self.images, _taken(self.targets, indices), _taken(self.rows, indices), hashes, groups, sizes)
@@ -270,10 +280,12 @@ class Dataset:
         return self.splits[name]
 
 
-def _taken(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
-    """The values at `indices`; an array stays one, and no number in it takes more than 8 bytes."""
+def _taken(values: Sequence[Any], indices: Sequence[int] | Numbers) -> Sequence[Any]:
+    """The values at `indices`; a column stays one, in which no value takes more bytes than it has."""
+    if isinstance(values, Digests):
+        return values.take(indices)
     taken = (values[index] for index in indices)
-    return array(values.typecode, taken) if isinstance(values, array) else list(taken)
+    return array("q", taken) if isinstance(values, (array, range)) else list(taken)
 
 
 def with_validation(
@@ -311,8 +323,12 @@ def require_same(dataset: Dataset) -> Dataset:
     def lines() -> Iterator[str]:
         yield from (f"the class {name!r}" for name in dataset.classes)
         for name, split in dataset.splits.items():
-            groups = [f" in the group {printable(group)}" for group in split.groups] or [""] * len(split)
-            rows = zip(split.names, split.targets, groups, strict=True)
+            groups = (
+                (f" in the group {printable(group)}" for group in split.groups)
+                if split.groups
+                else repeat("", len(split))
+            )
+            rows = zip(split.each_name(), split.targets, groups, strict=True)
             yield from (f"the {name} image {printable(image)} of class {label}{group}" for image, label, group in rows)
 
     digest = hashlib.sha256()
@@ -375,6 +391,6 @@ def enforce_classes(
 def fingerprint(split: Split) -> str:
     """The SHA-256 of a verified split's names, labels and contents in order: what a batch holds."""
     digest = hashlib.sha256()
-    for name, target, content in zip(split.names, split.targets, split.hashes, strict=True):
+    for name, target, content in zip(split.each_name(), split.targets, split.hashes, strict=True):
         digest.update(f"{name}\0{target}\n".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()

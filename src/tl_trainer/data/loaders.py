@@ -7,7 +7,6 @@ any number of workers, and an epoch can be entered at any batch.
 from __future__ import annotations
 
 import errno
-import itertools
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tl_trainer.data.dataset import Split
 from tl_trainer.data.transforms import Pipeline
 from tl_trainer.errors import DataError, RunError, TrainerError
+from tl_trainer.ground.digests import Numbers
 from tl_trainer.ground.failures import NO_SHARED_MEMORY, WORKER_KILLED, worker_death
 from tl_trainer.ground.machine import cores
 
 Item = TypeVar("Item")
-Place = tuple[int, list[int]]  # of a batch: the epoch, the rows of its images (`epoch_rows`)
+Place = tuple[int, Numbers]  # of a batch: the epoch, the rows of its images (`epoch_rows`)
 _PRIME = 1_000_003
 
 # How workers start; None is the system's own way. On Linux they are forked, for they only decode and leave CUDA alone.
@@ -63,16 +64,17 @@ class Part(NamedTuple):
     rank: int = 0
     world: int = 1
 
-    def of(self, rows: list[int]) -> list[int]:
+    def of(self, rows: Numbers) -> Numbers:
         """The rows of this rank; the first of all where there are too few for it."""
-        return rows[len(rows) * self.rank // self.world : len(rows) * (self.rank + 1) // self.world] or rows[:1]
+        own = rows[len(rows) * self.rank // self.world : len(rows) * (self.rank + 1) // self.world]
+        return own if len(own) else rows[:1]
 
-    def marked(self, batch: Batch, rows: list[int], count: int) -> Batch:
+    def marked(self, batch: Batch, rows: Numbers, count: int) -> Batch:
         """The batch of the rows `of` these, with what it is a part of; count: of the images in the split."""
         if self.world == 1:
             return batch
         own = len(rows) * (self.rank + 1) // self.world - len(rows) * self.rank // self.world
-        return batch._replace(whole=[row % count for row in rows], share=own / len(rows))
+        return batch._replace(whole=(rows % count).tolist(), share=own / len(rows))
 
 
 WHOLE = Part()
@@ -158,7 +160,7 @@ def epoch_size(targets: Sequence[int], balanced: bool) -> int:
     return -(-len(targets) // classes) * classes
 
 
-def epoch_rows(targets: Sequence[int], seed: int, epoch: int, balanced: bool) -> Sequence[int]:
+def epoch_rows(targets: Sequence[int], seed: int, epoch: int, balanced: bool) -> Numbers:
     """The images of an epoch: each once, or every class equally often, by seed and epoch only.
 
     Of one class no image comes more than once more than another; the image at index i is i + k * len(targets) when it
@@ -166,7 +168,7 @@ def epoch_rows(targets: Sequence[int], seed: int, epoch: int, balanced: bool) ->
     """
     count = len(targets)
     if not balanced:
-        return range(count)
+        return np.arange(count)
     of_class: dict[int, list[int]] = {}
     for index, target in enumerate(targets):
         of_class.setdefault(target, []).append(index)
@@ -177,18 +179,17 @@ def epoch_rows(targets: Sequence[int], seed: int, epoch: int, balanced: bool) ->
         drawn = torch.randperm(len(members), generator=generator)[:rest].tolist()
         rows += [index + count * time for time in range(times) for index in members]
         rows += [members[place] + count * times for place in drawn]
-    return rows
+    return np.array(rows, np.int64)
 
 
 def batch_order(
-    rows: Sequence[int], batch_size: int, seed: int, epoch: int, shuffle: bool, smallest: int = 1
-) -> list[list[int]]:
+    rows: Numbers, batch_size: int, seed: int, epoch: int, shuffle: bool, smallest: int = 1
+) -> list[Numbers]:
     """The rows of each batch of an epoch: a permutation that depends on seed and epoch only."""
     if shuffle:
         generator = torch.Generator().manual_seed((seed * _PRIME + epoch) % 2**63)
-        rows = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
-    starts = batch_starts(len(rows), batch_size, smallest)
-    return [[*rows[first:end]] for first, end in itertools.pairwise([*starts, len(rows)])]
+        rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+    return np.split(rows, batch_starts(len(rows), batch_size, smallest)[1:])
 
 
 def seed_of(seed: int, epoch: int, row: int) -> int:
@@ -211,7 +212,7 @@ class _Batches(Dataset[Batch | TrainerError]):
 
     def __getitem__(self, place: Place) -> Batch | TrainerError:
         """The batch; an error is returned, for one that a worker raises reaches `epoch` as the text of a traceback."""
-        epoch, rows = place
+        epoch, rows = place[0], place[1].tolist()
         indices = [row % len(self.split) for row in rows]
         try:
             inputs = stacked([self._image(epoch, row) for row in rows])

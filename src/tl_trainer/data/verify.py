@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import heapq
 import logging
 import os
 import sqlite3
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from tl_trainer.config.data import SKIP_BAD, DataSection
 from tl_trainer.data import images
@@ -26,59 +28,125 @@ from tl_trainer.data.dataset import Split, Stamp
 from tl_trainer.data.images import DarkImages, Decoding, Size
 from tl_trainer.errors import DataError, ImageError
 from tl_trainer.ground import distributed
+from tl_trainer.ground.digests import SIZE, Digests, Numbers
 from tl_trainer.ground.machine import cores
 from tl_trainer.ground.progress import bar
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 500
+_ROWS = 10_000  # of the database that are looked at together
 _COLUMNS = [*Stamp._fields, "hash", "width", "height"]
+_KINDS = ("blob", "integer", "integer", "integer", "blob", "integer", "integer")
+_SOUND = " AND ".join(
+    [*(f"typeof({column}) = '{kind}'" for column, kind in zip(_COLUMNS, _KINDS, strict=True)),
+     "length(hash) = ?", "min(width, height) > 0", "max(width, height) <= ?"]
+)  # fmt: skip
+_LARGEST = 2**31 - 1
+_MARK = 16  # bytes
+
+Remembered = tuple[bytes, int, int, int, bytes, int, int]  # a row of the database
 
 
 class _Reading(NamedTuple):
-    """An image's hash and size, what `images.dark` says of it, and what tells the file that was read from others."""
+    """An image's hash and size, what `images.dark` says of it, and the mark of the file that was read."""
 
     digest: bytes
     size: tuple[int, int]
     largest: float
-    file: int
+    mark: bytes
 
 
 @dataclass
 class _Readings:
-    """Readings of images by their indices, which rise, in few bytes each: a rank sends a million of them to another.
+    """Readings of images by their indices, as columns: a rank sends a million of them to another.
 
-    bad: what is wrong with those that cannot be read.
+    dark: what `images.dark` says of those that are. bad: what is wrong with those that cannot be read.
     """
 
-    numbers: array[int] = field(default_factory=lambda: array("q"))
-    largest: array[float] = field(default_factory=lambda: array("d"))
+    indices: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("i"))
     digests: bytearray = field(default_factory=bytearray)
+    marks: bytearray = field(default_factory=bytearray)
+    dark: dict[int, float] = field(default_factory=dict)
     bad: dict[int, ImageError] = field(default_factory=dict)
 
     def add(self, index: int, reading: Future[_Reading]) -> None:
         """One more."""
         try:
-            digest, size, largest, file = reading.result()
+            digest, size, largest, mark = reading.result()
         except ImageError as error:
             error.__cause__ = error.__context__ = None  # what is kept of a million of them must not hold their frames
             self.bad[index] = error.with_traceback(None)
             return
-        self.numbers.extend((index, *size, file))
-        self.largest.append(largest)
+        self.indices.append(index)
+        self.sizes.extend(size)
         self.digests += digest
-
-    def __iter__(self) -> Iterator[tuple[int, _Reading]]:
-        numbers, size = self.numbers, hashlib.sha256().digest_size
-        for row, largest in enumerate(self.largest):
-            index, width, height, file = numbers[4 * row : 4 * row + 4]
-            digest = bytes(self.digests[row * size : (row + 1) * size])
-            yield index, _Reading(digest, (width, height), largest, file)
+        self.marks += mark
+        if largest:
+            self.dark[index] = largest
 
 
-def _told(stamp: Stamp | None) -> int:
-    """What tells a stamp from others, the same on all hosts."""
-    return int.from_bytes(hashlib.blake2b(repr(stamp).encode(), digest_size=8).digest(), "little", signed=True)
+class _Contents(NamedTuple):
+    """Of each image of a split its hash (N, 32) and its size in pixels (N, 2), which is 0 where neither is known."""
+
+    digests: Numbers
+    sizes: Numbers
+
+    @classmethod
+    def unknown(cls, count: int) -> _Contents:
+        """Those of so many images of which nothing is known."""
+        return cls(np.zeros((count, SIZE), np.uint8), np.zeros((count, 2), np.int32))
+
+    @property
+    def known(self) -> Numbers:
+        """Whether they are known (N,)."""
+        return self.sizes[:, 0] > 0
+
+    def put(self, indices: Numbers, digests: Numbers, sizes: Numbers) -> None:
+        """Those of some images."""
+        self.digests[indices], self.sizes[indices] = digests, sizes
+
+    def of(self, split: Split, indices: Numbers) -> Split:
+        """Those images of the split, with their hashes and sizes."""
+        seen: dict[tuple[int, int], tuple[int, int]] = {}  # one object for all images of a size, often most of them
+        pairs = zip(*(map(int, column[indices]) for column in self.sizes.T), strict=True)
+        sizes = [seen.setdefault(size, size) for size in pairs]
+        return replace(split.subset(indices), hashes=Digests(self.digests[indices]), sizes=sizes)
+
+
+class _Marks:
+    """What tells each image's file from others, in 16 bytes, the same on all hosts: a stamp's hash, or zeros for none.
+
+    ends: the first and the last path of the stamps.
+    """
+
+    def __init__(self, stamps: Iterable[Stamp | None]) -> None:
+        marks, self.ends = bytearray(), list[bytes]()
+        for stamp in stamps:
+            marks += _mark(stamp)
+            if stamp:
+                low, high = self.ends or (stamp.path, stamp.path)
+                self.ends = [min(low, stamp.path), max(high, stamp.path)]
+        self.values = np.frombuffer(marks, np.uint64).reshape(-1, 2)
+        self._order = np.argsort(self.values[:, 0])
+        self._sorted = self.values[self._order, 0]
+
+    def places(self, marks: bytes) -> tuple[Numbers, Numbers]:
+        """Which images have one of these marks, and which of them; a file may be there twice."""
+        asked = np.frombuffer(marks, np.uint64).reshape(-1, 2)
+        first, end = (np.searchsorted(self._sorted, asked[:, 0], side) for side in ("left", "right"))
+        which = np.repeat(np.arange(len(asked)), end - first)
+        steps = np.arange(len(which)) - np.repeat(np.cumsum(end - first) - (end - first), end - first)
+        images = self._order[first[which] + steps]
+        same = self.values[images, 1] == asked[which, 1]
+        return images[same], which[same]
+
+
+def _mark(stamp: Stamp | None) -> bytes:
+    if stamp is None:
+        return bytes(_MARK)
+    return hashlib.blake2b(b"%d %d %d " % stamp[1:] + stamp.path, digest_size=_MARK).digest()
 
 
 def all_verified(
@@ -106,46 +174,57 @@ def verified(
     where what is wrong with a skipped image is put under its name, if anybody wants to know.
     Raises DataError, naming two of them, for bad images that are not to be skipped, and where no image is left.
     """
-    stamps = [split.images.stamp(row) for row in split.rows]
+    marks = _Marks(map(split.images.stamp, split.rows))
     # What rank 0 remembers holds for all, so that no other has to remember anything.
-    known = distributed.from_first(lambda: memory.recalled(stamps, split.images.decoding) if memory else {})
+    contents = distributed.from_first(lambda: _recalled(marks, split, memory))
     bad: dict[int, ImageError] = {}
-    counted = dark or DarkImages()
-    unread = [index for index in range(len(split)) if index not in known]
-    of_ranks = distributed.together(lambda: _read(split, unread, what))
-    for index, reading in heapq.merge(*of_ranks, key=lambda pair: pair[0]):
-        known[index] = reading.digest, reading.size
-        counted.add(split.name(index), reading.largest)
-        # A dark image is named in every run. And a rank on another host may have read another file.
-        if reading.largest or reading.file != _told(stamps[index]):
-            stamps[index] = None
-    for readings in of_ranks:
+    unread = np.flatnonzero(~contents.known)
+    to_remember = np.zeros(len(split), bool)
+    dark_ones: dict[int, float] = {}
+    for readings in distributed.together(lambda: _read(split, unread, what)):
+        indices = np.array(readings.indices, np.int64)
+        digests, sizes = np.frombuffer(readings.digests, np.uint8), np.array(readings.sizes, np.int32)
+        contents.put(indices, digests.reshape(-1, SIZE), sizes.reshape(-1, 2))
+        # A rank on another host may have read another file.
+        to_remember[indices] = (np.frombuffer(readings.marks, np.uint64).reshape(-1, 2) == marks.values[indices]).all(1)
+        dark_ones |= readings.dark
         bad |= readings.bad
+    counted = dark or DarkImages()
+    for index in sorted(dark_ones):
+        counted.add(split.name(index), dark_ones[index])
+        to_remember[index] = False  # it is named in every run
     if memory and distributed.is_first():
-        found = ((stamps[index], *known[index]) for index in unread if index in known)
-        memory.remember((*stamp, digest, *size) for stamp, digest, size in found if stamp and stamp.settled)
+        memory.remember(_remembered(split, contents, marks, np.flatnonzero(to_remember)))
     log.debug("%s images: %d read, %d unchanged since they were", what, len(unread), len(split) - len(unread))
     if dark is None:
         counted.warn(f"{len(split)} {what} images")
-    good = [index for index in range(len(split)) if index not in bad]
     if bad:
         _report(bad, f"{len(split)} {what} images", data)
     if skipped is not None:
         skipped.update((split.name(index), str(bad[index])) for index in sorted(bad))
-    if not good:
+    good = np.flatnonzero(contents.known)
+    if not len(good):
         raise DataError(f"none of the {len(split)} {what} images can be used")
-    return _with_contents(split, good, known)
+    return contents.of(split, good)
 
 
 def remembered(split: Split, memory: Memory) -> Split:
     """Those of its images that were read before and are unchanged, with their hashes; none is read."""
-    known = memory.recalled([split.images.stamp(row) for row in split.rows], split.images.decoding)
-    return _with_contents(split, sorted(known), known)
+    contents = _recalled(_Marks(map(split.images.stamp, split.rows)), split, memory)
+    return contents.of(split, np.flatnonzero(contents.known))
 
 
-def _with_contents(split: Split, indices: list[int], known: dict[int, tuple[bytes, tuple[int, int]]]) -> Split:
-    hashes, sizes = [known[index][0] for index in indices], [known[index][1] for index in indices]
-    return replace(split.subset(indices), hashes=hashes, sizes=sizes)
+def _recalled(marks: _Marks, split: Split, memory: Memory | None) -> _Contents:
+    return memory.recalled(marks, split.images.decoding) if memory else _Contents.unknown(len(split))
+
+
+def _remembered(split: Split, contents: _Contents, marks: _Marks, indices: Numbers) -> Iterator[Remembered]:
+    """Rows for the memory of those images whose files are still the same."""
+    for index in map(int, indices):
+        stamp = split.images.stamp(split.rows[index])
+        if stamp and stamp.settled and _mark(stamp) == marks.values[index].tobytes():
+            width, height = map(int, contents.sizes[index])
+            yield (*stamp, contents.digests[index].tobytes(), width, height)
 
 
 def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
@@ -157,7 +236,7 @@ def _report(bad: dict[int, ImageError], of: str, data: DataSection) -> None:
     log.warning("left out %d of %s that cannot be used, e.g.\n%s", len(bad), of, listing)
 
 
-def _read(split: Split, indices: Sequence[int], what: str) -> _Readings:
+def _read(split: Split, indices: Numbers, what: str) -> _Readings:
     """What this rank has read of these images."""
     found = _Readings()
     with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without the GIL
@@ -167,19 +246,17 @@ def _read(split: Split, indices: Sequence[int], what: str) -> _Readings:
     return found
 
 
-def _submitted(
-    pool: ThreadPoolExecutor, split: Split, indices: Sequence[int]
-) -> Iterator[tuple[int, Future[_Reading]]]:
+def _submitted(pool: ThreadPoolExecutor, split: Split, indices: Numbers) -> Iterator[tuple[int, Future[_Reading]]]:
     """The index and the reading of each image that this rank reads, with a bounded number of them ahead."""
 
     def digest(index: int) -> _Reading:
         picture, found = split.images.load(split.rows[index], draft=1)
-        file = _told(split.images.stamp(split.rows[index]))
-        return _Reading(found, images.size_in_file(picture), images.dark(picture), file)
+        mark = _mark(split.images.stamp(split.rows[index]))
+        return _Reading(found, images.size_in_file(picture), images.dark(picture), mark)
 
     size = distributed.piece(len(indices), _CHUNK)
     for number in distributed.handed_out(-(-len(indices) // size)):
-        chunk = indices[number * size : (number + 1) * size]
+        chunk = indices[number * size : (number + 1) * size].tolist()
         yield from zip(chunk, [pool.submit(digest, index) for index in chunk], strict=True)
 
 
@@ -194,34 +271,28 @@ class Memory:
     _readable: bool = field(default=True, init=False)
     _writable: bool = field(default=True, init=False)
 
-    def recalled(self, stamps: Sequence[Stamp | None], decoding: Decoding) -> dict[int, tuple[bytes, tuple[int, int]]]:
-        """Hash and size of the images whose stamp is remembered and whose size `decoding` accepts, by their index."""
-        if not self._readable or not os.path.exists(self.path):  # noqa: PTH110 (Path's raises in a closed folder)
-            return {}
-        known: dict[bytes, tuple[bytes, tuple[int, int]]] = {}
-        sizes: dict[tuple[int, int], tuple[int, int]] = {}  # one object for all images of a size, often most of them
-        # By path: one that is there twice is one file. Should it have changed between two looks, its hash will say so.
-        wanted = {stamp.path: stamp for stamp in stamps if stamp}
-        ends = [end(wanted) for end in (min, max)] if wanted else [b"", b""]
+    def recalled(self, marks: _Marks, decoding: Decoding) -> _Contents:
+        """Hash and size of the images whose mark is remembered and whose size `decoding` accepts."""
+        contents, accepts = _Contents.unknown(len(marks.values)), cache(partial(_accepts, decoding))
+        if not self._readable or not marks.ends or not os.path.exists(self.path):  # noqa: PTH110 (Path's raises in a closed folder)
+            return contents
 
         def read(connection: sqlite3.Connection) -> None:
             # One scan from the first path to the last: hundreds of thousands of single lookups take several times as
             # long. The types are asked for, since SQLite has neither checksums nor types of its columns.
             rows = connection.execute(
-                "SELECT * FROM verified WHERE path BETWEEN ? AND ? AND typeof(hash) = 'blob' AND length(hash) = ? "
-                "AND typeof(width) = 'integer' AND typeof(height) = 'integer'",
-                (*ends, hashlib.sha256().digest_size),
+                f"SELECT * FROM verified WHERE path BETWEEN ? AND ? AND {_SOUND}", (*marks.ends, SIZE, _LARGEST)
             )
-            for path, *times, digest, width, height in rows:
-                if (stamp := wanted.get(path)) and stamp == (path, *times):
-                    known[stamp.path] = digest, sizes.setdefault((width, height), (width, height))
+            while block := rows.fetchmany(_ROWS):
+                block = [row for row in block if accepts(row[-2:])]
+                images, which = marks.places(b"".join(_mark(Stamp(*row[:4])) for row in block))
+                digests, sizes = np.frombuffer(b"".join(row[4] for row in block), np.uint8), [row[5:] for row in block]
+                contents.put(images, digests.reshape(-1, SIZE)[which], np.array(sizes, np.int32).reshape(-1, 2)[which])
 
         self._use(read)
-        accepted = {size for size in sizes if _accepts(decoding, size)}
-        found = ((index, known[stamp.path]) for index, stamp in enumerate(stamps) if stamp and stamp.path in known)
-        return {index: (digest, size) for index, (digest, size) in found if size in accepted}
+        return contents
 
-    def remember(self, rows: Iterable[tuple[bytes, int, int, int, bytes, int, int]]) -> None:
+    def remember(self, rows: Iterable[Remembered]) -> None:
         """Keep a row of each image: its stamp, hash, width and height."""
         first = next(rows := iter(rows), None)
         if first is None or not self._writable:

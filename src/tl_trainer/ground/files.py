@@ -51,7 +51,9 @@ def write_text(path: Path, text: str) -> None:
 def csv_text(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """A table as CSV."""
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([header, *rows])
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
     return table.getvalue()
 
 
