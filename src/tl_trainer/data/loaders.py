@@ -189,7 +189,8 @@ def batch_order(
     if shuffle:
         generator = torch.Generator().manual_seed((seed * _PRIME + epoch) % 2**63)
         rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
-    return np.split(rows, batch_starts(len(rows), batch_size, smallest)[1:])
+    starts = batch_starts(len(rows), batch_size, smallest)
+    return np.split(rows, starts[1:]) if starts else []
 
 
 def seed_of(seed: int, epoch: int, row: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -294,13 +294,12 @@ class Memory:
 
     def remember(self, rows: Iterable[Remembered]) -> None:
         """Keep a row of each image: its stamp, hash, width and height."""
-        first = next(rows := iter(rows), None)
-        if first is None or not self._writable:
-            return
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        statement = "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self._use(lambda connection: connection.executemany(statement, chain([first], rows)), writing=True)
+        rows, statement = iter(rows), "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?, ?, ?)"
+        # In blocks: finding the next ones looks at their files, and nobody else can write meanwhile.
+        while self._writable and (block := [*islice(rows, _ROWS)]):
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._use(lambda connection: connection.executemany(statement, block), writing=True)
 
     def _use(self, use: Callable[[sqlite3.Connection], object], *, writing: bool = False) -> None:
         """Open the database for `use`. A damaged one is removed, since all it holds can be found again."""
