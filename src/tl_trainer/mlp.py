@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from tl_trainer.candidates import Layers
 from tl_trainer.data.loaders import batch_order
+from tl_trainer.ground.progress import bar
 from tl_trainer.label_metrics import image_losses
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -92,7 +93,7 @@ def train_heads(
     best: dict[int, tuple[float, Trained]] = {}
     span = -(-STEPS * plan.batch_size // train.images)  # epochs of a round
     halvings = {span << power for power in range(ROUNDS.bit_length())}
-    for epoch in range(1, ROUNDS * span + 1):
+    for epoch in bar(range(1, ROUNDS * span + 1), f"{len(settings)} heads at once", unit="epoch"):
         for inputs, soft in train.batches(plan.batch_size, plan.seed, epoch - 1):
             for heads in groups:
                 heads.step(inputs, soft)

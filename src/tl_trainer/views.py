@@ -43,9 +43,8 @@ class Missing:
         images, views = np.concatenate(places), np.repeat(np.arange(len(places)), [*map(len, places)])
         order = np.lexsort((views, images))
         self._keys, self._images, self._views = keys, images[order], views[order]
-        self._starts = np.append(
-            np.unique(self._images, return_index=True)[1], len(images)
-        )  # of each image, and the end
+        starts = np.unique(self._images, return_index=True)[1]
+        self._starts = np.append(starts, len(images))  # of each image, and the end
 
     def __len__(self) -> int:
         """How many images there are."""
